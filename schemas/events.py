@@ -1,0 +1,167 @@
+"""Events: what happened to requests, one struct per kind, kept by a JetStream stream.
+
+`seq` counts all kinds per incarnation and is given before the bounded queue, so a gap is a drop.
+`id` = `worker:incarnation:seq` is also the `Nats-Msg-Id`: JetStream stores a repeated one once.
+"""
+
+from typing import Any, Final
+
+import msgspec
+
+from coxswain.schemas.policy import Epoch
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="event"):
+    """The envelope of every event. Events that concern no request have null request fields."""
+
+    id: str
+    worker: str
+    incarnation: str
+    seq: int
+    at: float
+    step: int
+    request: str | None = None
+    child: int | None = None
+    tenant: str | None = None
+    class_: str | None = msgspec.field(default=None, name="class")
+    priority: int | None = None
+
+
+class Queued(Event, frozen=True, kw_only=True, tag="queued"):
+    """The request joined the queue."""
+
+    prompt_tokens: int
+
+
+class Admitted(Event, frozen=True, kw_only=True, tag="admitted"):
+    """The request runs from this step on: first admission, or again after a drop."""
+
+    uncached_input_tokens: int
+    cached_input_tokens: int
+    queued_s: float
+    resumed: bool = False
+
+
+class FirstToken(Event, frozen=True, kw_only=True, tag="first_token"):
+    """The first output token was delivered."""
+
+    ttft_s: float
+
+
+class Held(Event, frozen=True, kw_only=True, tag="held"):
+    """A hold was applied or replaced."""
+
+    by: str
+    kv: str
+    reason: str
+    lease_s: float | None
+    in_flight_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Parked(Event, frozen=True, kw_only=True, tag="parked"):
+    """A held request gave back its slot and kept its KV."""
+
+
+class Dropped(Event, frozen=True, kw_only=True, tag="dropped"):
+    """A held request's KV was freed."""
+
+    reason: str
+    computed_tokens: int
+    """Positions that continue must recompute, unless a cache has them."""
+
+
+class Continued(Event, frozen=True, kw_only=True, tag="continued"):
+    """The last hold ended."""
+
+    by: str
+    reason: str
+    """`command`, `lease`, `failover` or `room`."""
+    held_s: float
+    output_tokens: int = 0
+
+
+class Preempted(Event, frozen=True, kw_only=True, tag="preempted"):
+    """vLLM itself preempted the request for want of KV blocks."""
+
+    reason: str
+
+
+class Reprioritized(Event, frozen=True, kw_only=True, tag="reprioritized"):
+    """Priority or class changed."""
+
+    from_priority: int
+    to_priority: int
+    from_class: str
+    to_class: str
+    by: str
+    position_before: int | None = None
+    position_after: int | None = None
+
+
+class Limited(Event, frozen=True, kw_only=True, tag="limited"):
+    """A cap changed."""
+
+    by: str
+    detail: str
+
+
+class Finished(Event, frozen=True, kw_only=True, tag="finished"):
+    """The request ended."""
+
+    reason: str
+    uncached_input_tokens: int
+    cached_input_tokens: int
+    output_tokens: int
+    recomputed_tokens: int
+    queued_s: float
+    ttft_s: float | None
+    held_s: float
+    run_s: float
+
+
+class CommandSeen(Event, frozen=True, kw_only=True, tag="command"):
+    """A command was applied or refused."""
+
+    command: str
+    verb: str
+    role: str
+    issuer: str
+    outcome: str
+    counts: dict[str, int] = {}
+    code: int | None = None
+    error: str | None = None
+
+
+class LeaderChanged(Event, frozen=True, kw_only=True, tag="leader_changed"):
+    """A new leader was accepted, or the leader fell silent (null epoch)."""
+
+    epoch: Epoch | None
+    reason: str
+
+
+KINDS: Final[dict[str, type[Event]]] = {
+    struct.__struct_config__.tag: struct  # type: ignore[misc]
+    for struct in (
+        Queued, Admitted, FirstToken, Held, Parked, Dropped, Continued, Preempted, Reprioritized, Limited,
+        Finished, CommandSeen, LeaderChanged,
+    )
+}
+
+_decoders: Final = {kind: msgspec.json.Decoder(struct) for kind, struct in KINDS.items()}
+_any: Final = msgspec.json.Decoder()
+
+
+def decode_event(payload: bytes) -> Event | dict[str, Any]:
+    """The event in a payload; a kind of a later version comes as a plain dict.
+
+    Raises:
+        msgspec.MsgspecError: if the payload is not JSON or does not fit its kind.
+    """
+    raw = _any.decode(payload)
+    decoder = _decoders.get(raw.get("kind")) if isinstance(raw, dict) else None
+    if decoder is None:
+        if not isinstance(raw, dict):
+            raise msgspec.ValidationError("Expected `object`")
+        return raw
+    return decoder.decode(payload)

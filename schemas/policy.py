@@ -1,0 +1,118 @@
+"""Policy tables and the leader's word: what a class or tenant means, who leads.
+
+The tables live in JetStream KV, one key per class or tenant; the leader applies both, whole, with `configure`.
+Fields that this version's workers do not act on yet are stored, echoed, and named in a reply's `ignored`.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from coxswain.schemas.names import DEFAULT, TenantName, Token
+
+Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e18, le=1e18)]
+
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+
+Epoch = tuple[float, int]
+"""`[bucket created at (s), create revision]` of the lease; compared in order; the fencing token."""
+
+Order = Literal["fair", "priority"]
+CutIn = Literal["off", "queue", "slots", "kv"]
+
+
+class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """What a token costs in virtual time. The defaults are VTC's wp = 1 and wq = 2 (OSDI'24, section 4.1)."""
+
+    input: NotNegative = 1.0
+    """Per input token that the prefix cache did not have, at admission."""
+    cached: NotNegative = 0.0
+    """Per input token found in the prefix cache, at admission."""
+    output: NotNegative = 2.0
+    """Per output token, as delivered. Recomputed tokens are free."""
+
+
+class ClassPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the class table."""
+
+    position: Int32 = 0
+    """Classes with a lower position run first; equal positions by name."""
+    order: Order = "fair"
+    """`fair`: by tenant virtual time; `priority`: by priority, then arrival, across tenants."""
+    cut_in: CutIn = "off"
+    quantum_s: NotNegative = 0.0
+    cooldown_s: NotNegative = 0.0
+    ageing_s: NotNegative | None = None
+    max_prefill_tokens_per_step: Count | None = None
+    borrow: bool = False
+    slo_s: Positive | None = None
+    """Deadline of a request = its arrival + this."""
+
+
+class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the tenant table. A tenant without a row has that of tenant `default`, or these defaults."""
+
+    weight: Positive = 1.0
+    """Share relative to other tenants."""
+    class_: Token = msgspec.field(default=DEFAULT, name="class")
+    """The class of requests that ask for none."""
+    classes: Annotated[tuple[Token, ...], msgspec.Meta(max_length=64)] = ()
+    """Classes that the tenant may ask for beside its own."""
+    priority_min: Int32 = INT32_MIN
+    priority_max: Int32 = INT32_MAX
+    """A request's priority is clamped to this range."""
+    max_running: Count | None = None
+    max_queued: Count | None = None
+
+
+NOT_BUILT_CLASS = frozenset(
+    {"cut_in", "quantum_s", "cooldown_s", "ageing_s", "max_prefill_tokens_per_step", "borrow"},
+)
+"""Class fields that workers of this version store but do not act on."""
+NOT_BUILT_TENANT = frozenset({"max_running", "max_queued"})
+"""Tenant fields that workers of this version store but do not act on."""
+
+
+class TenantRank(msgspec.Struct, frozen=True, kw_only=True):
+    """What a `rank` says of one tenant on one worker."""
+
+    base: Finite = 0.0
+    """virtual_time = base + charged + lift; may be negative."""
+    weight: Positive = 1.0
+
+
+class Sight(msgspec.Struct, frozen=True, kw_only=True):
+    """What a leader sees of its fleet."""
+
+    workers: int = 0
+    tenants: int = 0
+    queued: int = 0
+    running: int = 0
+    held: int = 0
+
+
+class Lead(msgspec.Struct, frozen=True, kw_only=True):
+    """The leader's heartbeat on `lead`."""
+
+    epoch: Epoch
+    controller: str
+    policy: str
+    at: float
+    sees: Sight = Sight()
+
+
+class LeaseHolder(msgspec.Struct, frozen=True, kw_only=True):
+    """The value of the lease key: who holds it."""
+
+    controller: str
+    policy: str
+    since: float
+
+
+__all__ = [
+    "ClassPolicy", "Epoch", "Lead", "LeaseHolder", "Prices", "Sight", "TenantName", "TenantPolicy", "TenantRank",
+]

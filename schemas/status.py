@@ -1,0 +1,201 @@
+"""Status: what a worker says of itself, 20 times a second while anything changes, whole every second.
+
+All values are absolute and totals are cumulative since `incarnation`, so a lost frame loses nothing:
+the next full frame repairs what a gap in `seq` left out.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from coxswain.schemas.policy import ClassPolicy, Epoch, Prices, TenantPolicy
+
+State = Literal["serving", "draining", "paused"]
+RequestState = Literal["queued", "running", "held"]
+Kv = Literal["none", "kept", "parked", "dropped"]
+"""Where a held request's KV is: `none` for one that had computed nothing."""
+
+
+class Slots(msgspec.Struct, frozen=True, kw_only=True):
+    """Room for requests: `active` may run at once, `total` is what the model runner has."""
+
+    active: int
+    total: int
+    running: int
+    held: int
+
+
+class KvBlocks(msgspec.Struct, frozen=True, kw_only=True):
+    """KV cache blocks: in all, in use, and those that held requests keep."""
+
+    total: int
+    used: int
+    held: int
+
+
+class CommandStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of commands since `incarnation`."""
+
+    applied_total: int = 0
+    rejected_total: dict[str, int] = {}
+    """By refusal code, as text."""
+    queue_depth: int = 0
+
+
+class Leader(msgspec.Struct, frozen=True, kw_only=True):
+    """The leader this worker last heard."""
+
+    epoch: Epoch | None = None
+    age_s: float | None = None
+    policy: str | None = None
+
+
+class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One tenant on one worker. virtual_time = base + charged + lift."""
+
+    tenant: str
+    class_: str = msgspec.field(name="class")
+    queued: int
+    running: int
+    held: int
+    oldest_queued_s: float
+    virtual_time: float
+    base: float
+    charged: float
+    lift: float
+    weight: float
+    uncached_input_tokens_total: int
+    cached_input_tokens_total: int
+    output_tokens_total: int
+    recomputed_tokens_total: int
+    finished_total: int
+
+
+class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One request: running, held, or among the first that wait."""
+
+    request: str
+    child: int
+    tenant: str
+    class_: str = msgspec.field(name="class")
+    priority: int
+    state: RequestState
+    kv: Kv
+    arrived_at: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    deadline_s: float | None
+    held_by: tuple[str, ...] = ()
+    """Roles that hold it."""
+    position: int | None = None
+    """Place in the queue, 0 is next; null unless queued."""
+
+
+class Gone(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A request that a delta no longer lists."""
+
+    request: str
+    child: int
+
+
+class Frame(msgspec.Struct, frozen=True, kw_only=True):
+    """One status frame, or one part of it."""
+
+    worker: str
+    incarnation: str
+    seq: int
+    full: bool
+    part: int
+    """From 0."""
+    parts: int
+    sent_at: float
+    step: int
+    model: str
+    vllm_version: str
+    state: State
+    slots: Slots
+    kv_blocks: KvBlocks
+    step_s: float
+    """Moving median of the time between steps while busy."""
+    queued: int
+    running: int
+    held: int
+    preempted_total: int
+    """Preemptions by vLLM itself and by `kv: drop`."""
+    recomputed_tokens_total: int
+    commands: CommandStats
+    leader: Leader
+    config: str
+    """Digest of the tables in force."""
+    events_dropped_total: int
+    tenants: tuple[TenantStatus, ...] = ()
+    requests: tuple[RequestStatus, ...] = ()
+    gone: tuple[Gone, ...] = ()
+
+
+class QueuePage(msgspec.Struct, frozen=True, kw_only=True):
+    """Reply to `query queue`: the queue in order, after request `after`."""
+
+    requests: tuple[RequestStatus, ...]
+    next: str | None
+    """Pass as `after` for the next page; null at the end."""
+    total: int
+
+
+class QueueQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Payload of `query queue`; an empty payload asks for the first page."""
+
+    after: str | None = None
+    limit: int = 100
+    """1 to 1000."""
+
+
+class RequestQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Payload of `query request`."""
+
+    request: str
+
+
+class StoryLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that happened to a request."""
+
+    at: float
+    step: int
+    kind: str
+    detail: str = ""
+
+
+class Child(msgspec.Struct, frozen=True, kw_only=True):
+    """One child of a request and its story so far."""
+
+    status: RequestStatus
+    story: tuple[StoryLine, ...]
+
+
+class RequestReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Reply to `query request`."""
+
+    request: str
+    children: tuple[Child, ...]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """Reply to `query config`: everything in force on a worker."""
+
+    worker: str
+    incarnation: str
+    digest: str
+    classes: dict[str, ClassPolicy]
+    tenants: dict[str, TenantPolicy]
+    prices: Prices
+    leader: Leader
+    vllm_version: str
+    scheduler: dict[str, str | int | float | bool | None]
+    """vLLM's settings that matter here: slots, budgets, prefix caching, async scheduling, model runner."""
+
+
+decode_frame = msgspec.json.Decoder(Frame).decode
+decode_page = msgspec.json.Decoder(QueuePage).decode
+decode_report = msgspec.json.Decoder(RequestReport).decode
+decode_config = msgspec.json.Decoder(Config).decode

@@ -1,0 +1,165 @@
+"""The port between the engine thread and the bus thread: two bounded queues, a wake call, nothing else.
+
+The bus thread owns NATS and JSON; the engine thread owns the scheduler. Neither touches the other's state.
+Called by `bus.py` (bus thread) and `scheduler/steered.py` (engine thread). The token path never waits here:
+every call returns at once, and a full queue says so.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from coxswain.schemas.commands import Command, Reply
+from coxswain.schemas.errors import RefusedError
+from coxswain.schemas.events import Event
+from coxswain.schemas.policy import Lead
+from coxswain.schemas.status import Config, Frame, QueuePage, QueueQuery, RequestQuery, RequestReport
+
+MAX_INBOUND = 4_096
+"""Commands, queries and heartbeats that wait for the engine."""
+MAX_OUTBOUND = 65_536
+"""Replies, frames and events that wait for the bus."""
+EVENT_ROOM = MAX_OUTBOUND - 8_192
+"""Events stop here, so that a storm of them never costs a reply or a frame."""
+
+
+class CommandIn(NamedTuple):
+    """A well-formed command on its way to the engine; `token` is the bus's own handle for the reply."""
+
+    role: str
+    verb: str
+    command: Command
+    ignored: tuple[str, ...]
+    token: Any
+
+
+class QueryIn(NamedTuple):
+    """A question: `what` is one of `subjects.QUERIES`."""
+
+    what: str
+    query: QueueQuery | RequestQuery | None
+    token: Any
+
+
+class LeadIn(NamedTuple):
+    """A leader's heartbeat, as heard now."""
+
+    lead: Lead
+
+
+class ReplyOut(NamedTuple):
+    """The answer to a `CommandIn`; `reply.code` is set on refusal."""
+
+    token: Any
+    reply: Reply
+
+
+class AnswerOut(NamedTuple):
+    """The answer to a `QueryIn`."""
+
+    token: Any
+    answer: QueuePage | RequestReport | Config | Frame | RefusedError
+
+
+class FrameOut(NamedTuple):
+    """A status frame, unsplit: the bus fills `sent_at`, `seq`, `part` and `parts`.
+
+    `idle` says that the engine goes to sleep after it: the bus repeats it as heartbeat until the next one.
+    An idle frame is always full.
+    """
+
+    frame: Frame
+    idle: bool
+
+
+class EventOut(NamedTuple):
+    """An event for the log."""
+
+    event: Event
+
+
+Inbound = CommandIn | QueryIn | LeadIn
+Outbound = ReplyOut | AnswerOut | FrameOut | EventOut
+
+
+def _nobody() -> None:
+    """Stand in for a side that is not there."""
+
+
+class Port:
+    """What both threads see. Each attribute is written by one side only; deques are atomic under the GIL."""
+
+    def __init__(self) -> None:
+        self._inbound: deque[Inbound] = deque()
+        self._outbound: deque[Outbound] = deque()
+        self._wake_engine: Callable[[], None] = _nobody
+        self._wake_bus: Callable[[], None] = _nobody
+        self._bus_told = False
+        # Written by the engine, read by the bus.
+        self.wake_at: float | None = None
+        """When the engine wants to be woken though nothing arrives (Unix s): a lease's end, a frame due."""
+        self.step = 0
+        self.closing = False
+        self.inbound_high = 0
+        # Written by the bus, read by the engine.
+        self.connected = False
+        """Whether NATS is there: without it the engine builds no frames."""
+        self.events_dropped = 0
+        """Events that the bus could not deliver; the engine adds those that it could not queue."""
+
+    # The engine's side
+
+    def attach_engine(self, wake: Callable[[], None]) -> None:
+        """Say how to wake an idle engine; `wake` is called on the bus thread."""
+        self._wake_engine = wake
+
+    def pending(self) -> int:
+        """How many commands, queries and heartbeats wait for the engine."""
+        return len(self._inbound)
+
+    def take(self) -> Inbound | None:
+        """The next item for the engine, or None."""
+        try:
+            return self._inbound.popleft()
+        except IndexError:
+            return None
+
+    def put(self, item: Outbound) -> bool:
+        """Queue an item for the bus; False if the queue has no room for it (it is not queued)."""
+        room = EVENT_ROOM if isinstance(item, EventOut) else MAX_OUTBOUND
+        if len(self._outbound) >= room:
+            return False
+        self._outbound.append(item)
+        return True
+
+    def flush(self) -> None:
+        """Tell the bus that items wait; once per step, whatever their number."""
+        if self._outbound and not self._bus_told:
+            self._bus_told = True
+            self._wake_bus()
+
+    # The bus's side
+
+    def attach_bus(self, wake: Callable[[], None]) -> None:
+        """Say how to wake the bus; `wake` is called on the engine thread and must be thread-safe and quick."""
+        self._wake_bus = wake
+
+    def offer(self, item: Inbound) -> bool:
+        """Queue an item for the engine and wake it; False if the queue is full (it is not queued)."""
+        if len(self._inbound) >= MAX_INBOUND:
+            return False
+        self._inbound.append(item)
+        self._wake_engine()
+        return True
+
+    def wake_engine(self) -> None:
+        """Wake an idle engine, for a time that it asked for in `wake_at`."""
+        self._wake_engine()
+
+    def collect(self) -> list[Outbound]:
+        """Everything that waits for the bus, in order."""
+        self._bus_told = False
+        items = []
+        while self._outbound:
+            items.append(self._outbound.popleft())
+        return items

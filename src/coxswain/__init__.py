@@ -1,0 +1,7 @@
+"""Coxswain steers running vLLM engines from outside: hold, continue, reorder and share, over NATS.
+
+The three folders `schemas`, `service` and `control` at the top of the repository install as the
+sub-packages of the same names. This package itself holds nothing but the version.
+"""
+
+__version__ = "0.1.0"
