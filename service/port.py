@@ -7,6 +7,7 @@ every call returns at once, and a full queue says so.
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from typing import Any, NamedTuple
 
 from coxswain.schemas.commands import Command, Reply
@@ -94,10 +95,11 @@ class Port:
         self._outbound: deque[Outbound] = deque()
         self._wake_engine: Callable[[], None] = _nobody
         self._wake_bus: Callable[[], None] = _nobody
+        self._set_alarm: Callable[[], None] = _nobody
         self._bus_told = False
         # Written by the engine, read by the bus.
         self.wake_at: float | None = None
-        """When the engine wants to be woken though nothing arrives (Unix s): a lease's end, a frame due."""
+        """When the engine wants to be woken though nothing arrives (Unix s); set it with `wake_later`."""
         self.step = 0
         self.closing = False
         self.inbound_high = 0
@@ -106,6 +108,8 @@ class Port:
         """Whether NATS is there: without it the engine builds no frames."""
         self.events_dropped = 0
         """Events that the bus could not deliver; the engine adds those that it could not queue."""
+        self.alarm_at = inf
+        """What the bus's timer is set to (Unix s)."""
 
     # The engine's side
 
@@ -138,11 +142,27 @@ class Port:
             self._bus_told = True
             self._wake_bus()
 
+    def wake_later(self, at: float | None) -> None:
+        """Ask to be woken at `at` (Unix s): a lease's end, a frame due. Replaces the last wish; None takes it back.
+
+        Works without NATS. Each wish is granted once: whoever still waits for something asks again when woken.
+        The bus is disturbed only by a time earlier than its timer's; a later one it finds when the timer rings.
+        """
+        self.wake_at = at  # before the comparison: `ring` reads in the other order, so one of the two sees it
+        if at is not None and at < self.alarm_at:
+            self._set_alarm()
+
     # The bus's side
 
-    def attach_bus(self, wake: Callable[[], None]) -> None:
-        """Say how to wake the bus; `wake` is called on the engine thread and must be thread-safe and quick."""
+    def attach_bus(self, wake: Callable[[], None], set_alarm: Callable[[], None] = _nobody) -> None:
+        """Say how to wake the bus; both are called on the engine thread and must be thread-safe and quick.
+
+        Args:
+            wake: items wait, `collect` them.
+            set_alarm: `wake_at` is earlier than `alarm_at`.
+        """
         self._wake_bus = wake
+        self._set_alarm = set_alarm
 
     def offer(self, item: Inbound) -> bool:
         """Queue an item for the engine and wake it; False if the queue is full (it is not queued)."""
