@@ -4,12 +4,13 @@ One struct per verb; `decode` turns a payload into the struct and the names of f
 `encode` is its inverse. Rules that need state (epoch, expiry, targets) are the worker's to check.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from coxswain.schemas.errors import Code, RefusedError
-from coxswain.schemas.names import TenantName, Token
+from coxswain.schemas.names import NameRefusedError, TenantName, Token, check_tenant
 from coxswain.schemas.policy import (
     NOT_BUILT_CLASS,
     NOT_BUILT_TENANT,
@@ -17,7 +18,6 @@ from coxswain.schemas.policy import (
     Count,
     Epoch,
     Int32,
-    Positive,
     Prices,
     TenantPolicy,
     TenantRank,
@@ -33,7 +33,7 @@ MAX_ROWS: Final = 10_000
 """Tenants or classes in one `rank` or `configure`."""
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
-CommandId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+CommandId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}(?!\n)$")]
 Lease = Annotated[float, msgspec.Meta(gt=0, le=86_400.0)]
 
 
@@ -93,9 +93,9 @@ class Continue(Targeted, frozen=True, kw_only=True):
 class Limit(Targeted, frozen=True, kw_only=True):
     """Caps per tenant or class; null lifts one, an absent field leaves it."""
 
-    max_running: Count | None | msgspec.UnsetType = msgspec.UNSET
-    max_queued: Count | None | msgspec.UnsetType = msgspec.UNSET
-    max_prefill_tokens_per_step: Count | None | msgspec.UnsetType = msgspec.UNSET
+    max_running: Count | msgspec.UnsetType | None = msgspec.UNSET
+    max_queued: Count | msgspec.UnsetType | None = msgspec.UNSET
+    max_prefill_tokens_per_step: Count | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class Rank(Command, frozen=True, kw_only=True):
@@ -189,7 +189,9 @@ def decode(verb: str, payload: bytes) -> tuple[Command, tuple[str, ...]]:
     try:
         raw = _decode_any(payload)
         command: Command = msgspec.convert(raw, struct)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        for tenant in _tenants_named(command):
+            check_tenant(tenant)
+    except (msgspec.MsgspecError, NameRefusedError, RecursionError) as error:
         raise RefusedError(Code.MALFORMED, f"{verb}: {error}") from error
     if isinstance(command, Targeted):
         count = command.targets.count
@@ -201,6 +203,16 @@ def decode(verb: str, payload: bytes) -> tuple[Command, tuple[str, ...]]:
         if not count and not command.targets.all:
             raise RefusedError(Code.MALFORMED, "targets are empty: name requests, tenants, classes or all")
     return command, _ignored(raw, struct)
+
+
+def _tenants_named(command: Command) -> Iterable[str]:
+    """Tenant names in a command: the schema bounds their characters, only a check bounds their bytes."""
+    match command:
+        case Targeted(targets=targets):
+            return targets.tenants
+        case Rank(tenants=tenants) | Configure(tenants=tenants):
+            return tenants
+    return ()
 
 
 def _ignored(raw: dict[str, Any], struct: type[Command]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """How to reach NATS: the same environment variables for workers, controllers and the command line.
 
-Pure: reads a mapping, opens nothing. The shells turn it into a connection (`service/bus.py`, `control/client.py`).
+Pure: reads a mapping, opens nothing. The shells turn it into a connection (`service/bus.py`,
+`control/client.py`).
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,10 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Connection":
-        """Read `COX_NATS_URL` (several, comma-separated), `COX_FLEET`, `COX_NATS_CREDS`, `_NKEY`, `_CA`, `_CERT`, `_KEY`.
+        """Read the environment.
+
+        `COX_NATS_URL` (several, comma-separated), `COX_FLEET`, and `COX_NATS_CREDS`, `COX_NATS_NKEY`,
+        `COX_NATS_CA`, `COX_NATS_CERT`, `COX_NATS_KEY`; an empty variable counts as absent.
 
         Raises:
             NameRefusedError: if the fleet's name is not a subject token.
@@ -47,7 +51,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for `nats.connect`, without TLS (the caller builds that from `ca`, `cert`, `key`)."""
+        """Keyword arguments for `nats.connect`, without TLS (the caller's, from `ca`, `cert`, `key`)."""
         options: dict[str, Any] = {"servers": list(self.urls)}
         if self.creds:
             options["user_credentials"] = self.creds

@@ -143,8 +143,19 @@ class LeaderChanged(Event, frozen=True, kw_only=True, tag="leader_changed"):
 KINDS: Final[dict[str, type[Event]]] = {
     struct.__struct_config__.tag: struct  # type: ignore[misc]
     for struct in (
-        Queued, Admitted, FirstToken, Held, Parked, Dropped, Continued, Preempted, Reprioritized, Limited,
-        Finished, CommandSeen, LeaderChanged,
+        Queued,
+        Admitted,
+        FirstToken,
+        Held,
+        Parked,
+        Dropped,
+        Continued,
+        Preempted,
+        Reprioritized,
+        Limited,
+        Finished,
+        CommandSeen,
+        LeaderChanged,
     )
 }
 
@@ -158,10 +169,14 @@ def decode_event(payload: bytes) -> Event | dict[str, Any]:
     Raises:
         msgspec.MsgspecError: if the payload is not JSON or does not fit its kind.
     """
-    raw = _any.decode(payload)
-    decoder = _decoders.get(raw.get("kind")) if isinstance(raw, dict) else None
-    if decoder is None:
-        if not isinstance(raw, dict):
-            raise msgspec.ValidationError("Expected `object`")
-        return raw
-    return decoder.decode(payload)
+    try:
+        raw = _any.decode(payload)
+    except RecursionError as error:
+        raise msgspec.DecodeError(str(error)) from error
+    if not isinstance(raw, dict):
+        raise msgspec.ValidationError(f"Expected `object`, got `{type(raw).__name__}`")
+    kind = raw.get("kind")
+    if not isinstance(kind, str):
+        raise msgspec.ValidationError("Expected `str` - at `$.kind`")
+    decoder = _decoders.get(kind)
+    return raw if decoder is None else decoder.decode(payload)

@@ -10,10 +10,19 @@ import msgspec
 from coxswain.schemas import commands, events, policy, status
 
 ROOTS: Final[tuple[type[msgspec.Struct], ...]] = (
-    *commands.COMMANDS.values(), commands.Reply,
-    status.Frame, status.QueueQuery, status.QueuePage, status.RequestQuery, status.RequestReport, status.Config,
+    *commands.COMMANDS.values(),
+    commands.Reply,
+    status.Frame,
+    status.QueueQuery,
+    status.QueuePage,
+    status.RequestQuery,
+    status.RequestReport,
+    status.Config,
     *events.KINDS.values(),
-    policy.Lead, policy.LeaseHolder, policy.ClassPolicy, policy.TenantPolicy,
+    policy.Lead,
+    policy.LeaseHolder,
+    policy.ClassPolicy,
+    policy.TenantPolicy,
 )
 
 
@@ -24,8 +33,14 @@ def document() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Coxswain wire protocol, version 1",
         "x-subjects": {
-            **{f"cox.v1.<fleet>.cmd.<role>.<worker>.{verb}": struct.__name__ for verb, struct in commands.COMMANDS.items()},
-            **{f"cox.v1.<fleet>.event.<worker>.{kind}": struct.__name__ for kind, struct in events.KINDS.items()},
+            **{
+                f"cox.v1.<fleet>.cmd.<role>.<worker>.{verb}": struct.__name__
+                for verb, struct in commands.COMMANDS.items()
+            },
+            **{
+                f"cox.v1.<fleet>.event.<worker>.{kind}": struct.__name__
+                for kind, struct in events.KINDS.items()
+            },
             "cox.v1.<fleet>.query.<worker>.queue": "QueueQuery → QueuePage",
             "cox.v1.<fleet>.query.<worker>.request": "RequestQuery → RequestReport",
             "cox.v1.<fleet>.query.<worker>.config": "(empty) → Config",

@@ -22,10 +22,10 @@ MAX_TOKEN_CHARS = 64
 _TOKEN = re.compile(r"[a-z0-9_-]{1,64}")
 _NOT_TOKEN = re.compile(r"[^a-z0-9_-]+")
 
-Token = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,64}$")]
-"""A subject token: a fleet, worker, class or role name."""
+Token = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,64}(?!\n)$")]
+"""A subject token: a fleet, worker, class or role name. (A bare `$` would allow a newline at the end.)"""
 TenantName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TENANT_BYTES)]
-"""A tenant: any UTF-8 of 1 to 128 bytes (the schema can only bound characters; `check_tenant` bounds bytes)."""
+"""A tenant: any UTF-8 of 1 to 128 bytes (a schema can only bound characters; `check_tenant` bounds bytes)."""
 
 
 class NameRefusedError(ValueError):

@@ -1,6 +1,6 @@
 """Policy tables and the leader's word: what a class or tenant means, who leads.
 
-The tables live in JetStream KV, one key per class or tenant; the leader applies both, whole, with `configure`.
+The tables live in JetStream KV, one key per class or tenant; the leader applies both with `configure`.
 Fields that this version's workers do not act on yet are stored, echoed, and named in a reply's `ignored`.
 """
 
@@ -18,7 +18,7 @@ Finite = Annotated[float, msgspec.Meta(ge=-1e18, le=1e18)]
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
-Epoch = tuple[float, int]
+Epoch = tuple[float, Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]]
 """`[bucket created at (s), create revision]` of the lease; compared in order; the fencing token."""
 
 Order = Literal["fair", "priority"]
@@ -114,5 +114,13 @@ class LeaseHolder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 __all__ = [
-    "ClassPolicy", "Epoch", "Lead", "LeaseHolder", "Prices", "Sight", "TenantName", "TenantPolicy", "TenantRank",
+    "ClassPolicy",
+    "Epoch",
+    "Lead",
+    "LeaseHolder",
+    "Prices",
+    "Sight",
+    "TenantName",
+    "TenantPolicy",
+    "TenantRank",
 ]

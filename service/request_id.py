@@ -12,7 +12,9 @@ from typing import Final, NamedTuple
 from urllib.parse import quote, unquote
 
 MARK: Final = "cox."
-_ID = re.compile(r"cox\.([A-Za-z0-9_~%-]{1,384})\.([a-z0-9_-]{1,64})\.([0-9A-HJKMNP-TV-Z]{26})\.([0-9a-f]{16})")
+_ID = re.compile(
+    r"cox\.([A-Za-z0-9_~%-]{1,384})\.([a-z0-9_-]{1,64})\.([0-9A-HJKMNP-TV-Z]{26})\.([0-9a-f]{16})"
+)
 
 
 class Identity(NamedTuple):
@@ -34,7 +36,7 @@ def make(key: bytes, tenant: str, class_: str, ulid: str) -> str:
 
 
 def find(key: bytes, text: str) -> Identity | None:
-    """The identity inside any longer id (`chatcmpl-cox.…-0-1a2b3c4d`), or None if there is none or it is forged."""
+    """The identity inside any longer id (`chatcmpl-cox.…-0-1a2b3c4d`); None if none or forged."""
     match = _ID.search(text)
     if match is None:
         return None
