@@ -1,0 +1,133 @@
+"""One way to connect to NATS, for the client and the controller alike.
+
+Lives here: TLS, reconnection with jitter, callbacks that never raise (one that does would silently kill
+nats-py's read loop). Nothing is buffered while disconnected: a stale command must never be delivered late.
+"""
+
+import asyncio
+import random
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from nats.aio.client import Client as Nats
+from nats.aio.client import Server
+from nats.errors import Error as NatsError
+
+from coxswain.control.errors import UnreachableError
+from coxswain.schemas.connection import Connection
+
+MAX_DELAY_S = 2.0
+"""Longest wait between two attempts to reconnect."""
+PING_INTERVAL_S = 5
+"""A silent connection is given up after two missed pings."""
+
+Notice = Callable[[str], None]
+"""Told what happened: `lost`, `back`, `closed` or the text of an error."""
+
+
+def tls_of(connection: Connection) -> ssl.SSLContext | None:
+    """The TLS context for `ca`, `cert` and `key`, or None where neither is set.
+
+    Raises:
+        UnreachableError: if a file cannot be read or is not PEM.
+    """
+    if not connection.ca and not connection.cert:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=connection.ca)
+        if connection.cert:
+            context.load_cert_chain(connection.cert, connection.key)
+    except (OSError, ssl.SSLError) as error:
+        files = ", ".join(filter(None, (connection.ca, connection.cert, connection.key)))
+        raise UnreachableError(
+            f"TLS files cannot be used ({files}): {error}. Check COX_NATS_CA, _CERT and _KEY.",
+        ) from error
+    return context
+
+
+def next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
+    """Choose where to reconnect and after how many seconds: exponential, with full jitter."""
+    server = random.choice(servers)  # noqa: S311  (spreads load, guards nothing)
+    ceiling = min(MAX_DELAY_S, 0.1 * 2.0 ** min(server.reconnects, 10))
+    return server, random.uniform(0.02, ceiling)  # noqa: S311
+
+
+async def open_link(
+    connection: Connection,
+    *,
+    name: str,
+    timeout_s: float,
+    notice: Notice = lambda _: None,
+) -> Nats:
+    """Connect, and stay connected for ever after; give up the first attempt once every server refused it.
+
+    Args:
+        connection: where NATS is and who we are.
+        name: shown in NATS monitoring.
+        timeout_s: longest wait for the first connection.
+        notice: told of changes of the connection; must not raise or block.
+
+    Raises:
+        UnreachableError: what was tried, why it failed, what to do.
+    """
+    nc = Nats()
+    failures: list[str] = []
+    refused = asyncio.Event()
+    open_for_good = False
+
+    async def on_error(error: Exception) -> None:
+        if open_for_good:
+            return notice(str(error))
+        failures.append(str(error) or type(error).__name__)
+        if len(failures) >= len(connection.urls):
+            refused.set()
+        return None
+
+    options = connection.options() | {
+        "name": name,
+        "pending_size": 0,
+        "max_reconnect_attempts": -1,
+        "reconnect_to_server_handler": next_server,
+        "ping_interval": PING_INTERVAL_S,
+        "error_cb": on_error,
+        "disconnected_cb": _say(notice, "lost"),
+        "reconnected_cb": _say(notice, "back"),
+        "closed_cb": _say(notice, "closed"),
+        "connect_timeout": max(1, round(timeout_s)),
+    }
+    if context := tls_of(connection):
+        options["tls"] = context
+    attempt = asyncio.ensure_future(_connect(nc, options))
+    gave_up = asyncio.ensure_future(refused.wait())
+    try:
+        await asyncio.wait({attempt, gave_up}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if attempt.done() and attempt.exception() is None:
+            open_for_good = True
+            return nc
+    finally:
+        for task in (attempt, gave_up):
+            task.cancel()
+        await asyncio.gather(attempt, gave_up, return_exceptions=True)
+        if not open_for_good:
+            await nc.close()
+    why = str(attempt.exception()) if not attempt.cancelled() and attempt.exception() else ""
+    raise UnreachableError(
+        f"NATS cannot be reached at {', '.join(connection.urls)}: "
+        f"{why or (failures[-1] if failures else f'no answer within {timeout_s:g} s')}. "
+        "Start nats-server, or set COX_NATS_URL (and COX_NATS_CREDS or _NKEY where it asks who you are).",
+    )
+
+
+async def _connect(nc: Nats, options: dict[str, Any]) -> None:
+    try:
+        await nc.connect(**options)
+    except (NatsError, OSError, ValueError) as error:
+        raise UnreachableError(str(error) or type(error).__name__) from error
+
+
+def _say(notice: Notice, what: str) -> Callable[[], Awaitable[None]]:
+    async def callback() -> None:
+        notice(what)
+
+    return callback
