@@ -95,8 +95,6 @@ class Reprioritized(Event, frozen=True, kw_only=True, tag="reprioritized"):
     from_class: str
     to_class: str
     by: str
-    position_before: int | None = None
-    position_after: int | None = None
 
 
 class Limited(Event, frozen=True, kw_only=True, tag="limited"):

@@ -4,6 +4,8 @@ The tables live in JetStream KV, one key per class or tenant; the leader applies
 Fields that this version's workers do not act on yet are stored, echoed, and named in a reply's `ignored`.
 """
 
+import hashlib
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -68,6 +70,12 @@ class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True):
     max_running: Count | None = None
     max_queued: Count | None = None
 
+    def problem(self) -> str | None:
+        """What is wrong with the row beyond its types, or None."""
+        if self.priority_min > self.priority_max:
+            return f"priority_min {self.priority_min} is above priority_max {self.priority_max}"
+        return None
+
 
 NOT_BUILT_CLASS = frozenset(
     {"cut_in", "quantum_s", "cooldown_s", "ageing_s", "max_prefill_tokens_per_step", "borrow"},
@@ -113,6 +121,13 @@ class LeaseHolder(msgspec.Struct, frozen=True, kw_only=True):
     since: float
 
 
+
+def digest(classes: Mapping[str, ClassPolicy], tenants: Mapping[str, TenantPolicy]) -> str:
+    """16 hex digits that name the two tables: equal tables have equal digests, on every worker and controller."""
+    text = msgspec.json.encode({"classes": classes, "tenants": tenants}, order="deterministic")
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
 __all__ = [
     "ClassPolicy",
     "Epoch",
@@ -122,5 +137,5 @@ __all__ = [
     "Sight",
     "TenantName",
     "TenantPolicy",
-    "TenantRank",
+    "TenantRank", "digest",
 ]

@@ -1,0 +1,68 @@
+"""vLLM's request queue interface over the steered queue. Thin: order and charging are the core's.
+
+vLLM pops a request either to admit it or to skip it in this step and put it back; both arrive here as `pop` and,
+for the second, `prepend`.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from vllm.v1.core.sched.request_queue import RequestQueue
+
+from coxswain.service.scheduler.compat import expected_cached_tokens
+from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.states import HELD, State
+
+
+class SteeredRequestQueue(RequestQueue):
+    """What vLLM's scheduler sees as `waiting`. Every request in it carries its record as `request.steering`."""
+
+    def __init__(self, core: SteeringCore) -> None:
+        self._core = core
+        self._queue = core.queue
+
+    def add_request(self, request: Any) -> None:
+        """Queue a request in its class and tenant."""
+        self._queue.add(request.steering)
+
+    def peek_request(self) -> Any:
+        """The request that should run next."""
+        return self._queue.peek().payload
+
+    def pop_request(self) -> Any:
+        """Take it out and charge its input: the next pick in the same step must see the charge."""
+        record = self._queue.pop()
+        self._core.admitting(record, expected_cached_tokens(record.payload))
+        return record.payload
+
+    def prepend_request(self, request: Any) -> None:
+        """Put back a request that was skipped, or that vLLM preempted; one that is held stays out."""
+        record = request.steering
+        if record.state in HELD:
+            return
+        if record.state is State.RUNNING:
+            self._core.not_admitted(record)
+        self._queue.add(record)
+
+    def prepend_requests(self, requests: Iterable[Any]) -> None:
+        """Put back all that were skipped in this step; their keys say where."""
+        for request in requests:
+            self.prepend_request(request)
+
+    def remove_request(self, request: Any) -> None:
+        """Take a request out; one that is not here is not an error."""
+        self._queue.remove(request.steering)
+
+    def remove_requests(self, requests: Iterable[Any]) -> None:
+        """Take requests out; vLLM names requests of its other queues too."""
+        for request in requests:
+            self._queue.remove(request.steering)
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (record.payload for record in self._queue.walk())

@@ -1,0 +1,110 @@
+"""Everything that depends on a vLLM version, in one place.
+
+Reference: 0.32.0. Another version is refused at start with a clear message, unless `COX_ALLOW_VLLM` names it.
+Private things of vLLM that are touched anywhere in `service/scheduler` are listed in `PRIVATE` with where they
+are, and a test checks that they still exist.
+"""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+import vllm
+
+TESTED: Final = ("0.32.0",)
+
+PRIVATE: Final = {
+    "vllm.v1.core.sched.scheduler:Scheduler": (
+        "_preempt_request", "_free_request", "_enqueue_waiting_request", "_update_request_as_session",
+        "finish_requests", "has_requests", "has_finished_requests", "reset_prefix_cache", "get_request_counts",
+    ),
+    "vllm.v1.engine.core:EngineCoreProc": ("_send_abort_outputs", "_process_input_queue"),
+    "vllm.v1.core.sched.request_queue:RequestQueue": (
+        "add_request", "pop_request", "peek_request", "prepend_request", "prepend_requests", "remove_request",
+        "remove_requests",
+    ),
+}  # fmt: skip
+"""What we override or call that vLLM does not promise to keep."""
+
+
+class UnknownVllmError(RuntimeError):
+    """This vLLM was not tested with this scheduler."""
+
+
+def version() -> str:
+    """vLLM's version without the local part (`0.32.0+cpu` is `0.32.0`)."""
+    return str(vllm.__version__).partition("+")[0]
+
+
+def check_version(env: Mapping[str, str]) -> None:
+    """Refuse a vLLM that was not tested.
+
+    Raises:
+        UnknownVllmError: unless `COX_ALLOW_VLLM` names this version.
+    """
+    found = version()
+    if found not in TESTED and found != env.get("COX_ALLOW_VLLM"):
+        raise UnknownVllmError(
+            f"vLLM {found} was not tested with this scheduler (tested: {', '.join(TESTED)}). Install a tested "
+            f"version, or set COX_ALLOW_VLLM={found} to run it all the same.",
+        )
+
+
+def find_engine() -> Any | None:
+    """The EngineCore process object that is constructing the scheduler, or None (offline, in-process engine).
+
+    vLLM gives a scheduler no reference to its engine; the engine's constructor is on the call stack, whatever
+    the deployment (local process, Ray, data parallel).
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if candidate is not None and hasattr(candidate, "input_queue") and hasattr(candidate, "output_queue"):
+            return candidate
+        frame = frame.f_back
+    return None
+
+
+def wake(engine: Any) -> None:
+    """Wake an engine that blocks on its input queue; may be called from any thread."""
+    from vllm.v1.engine import EngineCoreRequestType
+
+    engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+
+def send_aborts(engine: Any | None, requests: list[Any]) -> None:
+    """Tell the clients of aborted requests; `finish_requests` alone answers nobody."""
+    if engine is not None and requests:
+        engine._send_abort_outputs(requests)  # noqa: SLF001
+
+
+def expected_cached_tokens(request: Any) -> int:
+    """Input tokens that the admission at hand found in the prefix cache or a KV connector."""
+    stats = request.prefill_stats
+    return stats.num_local_cached_tokens + stats.num_external_cached_tokens if stats is not None else 0
+
+
+def finish_reason(request: Any) -> str:
+    """vLLM's word for how the request ended: `stop`, `length`, `abort`, `error`, `repetition`."""
+    return str(request.get_finished_reason() or "unknown")
+
+
+def settings(config: Any) -> dict[str, str | int | float | bool | None]:
+    """vLLM's settings that matter to steering, for `query config`."""
+    scheduler, cache = config.scheduler_config, config.cache_config
+    return {
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_active_seqs": scheduler.max_num_active_seqs,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_model_len": config.model_config.max_model_len,
+        "async_scheduling": scheduler.async_scheduling,
+        "enable_chunked_prefill": scheduler.enable_chunked_prefill,
+        "enable_prefix_caching": cache.enable_prefix_caching,
+        "block_size": cache.block_size,
+        "model_runner": "v2" if config.use_v2_model_runner else "v1",
+        "kv_connector": config.kv_transfer_config.kv_connector if config.kv_transfer_config else None,
+        "lora": config.lora_config is not None,
+        "speculative_tokens": config.num_speculative_tokens,
+        "python": sys.version.split()[0],
+    }

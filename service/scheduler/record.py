@@ -1,0 +1,122 @@
+"""What steering remembers of one request: identity, place, holds, counts and story. Pure data.
+
+Made by the core when a request arrives, kept until it ends. `payload` is vLLM's `Request`, of which the core
+reads two growing numbers and nothing else.
+"""
+
+from typing import Any, Final, Protocol
+
+from coxswain.schemas.events import Event
+from coxswain.schemas.status import StoryLine
+from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.tenants import Account
+
+MAX_STORY: Final = 64
+"""Lines of a request's own story; the whole of it is in the event log."""
+
+
+class Progress(Protocol):
+    """What the core reads of a running request."""
+
+    num_computed_tokens: int
+    """Positions whose KV is computed or being computed."""
+
+
+class Hold:
+    """One role's hold on a request."""
+
+    __slots__ = ("kv", "lease_until", "reason", "role", "since")
+
+    def __init__(self, role: str, kv: str, since: float, lease_until: float | None, reason: str) -> None:
+        self.role = role
+        self.kv = kv
+        self.since = since
+        self.lease_until = lease_until
+        self.reason = reason
+
+
+class Record:
+    """One request (one child, when a client's request has several)."""
+
+    __slots__ = (
+        "account", "admitted_at", "arrived_at", "asked_class", "cached_tokens", "charged_input", "child", "class_",
+        "class_set", "first_token_at", "held_s", "held_since", "holds", "id", "lost_mark", "outputs", "payload",
+        "priority", "prompt_tokens", "queued_s", "queued_since", "recomputed_tokens", "request", "resumed_at",
+        "settled", "settled_recompute", "state", "story", "ticket", "uncached_tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        id: str,  # noqa: A002
+        request: str,
+        child: int,
+        account: Account,
+        asked_class: str,
+        priority: int,
+        arrived_at: float,
+        prompt_tokens: int,
+        payload: Progress,
+        outputs: list[Any],
+    ) -> None:
+        self.id = id
+        self.request = request
+        self.child = child
+        self.account = account
+        self.asked_class = asked_class
+        self.class_ = ""
+        self.class_set = False
+        """Whether a command chose the class; then tables do not change it."""
+        self.priority = priority
+        self.arrived_at = arrived_at
+        self.prompt_tokens = prompt_tokens
+        self.payload = payload
+        self.outputs = outputs
+        """vLLM's own list of delivered output tokens: its length is how many."""
+        self.state = State.QUEUED
+        self.holds: dict[str, Hold] = {}
+        self.ticket = 0
+        """The queue's: which heap item stands for this request; 0 when it is not in the queue."""
+        self.settled = 0
+        """Output tokens charged so far."""
+        self.charged_input = 0.0
+        self.uncached_tokens = 0
+        self.cached_tokens = 0
+        self.recomputed_tokens = 0
+        self.lost_mark = 0
+        """Positions computed before the KV was last lost: what is computed again below it is recompute."""
+        self.resumed_at = 0
+        """Position at which computing began again after that loss."""
+        self.settled_recompute = 0
+        self.admitted_at: float | None = None
+        self.first_token_at: float | None = None
+        self.queued_since = arrived_at
+        self.queued_s = 0.0
+        self.held_since = 0.0
+        self.held_s = 0.0
+        self.story: list[tuple[float, int, type[Event], dict[str, Any]]] = []
+
+    def __repr__(self) -> str:
+        return f"<Record {self.request}#{self.child} {self.account.name} {self.class_} {self.state.name}>"
+
+    def tell(self, now: float, step: int, kind: type[Event], fields: dict[str, Any]) -> None:
+        """Add to the story; past `MAX_STORY` lines the middle gives way, never the beginning."""
+        if len(self.story) >= MAX_STORY:
+            del self.story[MAX_STORY // 2]
+        self.story.append((now, step, kind, fields))
+
+    def told(self) -> tuple[StoryLine, ...]:
+        """The story so far, for people."""
+        return tuple(
+            StoryLine(at=at, step=step, kind=str(kind.__struct_config__.tag), detail=_detail(fields))
+            for at, step, kind, fields in self.story
+        )
+
+
+def _detail(fields: dict[str, Any]) -> str:
+    """`by=operator kv=kept lease_s=5.000`: what is null is left out."""
+    return " ".join(
+        f"{name}={value:.3f}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in fields.items()
+        if value is not None
+    )

@@ -1,0 +1,402 @@
+"""The vLLM shell: `SteeredScheduler` is vLLM's own scheduler with the steering core in front of it.
+
+It reports to the core what happens, does to vLLM what the core decides, and passes commands, status and events
+between the core and the port. No policy and no NATS here. All of it runs on the engine's thread.
+
+How a hold works (docs/decisions/0002): a held request leaves `running` and keeps status, blocks and
+model-runner slot. vLLM's running loop already tolerates requests that it does not schedule; what was in flight is
+processed as usual. A drop is vLLM's own preemption, except that the request goes to no queue.
+"""
+
+import os
+import time
+from collections import deque
+from statistics import median
+from typing import Any, Final
+
+import structlog
+from ulid import ULID
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPolicy
+from vllm.v1.request import RequestStatus
+
+from coxswain.schemas import events as ev
+from coxswain.schemas import status as st
+from coxswain.schemas.errors import Code, RefusedError
+from coxswain.service.bus import Bus
+from coxswain.service.config import Settings
+from coxswain.service.port import (
+    AnswerOut,
+    CommandIn,
+    EventOut,
+    FrameOut,
+    LeadIn,
+    Port,
+    QueryIn,
+    ReplyOut,
+)
+from coxswain.service.request_id import parse
+from coxswain.service.scheduler import compat
+from coxswain.service.scheduler.adapter import SteeredRequestQueue
+from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.record import Record
+from coxswain.service.scheduler.report import Gauges, Identity, Reporter
+from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.verbs import Commands
+
+log = structlog.get_logger("coxswain.scheduler")
+
+MAX_DRAIN: Final = 256
+"""Commands and queries applied before one step; the rest wait for the next."""
+CLASS_STRIDE: Final = 2**33
+"""vLLM picks a victim by `Request.priority`; we write class and priority into it, class first."""
+
+
+class SteeredScheduler(AsyncScheduler):  # type: ignore[misc]
+    """vLLM's scheduler, steered from outside.
+
+    Configured by the environment alone (`COX_NATS_URL`, `COX_FLEET`, `COX_WORKER`, …): see docs/protocol.md.
+    Without `COX_NATS_URL` it schedules with fair queues and takes no commands.
+
+    Raises:
+        UnknownVllmError: for a vLLM that was not tested (`COX_ALLOW_VLLM` overrides).
+        SettingRefusedError: for a setting with a bad value.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        compat.check_version(os.environ)
+        super().__init__(*args, **kwargs)
+        parallel = self.parallel_config
+        dp_rank = parallel.data_parallel_index
+        self.settings = Settings.from_env(
+            os.environ, dp_rank=dp_rank, dp_size=max(parallel.data_parallel_size, dp_rank + 1),
+        )
+        self.incarnation = str(ULID())
+        self.port = Port()
+        self.core = SteeringCore(self, self._emit, leader_lease_s=self.settings.leader_lease_s)
+        self.commands = Commands(self.core, self.settings.worker, self.incarnation)
+        identity = Identity(
+            self.settings.worker, self.incarnation, str(self.vllm_config.model_config.served_model_name or self.vllm_config.model_config.model), compat.version(),
+        )
+        self.reporter = Reporter(self.core, identity, self.settings.head)
+        # Order is the core's; victims of vLLM's own preemption follow class and priority whatever the flag says.
+        self.policy = SchedulingPolicy.PRIORITY
+        self.waiting = SteeredRequestQueue(self.core)
+        self.kv_holding_waiting = PriorityRequestQueue()
+        self._active_slots = self.max_num_active_reqs
+        self._identity_key = bytes.fromhex(os.environ.get("COX_IDENTITY_KEY", "")) or None
+        # One clock for leases, charges and events: Unix time that no clock jump can move.
+        self._clock_offset = time.time() - time.monotonic()
+        self._tick_at = float("inf")
+        self._frame_at = 0.0
+        self._full_at = 0.0
+        self._event_seq = 0
+        self._events_dropped = 0
+        self._step_began = 0.0
+        self._step_times: deque[float] = deque(maxlen=64)
+        self._engine = compat.find_engine()
+        if self._engine is not None:
+            self.port.attach_engine(lambda: compat.wake(self._engine))
+        self.bus: Bus | None = None
+        if self.settings.enabled:
+            self.bus = Bus(
+                self.settings, self.port, incarnation=self.incarnation,
+                hello={"model": identity.model, "vllm": identity.vllm_version},
+            )
+            self.bus.start()
+        log.info(
+            "steering", worker=self.settings.worker, incarnation=self.incarnation,
+            nats="on" if self.bus else "off: set COX_NATS_URL to steer this worker",
+            identity="signed ids" if self._identity_key else "none: everything is tenant default",
+        )  # fmt: skip
+
+    def now(self) -> float:
+        """Unix seconds that never jump."""
+        return time.monotonic() + self._clock_offset
+
+    # vLLM calls these
+
+    def add_request(self, request: Any) -> None:
+        """Make a request's record, then let vLLM queue it."""
+        if request.request_id not in self.requests:
+            now = self.now()
+            parsed = parse(self._identity_key, request.request_id)
+            identity = parsed.identity
+            request.steering = self.core.arrive(
+                now, id=request.request_id, request=parsed.request,
+                tenant=identity.tenant if identity else "default", asked_class=identity.class_ if identity else "",
+                priority=request.priority, arrived_at=min(request.arrival_time, now),
+                prompt_tokens=request.num_prompt_tokens, payload=request, outputs=request._output_token_ids,  # noqa: SLF001
+            )  # fmt: skip
+            self.reprioritized(request.steering)
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply commands, let vLLM schedule a step in the core's order, report."""
+        now = self.now()
+        if self.port.pending():
+            self._drain(now)
+        if now >= self._tick_at:
+            self._tick(now)
+        core = self.core
+        if core.queue and len(self.running) < self.max_num_active_reqs:
+            core.settle_all()
+        output = super().schedule(*args, **kwargs)
+        core.step = self.port.step = self.current_step
+        if output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
+            self._note_admitted(now, output)
+        if output.total_num_scheduled_tokens:
+            if self._step_began:
+                self._step_times.append(now - self._step_began)
+            self._step_began = now
+        if now >= self._frame_at and self.port.connected:
+            self._publish(now, idle=False)
+        self.port.flush()
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """Let vLLM process a step's output; note first tokens."""
+        outputs = super().update_from_output(*args, **kwargs)
+        core = self.core
+        if core.awaiting_first:
+            now = self.now()
+            for record in [record for record in core.awaiting_first if record.outputs]:
+                core.first_token(now, record)
+        self.port.flush()
+        return outputs
+
+    def has_requests(self) -> bool:
+        """Whether a step is needed. Here an idle engine applies commands, without a step, and goes to rest."""
+        if super().has_requests():
+            return True
+        now = self.now()
+        if self.port.pending():
+            self._drain(now)
+        if now >= self._tick_at:
+            self._tick(now)
+        if super().has_requests():
+            return True
+        self._rest(now)
+        return False
+
+    def has_finished_requests(self) -> bool:
+        """As vLLM, but a held request is not one that waits for a connector's clean-up."""
+        if self.finished_req_ids or self.connector is None:
+            return bool(self.finished_req_ids)
+        running, waiting = self.get_request_counts()
+        return len(self.requests) > running + waiting + len(self.core.held)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """As vLLM, but held requests give up their KV first when running ones must."""
+        if reset_running_requests:
+            self.core.drop_held(self.now(), "prefix cache reset")
+        return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
+
+    def shutdown(self) -> None:
+        """Stop the bus, then vLLM's scheduler."""
+        self.port.closing = True
+        if self.bus is not None:
+            self.bus.stop(timeout_s=2.0)
+        super().shutdown()
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        record = request.steering
+        if record.state is State.RUNNING:  # vLLM's own decision; ours has moved the record already
+            self.core.evicted(self.now(), record)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _enqueue_waiting_request(self, request: Any) -> None:
+        record = request.steering
+        if record.state is State.RUNNING:  # a streaming session that waits for its next input
+            self.core.waits_again(self.now(), record)
+        super()._enqueue_waiting_request(request)
+
+    def _update_request_as_session(self, session: Any, update: Any) -> None:
+        self.core.next_turn_begins(session.steering)
+        super()._update_request_as_session(session, update)
+        self.core.next_turn(session.steering, session.num_prompt_tokens)
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super()._free_request(request, *args, **kwargs)
+        self.core.finished(self.now(), request.steering, compat.finish_reason(request))
+        return result
+
+    # The core calls these: the port `Engine`
+
+    def obstacle(self, record: Record, kv: str) -> str | None:
+        """Why this request cannot be held so now."""
+        request = record.payload
+        if request.resumable:
+            return "a streaming session cannot be held in this version"
+        if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+            return "its KV is being loaded from a remote store: try again"
+        if record.state is State.QUEUED and record not in self.core.queue:
+            return "vLLM itself has it waiting for something: try again"
+        if kv == "keep" and record.state is State.RUNNING and request.lora_request is not None:
+            return "with LoRA only `kv: drop` is safe in this version: continuing could exceed max_loras"
+        return None
+
+    def hold(self, record: Record) -> None:
+        """Take a running request out of the running loop; it keeps status, blocks and slot."""
+        request = record.payload
+        self.running.remove(request)
+        request.spec_token_ids = []
+        self._inflight_prefills.discard(request)
+        self._fit_slots()
+
+    def drop(self, record: Record) -> None:
+        """Free the KV of a running or kept request by vLLM's own preemption; it goes to no queue."""
+        request = record.payload
+        if request in self.running:
+            self.running.remove(request)
+        self._preempt_request(request, time.monotonic())
+        # A resume in the same step must send all token ids again (V1 model runner).
+        self.prev_step_scheduled_req_ids.discard(request.request_id)
+        self._fit_slots()
+
+    def resume(self, record: Record) -> None:
+        """Put a kept request back into the running loop."""
+        request = record.payload
+        self.running.append(request)
+        if request.is_prefill_chunk:
+            self._inflight_prefills.add(request)
+        self._fit_slots()
+
+    def enqueue(self, record: Record) -> None:
+        """Queue a released request."""
+        self._enqueue_waiting_request(record.payload)
+
+    def dequeue(self, record: Record) -> None:
+        """A waiting request is about to leave the queue."""
+        self.deferred_waiting.discard(record.payload)
+
+    def reprioritized(self, record: Record) -> None:
+        """Write class and priority where vLLM's own choice of victims reads them."""
+        record.payload.priority = self.core.class_place(record.class_) * CLASS_STRIDE + record.priority
+
+    def abort(self, records: list[Record]) -> None:
+        """End requests and tell their clients."""
+        requests = self.finish_requests([record.id for record in records], RequestStatus.FINISHED_ABORTED)
+        compat.send_aborts(self._engine, requests)
+
+    def in_flight(self, record: Record) -> int:
+        """Output tokens of steps that were scheduled and whose output has not come back."""
+        return int(record.payload.num_output_placeholders) if record.state is State.RUNNING else 0
+
+    # Our own
+
+    def _fit_slots(self) -> None:
+        """Held requests keep their model-runner slot: fewer others may be active when spare slots run out."""
+        kept = sum(record.state is State.HELD_KEPT for record in self.core.held)
+        self.max_num_active_reqs = max(0, min(self._active_slots, self.max_num_running_reqs - kept))
+
+    def _note_admitted(self, now: float, output: Any) -> None:
+        scheduled = output.num_scheduled_tokens
+        ids = [data.req_id for data in output.scheduled_new_reqs]
+        for request_id in (*ids, *output.scheduled_cached_reqs.resumed_req_ids):
+            record = self.core.records[request_id]
+            self.core.admitted(now, record, record.payload.num_computed_tokens - scheduled[request_id])
+
+    def _drain(self, now: float) -> None:
+        """Apply what waits on the port, in order."""
+        for _ in range(MAX_DRAIN):
+            item = self.port.take()
+            if item is None:
+                break
+            if isinstance(item, CommandIn):
+                reply = self.commands.apply(now, item.role, item.verb, item.command, item.ignored)
+                self.port.put(ReplyOut(item.token, reply))
+            elif isinstance(item, LeadIn):
+                self.core.heard(now, item.lead)
+            else:
+                self.port.put(AnswerOut(item.token, self._answer(now, item)))
+        self._tick_at = self.core.deadline() or float("inf")
+
+    def _tick(self, now: float) -> None:
+        self.core.tick(now)
+        self._tick_at = self.core.deadline() or float("inf")
+
+    def _rest(self, now: float) -> None:
+        """The engine goes to sleep: say everything that is unsaid, and when to wake."""
+        self._step_began = 0.0
+        due = self._tick_at
+        if self.core.changed and self.port.connected:
+            if now >= self._frame_at:
+                self._publish(now, idle=True)
+            else:
+                due = min(due, self._frame_at)
+        if self.port.pending():
+            due = now
+        self.port.wake_later(None if due == float("inf") else due)
+        self.port.flush()
+
+    def _publish(self, now: float, *, idle: bool) -> None:
+        full = idle or now >= self._full_at
+        self._frame_at = now + self.settings.status_interval_s
+        if full:
+            self._full_at = now + self.settings.full_interval_s
+        commands = self.commands
+        frame = self.reporter.frame(
+            now, self._gauges(), full=full, applied=commands.applied_total, rejected=commands.rejected_total,
+        )
+        self.port.put(FrameOut(frame, idle))
+
+    def _gauges(self) -> Gauges:
+        pool = self.kv_cache_manager.block_pool
+        held_blocks = 0
+        for record in self.core.held:
+            if record.state is State.HELD_KEPT:
+                held_blocks += sum(len(group) for group in self.kv_cache_manager.get_blocks(record.id).blocks)
+        return Gauges(
+            state="serving" if self.pause_state == PauseState.UNPAUSED else "paused",
+            active_slots=self.max_num_active_reqs, total_slots=self.max_num_running_reqs,
+            # Block 0 is vLLM's null block: never free, never used.
+            total_blocks=pool.num_gpu_blocks - 1, used_blocks=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            held_blocks=held_blocks, step_s=median(self._step_times) if self._step_times else 0.0,
+            queue_depth=self.port.pending(), events_dropped=self._events_dropped + self.port.events_dropped,
+        )  # fmt: skip
+
+    def _answer(self, now: float, item: QueryIn) -> st.QueuePage | st.RequestReport | st.Config | st.Frame | RefusedError:
+        try:
+            if isinstance(item.query, st.RequestQuery):
+                return self.reporter.request(item.query.request)
+            if item.what == "queue":
+                return self.reporter.page(item.query if isinstance(item.query, st.QueueQuery) else st.QueueQuery())
+            if item.what == "status":
+                commands = self.commands
+                return self.reporter.frame(
+                    now, self._gauges(), full=True, peek=True,
+                    applied=commands.applied_total, rejected=commands.rejected_total,
+                )  # fmt: skip
+            if item.what == "config":
+                core = self.core
+                return st.Config(
+                    worker=self.settings.worker, incarnation=self.incarnation, digest=core.digest,
+                    classes=core.classes, tenants=core.tenants.table, prices=core.tenants.prices,
+                    leader=self.reporter.leader(now), vllm_version=compat.version(),
+                    scheduler=compat.settings(self.vllm_config),
+                )  # fmt: skip
+        except RefusedError as refusal:
+            return refusal
+        return RefusedError(Code.MALFORMED, f"unknown query {item.what!r}")
+
+    def _emit(self, now: float, record: Record | None, kind: type[ev.Event], fields: dict[str, Any]) -> None:
+        """Number an event and queue it for the bus."""
+        if self.bus is None:
+            return
+        self._event_seq += 1
+        seq = self._event_seq
+        if record is not None:
+            fields = {
+                "request": record.request, "child": record.child, "tenant": record.account.name,
+                "class_": record.class_, "priority": record.priority, **fields,
+            }  # fmt: skip
+        event = kind(
+            id=f"{self.settings.worker}:{self.incarnation}:{seq}", worker=self.settings.worker,
+            incarnation=self.incarnation, seq=seq, at=now, step=self.core.step, **fields,
+        )  # fmt: skip
+        if not self.port.put(EventOut(event)):
+            self._events_dropped += 1
+
+

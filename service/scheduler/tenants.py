@@ -1,0 +1,197 @@
+"""Tenants on one worker: what each was served, and the virtual time that orders them.
+
+virtual_time = base + charged + lift (docs/protocol.md). `charged` grows by tokens × price ÷ weight as work is
+done here; `lift` grows when a tenant returns from idle (VTC's counter lift, OSDI'24, algorithm 2, lines 5-13);
+`base` is the controller's, and carries what happened on other workers. Pure: no clock, no vLLM.
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+
+from coxswain.schemas.policy import Prices, TenantPolicy
+
+if TYPE_CHECKING:
+    from coxswain.service.scheduler.record import Record
+
+MAX_TENANTS: Final = 65_536
+"""Accounts kept; the requests of tenants beyond share the account `OVERFLOW`."""
+OVERFLOW: Final = "other"
+
+
+class Account:
+    """One tenant's counts and totals since this incarnation began."""
+
+    __slots__ = (
+        "base", "cached_input_tokens", "charged", "dirty", "finished", "held", "lift", "name", "output_tokens",
+        "policy", "recomputed_tokens", "running", "seen", "uncached_input_tokens", "virtual_time", "waiting", "weight",
+    )  # fmt: skip
+
+    def __init__(self, name: str, policy: TenantPolicy) -> None:
+        self.name = name
+        self.policy = policy
+        self.weight = policy.weight
+        self.base = 0.0
+        self.charged = 0.0
+        self.lift = 0.0
+        self.virtual_time = 0.0
+        self.waiting: OrderedDict[Record, None] = OrderedDict()
+        """Its queued requests, the longest waiting first."""
+        self.running = self.held = 0
+        self.uncached_input_tokens = self.cached_input_tokens = 0
+        self.output_tokens = self.recomputed_tokens = self.finished = 0
+        self.seen = False
+        """Whether it ever had a request here: only those are listed in status."""
+        self.dirty = False
+        """Whether it changed since the last status frame."""
+
+    def __repr__(self) -> str:
+        return (
+            f"<Account {self.name!r} vt={self.virtual_time:.1f} queued={self.queued} "
+            f"running={self.running} held={self.held}>"
+        )
+
+    @property
+    def queued(self) -> int:
+        """How many of its requests wait."""
+        return len(self.waiting)
+
+    def charge(self, cost: float) -> None:
+        """Add `cost` (tokens × price) at the weight in force now."""
+        self.charged += cost / self.weight
+        self.virtual_time = self.base + self.charged + self.lift
+
+    def rebase(self, base: float) -> None:
+        """Set the controller's base."""
+        self.base = base
+        self.virtual_time = self.base + self.charged + self.lift
+
+    def lift_to(self, floor: float) -> None:
+        """Raise the virtual time to `floor` if it is below."""
+        if self.virtual_time < floor:
+            self.lift += floor - self.virtual_time
+            self.virtual_time = self.base + self.charged + self.lift
+
+
+class Tenants:
+    """All accounts of a worker, the prices, and who is active (has anything queued)."""
+
+    def __init__(self) -> None:
+        self.prices = Prices()
+        self.table: dict[str, TenantPolicy] = {}
+        self.accounts: dict[str, Account] = {}
+        self._active: RankHeap[Account] = RankHeap()
+        self._last_left: Account | None = None
+
+    def policy_of(self, name: str) -> TenantPolicy:
+        """The tenant's row; without one, that of tenant `default`; without that, the built-in defaults."""
+        return self.table.get(name) or self.table.get("default") or TenantPolicy()
+
+    def account(self, name: str) -> Account:
+        """The tenant's account, made on first sight; past `MAX_TENANTS` a shared one."""
+        found = self.accounts.get(name)
+        if found is None:
+            if len(self.accounts) >= MAX_TENANTS:
+                name = OVERFLOW
+            found = self.accounts.setdefault(name, Account(name, self.policy_of(name)))
+        return found
+
+    def arriving(self, account: Account) -> None:
+        """Lift a tenant that returns from idle; call before its request is queued.
+
+        The floor is the least virtual time among active tenants; with none active, that of the tenant that
+        left the queue last.
+        """
+        account.seen = True
+        if account.waiting:
+            return
+        least = self._active.least()
+        if least is None:
+            least = self._last_left
+        if least is not None:
+            account.lift_to(least.virtual_time)
+
+    def joined(self, account: Account, record: "Record") -> None:
+        """One more of its requests waits."""
+        account.waiting[record] = None
+        account.dirty = True
+        if len(account.waiting) == 1:
+            self._active.push(account)
+
+    def left(self, account: Account, record: "Record") -> None:
+        """One of its requests waits no more."""
+        del account.waiting[record]
+        account.dirty = True
+        if not account.waiting:
+            self._active.discard(account)
+            self._last_left = account
+
+    def moved_back(self, account: Account) -> None:
+        """Its virtual time fell: heaps that only notice growth must be told."""
+        if account.waiting:
+            self._active.push(account)
+
+
+class Ranked(Protocol):
+    """What a `RankHeap` orders: by `virtual_time`, then `name`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def virtual_time(self) -> float: ...
+
+
+R = TypeVar("R", bound=Ranked)
+
+
+class RankHeap(Generic[R]):
+    """A heap of things whose virtual time grows while they are in it.
+
+    Growth costs nothing when it happens: a stored key is then too small, which is noticed and mended when it
+    reaches the top. A fall must be told by `push`. Every operation is O(log n) amortised.
+    """
+
+    __slots__ = ("_heap", "_serial", "_serials")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, str, int, R]] = []
+        self._serials: dict[R, int] = {}
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._serials)
+
+    def __iter__(self) -> Iterator[R]:
+        """Members in no order."""
+        return iter(self._serials)
+
+    def push(self, item: R) -> None:
+        """Add a member, or tell that its virtual time fell."""
+        self._serial += 1
+        self._serials[item] = self._serial
+        heapq.heappush(self._heap, (item.virtual_time, item.name, self._serial, item))
+        if len(self._heap) > 2 * len(self._serials) + 64:
+            self._heap = [(i.virtual_time, i.name, s, i) for i, s in self._serials.items()]
+            heapq.heapify(self._heap)
+
+    def discard(self, item: R) -> None:
+        """Take a member out; its heap entry goes when it reaches the top."""
+        self._serials.pop(item, None)
+
+    def least(self) -> R | None:
+        """The member that comes first, or None."""
+        heap = self._heap
+        while heap:
+            key, name, serial, item = heap[0]
+            if self._serials.get(item) != serial:
+                heapq.heappop(heap)
+            elif item.virtual_time > key:
+                heapq.heapreplace(heap, (item.virtual_time, name, serial, item))
+            else:
+                return item
+        return None
+
+    def ordered(self) -> list[R]:
+        """All members in order."""
+        return sorted(self._serials, key=lambda item: (item.virtual_time, item.name))

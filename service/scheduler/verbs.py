@@ -1,0 +1,281 @@
+"""Commands applied to the core: checks that need state, targets resolved, outcomes counted. Pure.
+
+`Commands.apply` is the only way in. A refusal changes nothing; a failing target is unchanged; the same id within
+its horizon is applied once and answered again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+
+from coxswain.schemas import commands as c
+from coxswain.schemas import events as ev
+from coxswain.schemas.errors import Code, RefusedError
+from coxswain.schemas.subjects import CONTROLLER, OPERATOR
+from coxswain.service.request_id import normalise
+from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.record import Record
+from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.tenants import MAX_TENANTS
+
+MAX_REMEMBERED: Final = 65_536
+"""Ids remembered so that a repeated command is answered, not applied; the oldest give way."""
+BUILT_LATER: Final = "is not in this version: it comes with caps, cut-in and drain"
+
+Outcome = tuple[c.Outcome, str, int]
+"""(outcome, detail, tokens in flight) of one target."""
+
+
+class Commands:
+    """Applies commands to one core and remembers what it answered.
+
+    Args:
+        core: the state they change.
+        worker: this worker's name, for replies.
+        incarnation: this worker's incarnation, for replies and `rank`.
+    """
+
+    def __init__(self, core: SteeringCore, worker: str, incarnation: str) -> None:
+        self.core = core
+        self.worker = worker
+        self.incarnation = incarnation
+        self.applied_total = 0
+        self.rejected_total: dict[str, int] = {}
+        self._answered: OrderedDict[str, tuple[float, c.Reply]] = OrderedDict()
+        self._verbs: dict[str, Callable[[float, str, c.Command], list[tuple[Record | str, Outcome]]]] = {
+            "prioritize": self._prioritize,
+            "preempt": self._preempt,
+            "continue": self._continue,
+            "abort": self._abort,
+            "rank": self._rank,
+            "configure": self._configure,
+        }
+
+    def apply(self, now: float, role: str, verb: str, command: c.Command, ignored: tuple[str, ...] = ()) -> c.Reply:
+        """Apply a command now; the reply says what became of it. Never raises for what a command contains."""
+        remembered = self._remembered(now, command.id)
+        if remembered is not None:
+            return remembered
+        try:
+            self._check(now, role, verb, command)
+            results = self._verbs[verb](now, role, command)
+            reply = self._reply(now, command, results, ignored)
+        except RefusedError as refusal:
+            return self._refused(now, role, verb, command, refusal, ignored)
+        self.applied_total += 1
+        self._remember(now, command, reply)
+        self.core.changed = True
+        # A rank comes many times a second: the log of commands is for what people and programs decide.
+        if verb != "rank":
+            self.core.tell(
+                now, None, ev.CommandSeen, command=command.id, verb=verb, role=role, issuer=command.issuer,
+                outcome=reply.outcome, counts=reply.counts,
+            )  # fmt: skip
+        return reply
+
+    # Checks
+
+    def _check(self, now: float, role: str, verb: str, command: c.Command) -> None:
+        if verb in c.NOT_BUILT:
+            raise RefusedError(Code.NOT_BUILT, f"{verb} {BUILT_LATER}")
+        if command.expires_at is not None and command.expires_at < now:
+            late = now - command.expires_at
+            raise RefusedError(Code.EXPIRED, f"expired {late:.3f} s ago by this worker's clock: send it again")
+        if role == CONTROLLER:
+            self._check_epoch(now, command)
+        if verb == "rank" and isinstance(command, c.Rank) and command.incarnation != self.incarnation:
+            raise RefusedError(
+                Code.STALE,
+                f"rank is for incarnation {command.incarnation}, this is {self.incarnation}: read its status again",
+            )
+
+    def _check_epoch(self, now: float, command: c.Command) -> None:
+        core = self.core
+        if command.epoch is None:
+            raise RefusedError(Code.MALFORMED, "a controller's command needs `epoch`")
+        if core.epoch is None:
+            raise RefusedError(Code.STALE, "this worker has not heard a leader yet: publish `lead` first")
+        if command.epoch < core.epoch:
+            raise RefusedError(
+                Code.STALE, f"epoch {list(command.epoch)} is older than {list(core.epoch)}: another controller leads",
+            )
+        core.obeyed(now, command.epoch)
+
+    # Memory of ids
+
+    def _remembered(self, now: float, command_id: str) -> c.Reply | None:
+        while self._answered:
+            oldest = next(iter(self._answered))
+            if self._answered[oldest][0] > now and len(self._answered) <= MAX_REMEMBERED:
+                break
+            del self._answered[oldest]
+        known = self._answered.get(command_id)
+        return known[1] if known is not None and known[0] > now else None
+
+    def _remember(self, now: float, command: c.Command, reply: c.Reply) -> None:
+        self._answered[command.id] = (command.expires_at or now + c.MAX_AHEAD_S, reply)
+
+    # Targets
+
+    def _resolve(self, targets: c.Targets) -> tuple[list[Record], list[tuple[Record | str, Outcome]]]:
+        """The union of what the targets mean now, in order of arrival at this list, and what was not found."""
+        core = self.core
+        found: dict[Record, None] = {}
+        missing: list[tuple[Record | str, Outcome]] = []
+        for name in targets.requests:
+            family = core.families.get(name) or core.families.get(normalise(name))
+            if family:
+                found.update(dict.fromkeys(family))
+            else:
+                missing.append((name, ("not_found", "no such request: finished, aborted, or never here", 0)))
+        for name in targets.classes:
+            if name not in core.classes:
+                missing.append((name, ("not_found", "no such class", 0)))
+        if targets.all:
+            found.update(dict.fromkeys(core.records.values()))
+        elif targets.tenants or targets.classes:
+            tenants, classes = set(targets.tenants), set(targets.classes)
+            for record in core.records.values():
+                if record.account.name in tenants or record.class_ in classes:
+                    found[record] = None
+        return list(found), missing
+
+    def _each(
+        self, command: c.Targeted, act: Callable[[Record], Outcome],
+    ) -> list[tuple[Record | str, Outcome]]:
+        records, results = self._resolve(command.targets)
+        results.extend((record, act(record)) for record in records)
+        failed = [outcome for _, outcome in results if outcome[0] in ("not_found", "not_possible")]
+        if failed and len(failed) == len(results):
+            code = Code.NOT_FOUND if all(kind == "not_found" for kind, _, _ in failed) else Code.NOT_POSSIBLE
+            names = ", ".join(target if isinstance(target, str) else target.request for target, _ in results[:3])
+            detail = next((text for kind, text, _ in failed if kind == "not_possible"), failed[0][1])
+            more = f" and {len(results) - 3} more" if len(results) > 3 else ""
+            raise RefusedError(code, f"{detail} ({names}{more})")
+        return results
+
+    # Verbs
+
+    def _prioritize(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+        assert isinstance(command, c.Prioritize)
+        if command.priority is None and command.class_ is None:
+            raise RefusedError(Code.MALFORMED, "prioritize needs `priority`, `class` or both")
+        if command.class_ is not None and command.class_ not in self.core.classes:
+            known = ", ".join(sorted(self.core.classes))
+            raise RefusedError(Code.NOT_FOUND, f"no class {command.class_!r}: known are {known}")
+
+        def act(record: Record) -> Outcome:
+            done = self.core.reprioritize(now, record, command.priority, command.class_, role)
+            return "applied" if done else "unchanged", "", 0
+
+        return self._each(command, act)
+
+    def _preempt(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+        assert isinstance(command, c.Preempt)
+        if role == CONTROLLER and command.lease_s is None:
+            raise RefusedError(Code.MALFORMED, "a controller's preempt needs `lease_s`")
+        lease_until = None if command.lease_s is None else now + command.lease_s
+        core = self.core
+
+        def act(record: Record) -> Outcome:
+            if record.state in (State.QUEUED, State.RUNNING, State.HELD_KEPT):
+                obstacle = core.engine.obstacle(record, command.kv)
+                if obstacle:
+                    return "not_possible", obstacle, 0
+            in_flight = core.engine.in_flight(record)
+            done = core.hold(now, record, role, command.kv, lease_until, command.issuer)
+            return "applied" if done else "unchanged", "", in_flight
+
+        return self._each(command, act)
+
+    def _continue(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+        assert isinstance(command, c.Continue)
+
+        def act(record: Record) -> Outcome:
+            roles = list(record.holds) if role == OPERATOR else [role]
+            done = self.core.release(now, record, roles, role, "command")
+            if not done:
+                return "unchanged", "not held" if not record.holds else f"not held by {role}", 0
+            if record.holds:
+                return "applied", f"still held by {', '.join(record.holds)}", 0
+            return "applied", "", 0
+
+        return self._each(command, act)
+
+    def _abort(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+        assert isinstance(command, c.Abort)
+        doomed: list[Record] = []
+
+        def act(record: Record) -> Outcome:
+            doomed.append(record)
+            return "applied", "", 0
+
+        results = self._each(command, act)
+        self.core.engine.abort(doomed)
+        return results
+
+    def _rank(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+        assert isinstance(command, c.Rank)
+        core = self.core
+        new = sum(name not in core.tenants.accounts for name in command.tenants)
+        if len(core.tenants.accounts) + new > MAX_TENANTS:
+            raise RefusedError(Code.TOO_LARGE, f"{new} new tenants: a worker keeps at most {MAX_TENANTS}")
+        core.settle_all()
+        if command.prices is not None:
+            core.tenants.prices = command.prices
+        for name, rank in command.tenants.items():
+            core.rank(name, rank)
+        return []
+
+    def _configure(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+        assert isinstance(command, c.Configure)
+        reserved = {"all", "other"} & command.classes.keys()
+        if reserved:
+            raise RefusedError(Code.MALFORMED, f"class name {reserved.pop()!r} is reserved: choose another")
+        for name, row in command.tenants.items():
+            if problem := row.problem():
+                raise RefusedError(Code.MALFORMED, f"tenant {name!r}: {problem}")
+        self.core.configure(command.classes, command.tenants)
+        return []
+
+    # Replies
+
+    def _reply(
+        self, now: float, command: c.Command, results: list[tuple[Record | str, Outcome]], ignored: tuple[str, ...],
+    ) -> c.Reply:
+        counts: dict[str, int] = {}
+        told = []
+        for target, (outcome, detail, in_flight) in results:
+            counts[outcome] = counts.get(outcome, 0) + 1
+            if outcome != "applied" or detail or in_flight:
+                named = (target, None) if isinstance(target, str) else (target.request, target.child)
+                told.append(
+                    c.TargetResult(
+                        request=named[0], child=named[1], outcome=outcome, detail=detail, in_flight_tokens=in_flight,
+                    ),
+                )
+        failing = counts.get("not_found", 0) + counts.get("not_possible", 0)
+        return c.Reply(
+            id=command.id, worker=self.worker, incarnation=self.incarnation, worker_now=now,
+            step=self.core.step + 1, outcome="partial" if failing else "applied", counts=counts, ignored=ignored,
+            results=tuple(told[: c.MAX_RESULTS]), results_omitted=max(0, len(told) - c.MAX_RESULTS),
+        )  # fmt: skip
+
+    def _refused(
+        self, now: float, role: str, verb: str, command: c.Command, refusal: RefusedError, ignored: tuple[str, ...],
+    ) -> c.Reply:
+        code = str(int(refusal.code))
+        self.rejected_total[code] = self.rejected_total.get(code, 0) + 1
+        self.core.changed = True
+        if verb != "rank":
+            self.core.tell(
+                now, None, ev.CommandSeen, command=command.id, verb=verb, role=role, issuer=command.issuer,
+                outcome="rejected", code=int(refusal.code), error=refusal.message,
+            )  # fmt: skip
+        return c.Reply(
+            id=command.id, worker=self.worker, incarnation=self.incarnation, worker_now=now,
+            step=self.core.step + 1, outcome="rejected", ignored=ignored, code=int(refusal.code), error=refusal.message,
+        )  # fmt: skip
+
+
