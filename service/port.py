@@ -143,10 +143,10 @@ class Port:
             self._wake_bus()
 
     def wake_later(self, at: float | None) -> None:
-        """Ask to be woken at `at` (Unix s): a lease's end, a frame due. Replaces the last wish; None takes it back.
+        """Ask to be woken at `at` (Unix s), as at a lease's end. It replaces the last wish, None ends it.
 
-        Works without NATS. Each wish is granted once: whoever still waits for something asks again when woken.
-        The bus is disturbed only by a time earlier than its timer's; a later one it finds when the timer rings.
+        Works without NATS. Each wish is granted once: whoever still waits for something asks again when
+        woken. Only a time earlier than its timer's disturbs the bus; a later one it finds when that rings.
         """
         self.wake_at = at  # before the comparison: `ring` reads in the other order, so one of the two sees it
         if at is not None and at < self.alarm_at:

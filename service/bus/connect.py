@@ -1,0 +1,94 @@
+"""Opening and closing a NATS client, with the habits of nats-py that one must know in one place.
+
+* A client never reconnects by itself: its buffers would outlive the connection and deliver what is stale, and
+  some errors close it for good. A fresh client each time has neither problem; `thread.py` retries.
+* A callback that raises kills the client's read loop in silence: ours cannot raise.
+* `close` can wait for ever for a frozen server to take the last bytes: ours gives up.
+
+Called by `thread.py`.
+"""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Callable
+from typing import Final
+
+from nats.aio.client import Client
+
+from coxswain.schemas.connection import Connection
+
+CONNECT_TIMEOUT_S: Final = 2
+PING_INTERVAL_S: Final = 2
+MAX_PINGS: Final = 2
+"""A server that is silent for (MAX_PINGS + 1) x PING_INTERVAL_S is given up."""
+CLOSE_S: Final = 1.0
+"""How long a client may take to close before it is left behind."""
+
+
+async def connect(
+    connection: Connection,
+    *,
+    name: str,
+    on_error: Callable[[Exception], None],
+    on_closed: Callable[[], None],
+) -> Client:
+    """A connected client; each address is tried, in random order.
+
+    Args:
+        connection: where, and who we are.
+        name: what `nats server report connections` shows.
+        on_error: told of every error that has no other way to be known; must not raise.
+        on_closed: told when the connection is lost and closed; must not raise.
+
+    Raises:
+        Exception: whatever kept it from connecting: the network, TLS, files, credentials.
+    """
+
+    async def error_cb(error: Exception) -> None:
+        on_error(error)
+
+    async def closed_cb() -> None:
+        on_closed()
+
+    client = Client()
+    try:
+        await client.connect(
+            **connection.options(),
+            name=name,
+            tls=_tls(connection),
+            no_echo=True,
+            error_cb=error_cb,
+            closed_cb=closed_cb,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            ping_interval=PING_INTERVAL_S,
+            max_outstanding_pings=MAX_PINGS,
+            pending_size=0,
+            allow_reconnect=False,
+            max_reconnect_attempts=1,  # of one attempt to connect; 0 would mean for ever
+            reconnect_time_wait=0,
+        )
+    except BaseException:
+        await close(client)
+        raise
+    return client
+
+
+async def close(client: Client) -> None:
+    """Close a client, or leave it behind after `CLOSE_S`."""
+    closing = asyncio.ensure_future(client.close())
+    await asyncio.wait((closing,), timeout=CLOSE_S)
+    if not closing.done():
+        closing.cancel()
+        return
+    with contextlib.suppress(Exception):  # it is closed, whatever it says
+        closing.result()
+
+
+def _tls(connection: Connection) -> ssl.SSLContext | None:
+    if not (connection.ca or connection.cert):
+        return None
+    context = ssl.create_default_context(cafile=connection.ca)
+    if connection.cert:
+        context.load_cert_chain(connection.cert, connection.key)
+    return context

@@ -1,0 +1,205 @@
+"""Events on their way into JetStream: in order, stored once, bounded, and never in anybody's way.
+
+An event is in the backlog until sent and in flight until acknowledged. Acknowledgements are awaited in a
+window; when one is overdue or the connection is lost, everything in flight goes back to the head of the
+backlog and is sent again from there. JetStream knows an event by its `Nats-Msg-Id` and stores a repeated
+one once, as long as the repetition falls into the stream's `duplicate_window`. Called by `thread.py`.
+"""
+
+import asyncio
+import time
+from collections import deque
+from typing import Any, Final
+
+import msgspec
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import MaxPayloadError
+
+from coxswain.schemas.commands import encode
+from coxswain.schemas.events import Event
+from coxswain.schemas.subjects import Subjects
+from coxswain.service.port import Port
+
+MAX_BACKLOG: Final = 65_536
+"""Events that wait or are in flight; beyond it the oldest are dropped."""
+WINDOW: Final = 256
+"""Events in flight."""
+ACK_TIMEOUT_S: Final = 2.0
+BACKOFF_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
+"""Waits before sending again, the last one for ever."""
+NO_STREAM_GRACE_S: Final = 5.0
+"""How long "no stream" may be an election. After that events are dropped, one a second probes."""
+PROBE_S: Final = 1.0
+
+
+class _Error(msgspec.Struct):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class _Ack(msgspec.Struct):
+    seq: int = 0
+    error: _Error | None = None
+
+
+_decode_ack = msgspec.json.Decoder(_Ack).decode
+
+
+class EventLog:
+    """The backlog of one incarnation; it outlives connections.
+
+    Args:
+        subjects: of the fleet.
+        worker: this worker's name.
+        port: where drops are counted.
+        log: a structlog logger.
+    """
+
+    def __init__(self, subjects: Subjects, worker: str, port: Port, log: Any) -> None:
+        self._subjects = subjects
+        self._worker = worker
+        self._port = port
+        self._log = log
+        self._backlog: deque[Event] = deque()
+        self._flight: dict[int, Event] = {}
+        self._sent = 0
+        """Of every send the number, which is also the last token of its acknowledgement's inbox."""
+        self._patience_until = 0.0
+        self._hold_off_until = 0.0
+        self._failures = 0
+        self._no_stream_since: float | None = None
+        self._troubles: set[str] = set()
+        self._news = asyncio.Event()
+
+    @property
+    def waiting(self) -> int:
+        """Events that JetStream has not acknowledged."""
+        return len(self._backlog) + len(self._flight)
+
+    def add(self, event: Event) -> None:
+        """Take an event; when there is no room the oldest in the backlog is dropped for it."""
+        if self._no_stream and time.monotonic() < self._hold_off_until:
+            self._drop(1)
+            return
+        if self.waiting >= MAX_BACKLOG:
+            self._backlog.popleft()
+            self._drop(1)
+            self._say("backlog_full", "NATS has been away for too long: the oldest events are dropped")
+        self._backlog.append(event)
+        self._news.set()
+
+    async def run(self, client: Client) -> None:
+        """Send until the connection is closed; what it did not acknowledge is kept for the next one."""
+        inbox = client.new_inbox()
+        self._hold_off_until = 0.0
+        self._no_stream_since = None
+        try:
+            await client.subscribe(f"{inbox}.*", cb=self._on_ack, pending_msgs_limit=4 * WINDOW)
+            # Asked of the connection, not left to cancellation: nats-py swallows CancelledError in publish.
+            while not client.is_closed:
+                await self._fill(client, inbox)
+                await self._wait()
+                if self._flight and time.monotonic() >= self._patience_until:
+                    self._say("unacknowledged", "JetStream does not answer: events wait and are sent again")
+                    self._again()
+        finally:
+            self._take_back()
+
+    async def _fill(self, client: Client, inbox: str) -> None:
+        while self._backlog and len(self._flight) < WINDOW and time.monotonic() >= self._hold_off_until:
+            event = self._backlog.popleft()
+            self._sent += 1
+            self._flight[self._sent] = event
+            self._patience_until = time.monotonic() + ACK_TIMEOUT_S
+            kind = str(type(event).__struct_config__.tag)
+            try:
+                await client.publish(
+                    self._subjects.event(self._worker, kind),
+                    encode(event),
+                    reply=f"{inbox}.{self._sent}",
+                    headers={"Nats-Msg-Id": event.id},
+                )
+            except MaxPayloadError:
+                del self._flight[self._sent]
+                self._drop(1)
+                self._say("too_large", "an event is larger than the server's max_payload and was dropped")
+
+    async def _wait(self) -> None:
+        """Until there is news, or it is time to send again; an empty log waits without a timer."""
+        now = time.monotonic()
+        due = self._patience_until if self._flight else self._hold_off_until if self._backlog else None
+        try:
+            async with asyncio.timeout(None if due is None else max(0.0, due - now)):
+                await self._news.wait()
+        except TimeoutError:
+            return
+        self._news.clear()
+
+    async def _on_ack(self, msg: Msg) -> None:
+        number = int(msg.subject.rpartition(".")[2])
+        if number not in self._flight:
+            return  # taken back meanwhile
+        self._news.set()
+        self._patience_until = time.monotonic() + ACK_TIMEOUT_S
+        if msg.headers and msg.headers.get("Status") == "503":
+            self._nobody_listens()
+            return
+        del self._flight[number]
+        try:
+            error = _decode_ack(msg.data).error
+        except msgspec.MsgspecError:
+            error = _Error(description="acknowledgement is not JSON")
+        if error is None:
+            self._accepted()
+        else:
+            # The stream is there and does not want it (full, too large): sending again would change nothing.
+            self._drop(1)
+            self._say("refused", error.description, err_code=error.err_code)
+
+    def _accepted(self) -> None:
+        self._failures = 0
+        self._no_stream_since = None
+        if self._troubles:
+            self._log.info(
+                "events.resumed", after=sorted(self._troubles), dropped_total=self._port.events_dropped
+            )
+            self._troubles.clear()
+
+    @property
+    def _no_stream(self) -> bool:
+        since = self._no_stream_since
+        return since is not None and time.monotonic() - since >= NO_STREAM_GRACE_S
+
+    def _nobody_listens(self) -> None:
+        if self._no_stream_since is None:
+            self._no_stream_since = time.monotonic()
+        self._again()
+        if self._no_stream:
+            self._drop(len(self._backlog))
+            self._backlog.clear()
+            self._hold_off_until = time.monotonic() + PROBE_S
+            self._say(
+                "no_stream", f"stream {self._subjects.stream} does not exist, events are lost: run `cox init`"
+            )
+
+    def _again(self) -> None:
+        """Send everything in flight again, in order, after a pause."""
+        self._take_back()
+        pause_s = BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
+        self._failures += 1
+        self._hold_off_until = time.monotonic() + pause_s
+
+    def _take_back(self) -> None:
+        self._backlog.extendleft(reversed(self._flight.values()))
+        self._flight.clear()
+
+    def _drop(self, count: int) -> None:
+        self._port.events_dropped += count
+
+    def _say(self, trouble: str, hint: str, **fields: Any) -> None:
+        """Log a trouble once, until events are stored again."""
+        if trouble not in self._troubles:
+            self._troubles.add(trouble)
+            self._log.warning(f"events.{trouble}", hint=hint, waiting=self.waiting, **fields)

@@ -1,0 +1,108 @@
+"""How status goes out: frames numbered, stamped, split to fit, and repeated while the engine sleeps.
+
+Pure: structs and a clock's reading in, payloads out. Called by `session.py` and `thread.py`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+
+from coxswain.schemas.commands import encode
+from coxswain.schemas.status import CommandStats, Frame
+
+ROWS: Final = ("tenants", "requests", "gone")
+"""The fields of a frame that grow, and are shared out over its parts."""
+_SLACK: Final = 64
+"""Bytes by which `seq`, `part` and `parts` may grow when they are filled in."""
+
+Rows = dict[str, tuple[Any, ...]]
+
+
+class Frames:
+    """The status of one incarnation on its way out.
+
+    Commands that the bus refused itself are added to the engine's count, so that a frame counts them all.
+    """
+
+    def __init__(self) -> None:
+        self.refused: Counter[str] = Counter()
+        """Commands refused by the bus, by code."""
+        self._seq = 0
+        self._idle: tuple[Frame, float] | None = None
+
+    def outgoing(self, frame: Frame, now: float, limit: int, *, idle: bool) -> list[bytes]:
+        """A frame of the engine as payloads of at most `limit` bytes; an `idle` one is kept to repeat."""
+        self._idle = (frame, now) if idle else None
+        return self._number(frame, now, limit)
+
+    def heartbeat(self, now: float, limit: int) -> list[bytes]:
+        """The idle frame again, as of now; nothing while the engine is awake."""
+        if self._idle is None:
+            return []
+        frame, since = self._idle
+        if frame.leader.age_s is not None:
+            frame = replace(
+                frame, leader=replace(frame.leader, age_s=frame.leader.age_s + max(0.0, now - since))
+            )
+        return self._number(frame, now, limit)
+
+    def forget(self) -> None:
+        """Stop the heartbeat: nobody knows what the engine did since."""
+        self._idle = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is a frame to repeat."""
+        return self._idle is not None
+
+    def answer(self, frame: Frame, now: float) -> Frame:
+        """A frame as the answer to `query status`: as of the last number given."""
+        return self._stamp(frame, now)
+
+    def _number(self, frame: Frame, now: float, limit: int) -> list[bytes]:
+        self._seq += 1
+        return split(self._stamp(frame, now), limit)
+
+    def _stamp(self, frame: Frame, now: float) -> Frame:
+        return replace(
+            frame, seq=self._seq, sent_at=now, part=0, parts=1, commands=self._count(frame.commands)
+        )
+
+    def _count(self, stats: CommandStats) -> CommandStats:
+        if not self.refused:
+            return stats
+        return replace(stats, rejected_total=dict(self.refused + Counter(stats.rejected_total)))
+
+
+def split(frame: Frame, limit: int) -> list[bytes]:
+    """A frame as payloads of at most `limit` bytes: every row in exactly one, everything else in each.
+
+    A single row that is larger than `limit` gets a part of its own, over the limit: rows are never dropped.
+    """
+    whole = encode(frame)
+    if len(whole) <= limit:
+        return [whole]
+    bare = replace(frame, tenants=(), requests=(), gone=())
+    shares = list(_shares(frame, limit - len(encode(bare)) - _SLACK))
+    return [encode(replace(bare, part=part, parts=len(shares), **rows)) for part, rows in enumerate(shares)]
+
+
+def _shares(frame: Frame, room: int) -> Iterator[Rows]:
+    """Rows in order, as many at a time as fit into `room` bytes."""
+    rows = [(field, row, len(encode(row)) + 1) for field in ROWS for row in getattr(frame, field)]
+    share: list[tuple[str, msgspec.Struct]] = []
+    used = 0
+    for field, row, size in rows:
+        if share and used + size > room:
+            yield _gather(share)
+            share, used = [], 0
+        share.append((field, row))
+        used += size
+    yield _gather(share)
+
+
+def _gather(share: Sequence[tuple[str, msgspec.Struct]]) -> Rows:
+    return {field: tuple(row for name, row in share if name == field) for field in ROWS}

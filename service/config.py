@@ -1,0 +1,117 @@
+"""Settings of the engine side, read once from the environment.
+
+Pure: reads a mapping, opens nothing. Called by the scheduler's shell and the launcher; a bad value is refused
+here, in words, before anything starts. How to reach NATS is `schemas/connection.py`.
+"""
+
+import socket
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+import msgspec
+
+from coxswain.schemas.connection import Connection
+from coxswain.schemas.names import MAX_TOKEN_CHARS, NameRefusedError, check_token, sanitise_token
+
+
+class SettingRefusedError(ValueError):
+    """An environment variable has a value that is not allowed; the text names both, and what is allowed."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine side needs to know before it starts."""
+
+    connection: Connection
+    enabled: bool
+    """Whether a NATS address was given; without one the worker serves unsteered."""
+    worker: str
+    """This worker's name in subjects."""
+    status_interval_s: float = 0.05
+    """Least time between status frames while anything changes."""
+    full_interval_s: float = 1.0
+    """Time between full frames, and between heartbeats of an idle engine."""
+    head: int = 64
+    """How many waiting requests a frame lists."""
+    leader_lease_s: float = 5.0
+    """A leader silent for longer has lost its holds."""
+
+    @classmethod
+    def from_env(
+        cls,
+        env: Mapping[str, str],
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        hostname: str | None = None,
+    ) -> "Settings":
+        """Read the connection and `COX_WORKER`, `_STATUS_INTERVAL_S`, `_STATUS_HEAD`, `_LEADER_LEASE_S`.
+
+        Args:
+            env: the environment.
+            dp_rank: this engine's data-parallel rank, from 0; part of the name when `dp_size` is over 1.
+            dp_size: how many engines share the deployment.
+            hostname: names the worker when `COX_WORKER` is not set; this machine's by default.
+
+        Raises:
+            SettingRefusedError: for the first value that is not allowed.
+        """
+        return cls(
+            connection=_connection(env),
+            enabled=bool(env.get("COX_NATS_URL", "").strip(" ,")),
+            worker=_worker(env, dp_rank, dp_size, hostname),
+            status_interval_s=_number(env, "COX_STATUS_INTERVAL_S", 0.05, 0.01, 10.0),
+            head=int(_number(env, "COX_STATUS_HEAD", 64, 0, 10_000, whole=True)),
+            leader_lease_s=_number(env, "COX_LEADER_LEASE_S", 5.0, 0.5, 3_600.0),
+        )
+
+
+def _connection(env: Mapping[str, str]) -> Connection:
+    try:
+        connection = Connection.from_env(env)
+    except NameRefusedError as error:
+        raise SettingRefusedError(f"COX_FLEET: {error}") from error
+    for position, url in enumerate(connection.urls, 1):
+        try:
+            _ = urlsplit(url if "://" in url else f"nats://{url}").port
+        except ValueError as error:
+            # Not the URL itself: it may hold a password.
+            raise SettingRefusedError(
+                f"COX_NATS_URL: address {position} of {len(connection.urls)} is not an address ({error}): "
+                "use nats://host:port, several separated by commas",
+            ) from error
+    return connection
+
+
+def _worker(env: Mapping[str, str], dp_rank: int, dp_size: int, hostname: str | None) -> str:
+    suffix = f"-dp{dp_rank}" if dp_size > 1 else ""
+    given = env.get("COX_WORKER")
+    if not given:
+        # A host may be called anything: make a token of it, with room for the suffix.
+        host = sanitise_token(socket.gethostname() if hostname is None else hostname)
+        given = host[: MAX_TOKEN_CHARS - len(suffix)] or "worker"
+    try:
+        return check_token("worker", check_token("worker", given) + suffix)
+    except NameRefusedError as error:
+        raise SettingRefusedError(f"COX_WORKER: {error}") from error
+
+
+def _number(
+    env: Mapping[str, str],
+    name: str,
+    default: float,
+    least: float,
+    most: float,
+    *,
+    whole: bool = False,
+) -> float:
+    text = env.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        value = float("nan")  # in no range
+    if not least <= value <= most:
+        kind = "a whole number" if whole else "a number"
+        raise SettingRefusedError(f"{name} is {text!r}: {kind} from {least:g} to {most:g} is allowed")
+    return value

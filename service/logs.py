@@ -1,0 +1,64 @@
+"""Logs of the engine side: structured events on stderr, one line each.
+
+Names of events are `noun.what_happened` ("nats.connected"); everything else is a field. The logger is our
+own: neither structlog's global settings nor the standard library's logging are touched, since both belong to
+the program that we are a guest of.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Final, TextIO
+
+import structlog
+
+REDACTED: Final = "[redacted]"
+_SECRET: Final = re.compile(
+    r"pass(word|wd|phrase)?$|secret|seed|token$|creds|credential|api_?key|jwt|authorization", re.IGNORECASE
+)
+_USERINFO: Final = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Blank texts whose key looks secret, and the user and password of any address in the others."""
+    for key, value in event.items():
+        if isinstance(value, str | bytes):
+            text = value if isinstance(value, str) else value.decode(errors="replace")
+            event[key] = REDACTED if _SECRET.search(key) else _USERINFO.sub(REDACTED, text)
+    return event
+
+
+def get_logger(stream: TextIO | None = None, env: Mapping[str, str] | None = None, **fields: Any) -> Any:
+    """A logger with `fields` on every line: `log.info("nats.connected", server=…)`.
+
+    JSON when the stream is no terminal or `COX_LOG` is `json`; `key=value` on a terminal or if it is `text`.
+
+    Args:
+        stream: where lines go; stderr by default.
+        env: the environment; this process's by default.
+        fields: bound to every line.
+    """
+    stream = sys.stderr if stream is None else stream
+    wanted = (os.environ if env is None else env).get("COX_LOG")
+    as_json = wanted == "json" or (wanted != "text" and not stream.isatty())
+    renderer: Any = (
+        structlog.processors.JSONRenderer(default=str)
+        if as_json
+        else structlog.processors.KeyValueRenderer(
+            key_order=["timestamp", "level", "event"], repr_native_str=False
+        )
+    )
+    return structlog.wrap_logger(
+        structlog.WriteLogger(stream),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            redact,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger("info"),
+        cache_logger_on_first_use=True,
+        **fields,
+    )
