@@ -1,0 +1,79 @@
+# Everything a checkout can do, with nothing but Python 3.11 or newer and make. `make` alone lists it.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where torch's CPU build comes from when the package sources that pip is configured with lack it.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+LOCKS := $(addprefix requirements/,cpu.lock torch.lock dev.lock)
+
+ifdef DEMO_REPORT
+export DEMO_REPORT
+endif
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check lint format schema drift links wheel lock clean
+
+help: ## list all targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_INDEX=$(TORCH_INDEX)"
+	@echo "             DEMO_REPORT=file for demo, TESTS=paths and ARGS=options for test"
+
+install: $(INSTALLED) ## make .venv from the pinned locks (once; again when they change)
+
+$(INSTALLED): $(LOCKS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Coxswain needs Python 3.11 or newer, and '$(PYTHON)' is not: name one, as in make PYTHON=python3.12" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --no-deps -r requirements/torch.lock 2>/dev/null || { \
+		echo "torch's CPU build is not in pip's own sources, taking it from $(TORCH_INDEX)"; \
+		$(PIP) install --quiet --no-deps --index-url $(TORCH_INDEX) -r requirements/torch.lock; }
+	$(PIP) install --quiet --no-deps -r requirements/cpu.lock -r requirements/dev.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || \
+		echo "vLLM on a CPU needs libnuma, which is not here: install it (Debian, Ubuntu: apt-get install libnuma1)" >&2
+	@touch $@
+
+demo: install ## see a running engine being steered, under 4 minutes; DEMO_REPORT=file writes JSON
+	@$(BIN)/cox demo
+
+test: install ## the whole test suite; TESTS=tests/unit for a part, ARGS=-x for pytest
+	$(BIN)/pytest $(TESTS) $(ARGS)
+
+check: lint drift links wheel test ## what CI runs: everything below down to wheel, then the tests
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy scripts
+
+drift: install ## docs/schema.json is what schemas/ says
+	$(BIN)/python scripts/schema.py
+
+links: install ## links and paths in the documents resolve
+	$(BIN)/python scripts/doc_links.py
+
+wheel: install ## the built wheel holds coxswain alone, and controls without vLLM
+	$(BIN)/python scripts/wheel_check.py
+
+format: install ## let ruff format the code and sort its imports
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+schema: install ## renew docs/schema.json after a change of schemas/
+	$(BIN)/python scripts/schema.py --write
+
+lock: install ## resolve anew and pin what pip finds, in requirements/
+	$(BIN)/python scripts/lock.py --torch-index $(TORCH_INDEX)
+
+clean: ## remove what tools and builds left behind (.venv stays)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
