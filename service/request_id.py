@@ -1,46 +1,162 @@
 """Identity in a request id: how tenant and class travel from the HTTP edge to the scheduler.
 
-vLLM hands the scheduler nothing of a request but its id, so the id carries who asks. The middleware makes it
-and signs it; the scheduler believes only a signed one, so no client can name another tenant, with or
-without the middleware in place. Shape: `cox.<tenant, percent-encoded>.<class>.<ULID>.<signature>`.
+vLLM hands the scheduler nothing of a request but its id, so the id carries who asks. The edge makes it and
+signs it; the scheduler believes only a signed one, so no client can name another tenant, with or without the
+edge in place. Shape: `cox.<tenant, percent-encoded>.<class or nothing>.<ULID>.<signature>`.
+
+Pure text work, no I/O. Called by `edge.py` and `edge_hook.py` (make, insert) and by the scheduler (parse,
+normalise).
 """
 
-import hashlib
 import hmac
 import re
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote
 
 MARK: Final = "cox."
-_ID = re.compile(
-    r"cox\.([A-Za-z0-9_~%-]{1,384})\.([a-z0-9_-]{1,64})\.([0-9A-HJKMNP-TV-Z]{26})\.([0-9a-f]{16})"
+MAX_CHARS: Final = 512
+"""Longest public id; a signed one has at most 497 characters, a client's own is cut."""
+KEY_VARIABLE: Final = "COX_IDENTITY_KEY"
+"""Environment variable with the signing key in hexadecimal, the same in every process of a deployment."""
+MIN_KEY_BYTES: Final = 16
+
+_SIGNED = re.compile(
+    # The end is checked too: a signature with more letters behind it is somebody's alteration.
+    r"(cox\.([A-Za-z0-9_~%-]{1,384})\.([a-z0-9_-]{0,64})\.[0-9A-HJKMNP-TV-Z]{26})\.([0-9a-f]{16})(?![0-9A-Za-z.])",
 )
+# What vLLM 0.32 puts around the id that a client sent (or its own uuid):
+#   [<child>_]chatcmpl-<id>[_<prompt>][-<8 hex>]      [<child>_]cmpl-<id>-<prompt>[-<8 hex>]
+#   [<child>_]resp_<id>_<turn>[-<8 hex>]              [<child>_]generate-tokens-<id>[-<8 hex>]
+#   beam search: <any of these without suffix>-<uuid>-beam-<i>[-<8 hex>]
+_PREFIX: Final = ("chatcmpl-", "cmpl-", "resp_", "generate-tokens-")
+_PREFIXES = re.compile(r"\A(?:chatcmpl-|cmpl-|resp_|generate-tokens-)+")
+_CHILD = re.compile(r"\d+_(?=chatcmpl-|cmpl-|resp_|generate-tokens-)")
+_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
+_BEAM = re.compile(r"-[0-9a-f]{32}-beam-\d+\Z")
+_PROMPT = re.compile(r"-\d+\Z")
+_TURN = re.compile(r"_\d+\Z")
+# A chat's `_<prompt>` looks like the end of a client's own id (`job_7`): cut it only behind vLLM's uuid.
+_UUID_PROMPT = re.compile(r"(?<=[0-9a-f]{32})_\d+\Z")
 
 
 class Identity(NamedTuple):
-    """Who asks, for what class, and the public id of the request."""
+    """Who asks, for what class (empty: none named), and the public id of the request."""
 
     tenant: str
     class_: str
     request: str
 
 
+class Parsed(NamedTuple):
+    """What an internal id says: the public id that commands take, and who asks if that is proven."""
+
+    request: str
+    identity: Identity | None
+
+
+def read_key(env: Mapping[str, str]) -> bytes | None:
+    """The signing key of this process, or None if its environment has none (see `plugin.py`).
+
+    Raises:
+        ValueError: if it is not at least 32 hexadecimal digits.
+    """
+    text = env.get(KEY_VARIABLE, "").strip()
+    if not text:
+        return None
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) < MIN_KEY_BYTES:
+        # Not the text itself: it may be most of a real key.
+        raise ValueError(
+            f"{KEY_VARIABLE} is not allowed: at least {2 * MIN_KEY_BYTES} hexadecimal digits are needed, "
+            "as `openssl rand -hex 32` prints them",
+        )
+    return key
+
+
 def _sign(key: bytes, text: str) -> str:
-    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:16]
+    # 64 bits: a forger has one try per HTTP request, and every try is a request that he pays for.
+    return hmac.digest(key, text.encode(), "sha256")[:8].hex()
 
 
 def make(key: bytes, tenant: str, class_: str, ulid: str) -> str:
-    """The public request id for a request of `tenant` in `class_` (both already checked)."""
+    """The public id for a request of `tenant` in `class_` (both already checked; the class may be empty)."""
     text = f"{MARK}{quote(tenant, safe='').replace('.', '%2E')}.{class_}.{ulid}"
     return f"{text}.{_sign(key, text)}"
 
 
 def find(key: bytes, text: str) -> Identity | None:
-    """The identity inside any longer id (`chatcmpl-cox.…-0-1a2b3c4d`); None if none or forged."""
-    match = _ID.search(text)
+    """The identity inside any longer id (`chatcmpl-cox.…-1a2b3c4d`), or None (none there, or forged)."""
+    return parse(key, text).identity
+
+
+def parse(key: bytes | None, internal_id: str) -> Parsed:
+    """Turn vLLM's internal request id into the public id and the identity.
+
+    Never raises, whatever the text. Without a key nothing is proven and every identity is None. Only the last
+    mark counts: text that a client chose (a body's `request_id`) can only stand before it.
+
+    Args:
+        key: the signing key, or None if this process has none.
+        internal_id: the id as the scheduler sees it.
+    """
+    match = _last_mark(internal_id)
     if match is None:
-        return None
-    public, tenant, class_ = match[0], match[1], match[2]
-    if not hmac.compare_digest(_sign(key, public.rpartition(".")[0]), match[4]):
-        return None
-    return Identity(unquote(tenant), class_, public)
+        return Parsed(normalise(_strip(internal_id)), None)
+    text, tenant, class_, signature = match.groups()
+    public = match[0]
+    # Compared as bytes of ASCII text, in constant time.
+    if key is None or not hmac.compare_digest(_sign(key, text), signature):
+        return Parsed(public, None)
+    return Parsed(public, Identity(unquote(tenant) if "%" in tenant else tenant, class_, public))
+
+
+def normalise(text: str) -> str:
+    """The public id that a command means by `text`: that id itself, or the `id` in a response's body.
+
+    `parse(…).request` is always normal, so that the two can be compared; normalising twice changes nothing.
+    """
+    match = _last_mark(text)
+    if match is not None:
+        return match[0]
+    if text.startswith(_PREFIX):
+        text = _PREFIXES.sub("", text, count=1)
+    if not (text.isascii() and text.isprintable()):
+        text = text.encode("ascii", "backslashreplace").decode()
+        text = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+    if len(text) <= MAX_CHARS:
+        return text
+    # A cut may bare a mark that more letters hid: look once more, so that the answer is a fixed point.
+    return normalise(text[:MAX_CHARS])
+
+
+def insert(internal_id: str, public: str) -> str:
+    """Put a signed id into an internal id that lacks it, before vLLM's random suffix."""
+    suffix = _SUFFIX.search(internal_id)
+    cut = suffix.start() if suffix else len(internal_id)
+    return f"{internal_id[:cut]}-{public}{internal_id[cut:]}"
+
+
+def _last_mark(text: str) -> re.Match[str] | None:
+    # The mark cannot occur inside a signed id (a tenant's dots are %2E), so the last one starts the last id.
+    at = text.rfind(MARK)
+    return None if at < 0 else _SIGNED.match(text, at)
+
+
+def _strip(internal_id: str) -> str:
+    """Take vLLM's own additions off an unsigned id, as far as they can be told from the client's text."""
+    text = _CHILD.sub("", internal_id, count=1) if internal_id[:1].isdigit() else internal_id
+    text = _SUFFIX.sub("", text)
+    beam = _BEAM.search(text)
+    if beam:
+        text = text[: beam.start()]
+    if text.startswith("cmpl-"):
+        return _PROMPT.sub("", text)
+    if text.startswith("resp_"):
+        return _TURN.sub("", text)
+    if text.startswith("chatcmpl-"):
+        return _UUID_PROMPT.sub("", text)
+    return text
