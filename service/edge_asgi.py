@@ -1,0 +1,102 @@
+"""The HTTP edge as ASGI middleware: carries `edge.py`'s decisions out, decides nothing itself.
+
+Outermost in vLLM's server (see `identity.py`). It touches headers only, never bodies, so streaming is
+unaffected.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from typing import Any, Final
+
+import msgspec
+from ulid import ULID
+
+from coxswain.service.edge import (
+    CLIENT_ID_HEADER,
+    ID_HEADER,
+    Edge,
+    Headers,
+    Refusal,
+    RefusedRequestError,
+    Ticket,
+    client_id,
+)
+from coxswain.service.keys import Keyring
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+ticket: Final[ContextVar[Ticket | None]] = ContextVar("coxswain_ticket", default=None)
+"""The request being handled; tasks that it starts (streams, background responses) inherit it."""
+
+
+class EdgeMiddleware:
+    """Authenticate, name and bound every request before vLLM sees it.
+
+    Args:
+        app: what comes next.
+        edge: the decisions.
+        keyring: the keys that `edge` uses, to be kept fresh, or None.
+    """
+
+    def __init__(self, app: App, edge: Edge, keyring: Keyring | None = None) -> None:
+        self._app = app
+        self._edge = edge
+        self._keyring = keyring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection; anything but HTTP and websockets passes untouched."""
+        kind = scope["type"]
+        if kind not in ("http", "websocket"):
+            return await self._app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self._edge.is_open(scope.get("method", "GET"), path):
+            return await self._app(scope, receive, send)
+        if self._keyring is not None:
+            self._keyring.refresh(time.monotonic())
+        ulid = str(ULID())
+        own_id = client_id(scope["headers"])
+        peer = scope.get("client")
+        try:
+            admitted = self._edge.admit(scope["headers"], path, peer[0] if peer else None, ulid)
+        except RefusedRequestError as error:
+            if kind == "websocket":
+                # Closing before accepting is how ASGI refuses a websocket: the client sees 403.
+                return await send({"type": "websocket.close", "code": 1008})
+            return await _refuse(_naming(send, self._edge.anonymous_id(ulid), own_id), error.refusal)
+        token = ticket.set(admitted.ticket)
+        try:
+            # A copy: servers log and reuse the scope that they made.
+            inner = {**scope, "headers": admitted.headers}
+            return await self._app(inner, receive, _naming(send, admitted.ticket.request, own_id))
+        finally:
+            ticket.reset(token)
+
+
+def _naming(send: Send, request: str, own_id: bytes | None) -> Send:
+    """Add the public id, and the client's own, to the head of the response."""
+    added: Headers = [(ID_HEADER, request.encode())]
+    if own_id is not None:
+        added.append((CLIENT_ID_HEADER, own_id))
+
+    async def send_named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            kept = [header for header in message.get("headers", ()) if header[0].lower() != ID_HEADER]
+            message = {**message, "headers": kept + added}
+        await send(message)
+
+    return send_named
+
+
+async def _refuse(send: Send, refusal: Refusal) -> None:
+    error = {"message": refusal.message, "type": refusal.kind, "param": None, "code": refusal.status}
+    body = msgspec.json.encode({"error": error})
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

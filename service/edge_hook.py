@@ -1,0 +1,54 @@
+"""The edge's one hold on vLLM's inside: the last word on a request's id and priority.
+
+Headers are not enough: `/v1/responses` and others ignore X-Request-Id, and a body may name its own
+priority. vLLM gives every request its internal id in `InputProcessor.assign_request_id`
+(v1/engine/input_processor.py, 0.26 to 0.33), in the task of the HTTP request, so the ticket is visible
+there. Called by `identity.py`, in the API server.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from coxswain.service import request_id
+from coxswain.service.edge import Ticket
+from coxswain.service.edge_asgi import ticket
+
+
+def apply(request: Any, held: Ticket) -> None:
+    """Bound the priority of vLLM's `EngineCoreRequest`; put the signed id into its internal id.
+
+    The external id stays what vLLM had: that one is the client's, and vLLM's own maps use it.
+    """
+    request.priority = min(max(request.priority, held.priority_min), held.priority_max)
+    # Exactly this id, and as the last mark: another one would be somebody else's, sent along in a body.
+    if request_id.normalise(request.request_id) != held.request:
+        request.request_id = request_id.insert(request.request_id, held.request)
+
+
+def install() -> None:
+    """Wrap `assign_request_id`, once however often it is called.
+
+    Raises:
+        RuntimeError: if this vLLM has no such function: tenants would not be told apart.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    inner: Callable[[Any], None] | None = getattr(InputProcessor, "assign_request_id", None)
+    if inner is None:
+        raise RuntimeError(
+            "this vLLM has no InputProcessor.assign_request_id: use a version that Coxswain supports"
+        )
+    if getattr(inner, "is_coxswain", False):
+        return
+    assign = inner
+
+    @functools.wraps(assign)
+    def assign_request_id(request: Any) -> None:
+        assign(request)
+        held = ticket.get()
+        if held is not None:
+            apply(request, held)
+
+    assign_request_id.is_coxswain = True  # type: ignore[attr-defined]
+    InputProcessor.assign_request_id = staticmethod(assign_request_id)

@@ -1,0 +1,30 @@
+"""What vLLM is told to use: `--middleware coxswain.service.identity.Identity`.
+
+Importing this module reads the environment and hooks vLLM, on purpose: vLLM imports it before the server
+listens, so a wrong setting stops the start with its reason instead of failing every request. Nothing else
+imports it; the parts are `edge.py` (decisions), `edge_asgi.py` (ASGI) and `edge_hook.py` (vLLM).
+"""
+
+import os
+from typing import Final
+
+from coxswain.service import edge_hook
+from coxswain.service.edge import Edge, EdgeSettings
+from coxswain.service.edge_asgi import App, EdgeMiddleware
+from coxswain.service.keys import Keyring
+
+_SETTINGS: Final = EdgeSettings.from_env(os.environ)
+_KEYRING: Final = Keyring(_SETTINGS.keys) if _SETTINGS.keys else None
+
+edge_hook.install()
+
+
+class Identity(EdgeMiddleware):
+    """The middleware as vLLM constructs it: settings from the environment.
+
+    Args:
+        app: what comes next.
+    """
+
+    def __init__(self, app: App) -> None:
+        super().__init__(app, Edge(_SETTINGS, _KEYRING), _KEYRING)
