@@ -8,6 +8,7 @@ every call returns at once, and a full queue says so.
 from collections import deque
 from collections.abc import Callable
 from math import inf
+from time import monotonic
 from typing import Any, NamedTuple
 
 from coxswain.schemas.commands import Command, Reply
@@ -98,8 +99,8 @@ class Port:
         self._set_alarm: Callable[[], None] = _nobody
         self._bus_told = False
         # Written by the engine, read by the bus.
-        self.wake_at: float | None = None
-        """When the engine wants to be woken though nothing arrives (Unix s); set it with `wake_later`."""
+        self.wake_at = inf
+        """When the engine wants to be woken though nothing arrives (monotonic s); set it with `wake_later`."""
         self.step = 0
         self.closing = False
         self.inbound_high = 0
@@ -109,7 +110,7 @@ class Port:
         self.events_dropped = 0
         """Events that the bus could not deliver; the engine adds those that it could not queue."""
         self.alarm_at = inf
-        """What the bus's timer is set to (Unix s)."""
+        """What the bus's timer is set to (monotonic s)."""
 
     # The engine's side
 
@@ -142,14 +143,15 @@ class Port:
             self._bus_told = True
             self._wake_bus()
 
-    def wake_later(self, at: float | None) -> None:
-        """Ask to be woken at `at` (Unix s), as at a lease's end. It replaces the last wish, None ends it.
+    def wake_later(self, delay_s: float | None) -> None:
+        """Ask to be woken in `delay_s`, as at a lease's end. It replaces the last wish, None ends it.
 
         Works without NATS. Each wish is granted once: whoever still waits for something asks again when
         woken. Only a time earlier than its timer's disturbs the bus; a later one it finds when that rings.
         """
-        self.wake_at = at  # before the comparison: `ring` reads in the other order, so one of the two sees it
-        if at is not None and at < self.alarm_at:
+        # Before the comparison: the bus reads in the other order, so one of the two sees what the other did.
+        self.wake_at = inf if delay_s is None else monotonic() + delay_s
+        if self.wake_at < self.alarm_at:
             self._set_alarm()
 
     # The bus's side

@@ -8,9 +8,9 @@ from typing import Final
 
 import msgspec
 
-from coxswain.schemas.commands import MAX_AHEAD_S, NOT_BUILT, Command, Configure, Preempt, Rank, Reply, decode
+from coxswain.schemas.commands import MAX_AHEAD_S, NOT_BUILT, Command, Preempt, Rank, Reply, decode
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, Code, RefusedError
-from coxswain.schemas.names import ALL, NameRefusedError, check_tenant
+from coxswain.schemas.names import ALL
 from coxswain.schemas.policy import Lead
 from coxswain.schemas.status import QueueQuery, RequestQuery
 from coxswain.schemas.subjects import CONTROLLER, QUERIES, ROLES, CommandSubject
@@ -57,8 +57,6 @@ def command(subject: CommandSubject, payload: bytes, now: float) -> tuple[Comman
             )
         if isinstance(asked, Preempt) and asked.lease_s is None:
             raise RefusedError(Code.MALFORMED, "lease_s is missing: a controller's holds end by themselves")
-    if isinstance(asked, Rank | Configure):
-        _check_tenants(asked)
     if isinstance(asked, Rank) and subject.worker == ALL:
         raise RefusedError(
             Code.MALFORMED, "rank is for one worker, never for all: bases differ between workers"
@@ -162,12 +160,3 @@ def _check_deadline(role: str, asked: Command, now: float) -> None:
         )
     if ahead_s < 0:
         raise RefusedError(Code.EXPIRED, f"expires_at passed {-ahead_s:.3f} s ago by this worker's clock")
-
-
-def _check_tenants(asked: Rank | Configure) -> None:
-    # The schema bounds characters; the contract bounds bytes.
-    for name in asked.tenants:
-        try:
-            check_tenant(name)
-        except NameRefusedError as error:
-            raise RefusedError(Code.MALFORMED, f"tenants: {error}") from error

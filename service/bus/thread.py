@@ -30,8 +30,6 @@ from coxswain.service.port import AnswerOut, EventOut, FrameOut, Port, ReplyOut
 
 BACKOFF_S: Final = (0.1, 5.0)
 """First and longest pause between connections; doubled each time, and jittered against herds."""
-RECHECK_S: Final = 1.0
-"""While an alarm is set, how often it is compared with the clock, which somebody may have set forward."""
 
 
 class Bus:
@@ -146,15 +144,15 @@ class Bus:
             self._alarm = None
         self._port.alarm_at = inf
         at = self._port.wake_at
-        if at is None:
+        if at == inf:
             return
-        delay_s = at - time.time()
+        delay_s = at - time.monotonic()
         if delay_s <= 0:
             self._port.wake_engine()
             return
         self._port.alarm_at = at
         # A millisecond late rather than early: uvloop's timers count in milliseconds.
-        self._alarm = self._loop.call_later(min(delay_s, RECHECK_S) + 0.001, self._ring)
+        self._alarm = self._loop.call_later(delay_s + 0.001, self._ring)
 
     # From the port to NATS
 

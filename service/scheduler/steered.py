@@ -328,7 +328,7 @@ class SteeredScheduler(AsyncScheduler):  # type: ignore[misc]
                 due = min(due, self._frame_at)
         if self.port.pending():
             due = now
-        self.port.wake_later(None if due == float("inf") else due)
+        self.port.wake_later(None if due == float("inf") else due - now)
         self.port.flush()
 
     def _publish(self, now: float, *, idle: bool) -> None:
