@@ -84,7 +84,8 @@ class Table(Generic[Row]):
         except (ValueError, msgspec.MsgspecError) as error:
             raise RowError(f"row {name!r} was not stored: {error}") from error
         with _explained(self.bucket):
-            return await (await self._bucket()).put(key, payload)
+            revision: int = await (await self._bucket()).put(key, payload)
+            return revision
 
     async def delete(self, name: str) -> bool:
         """Remove a row; False if there was none."""
@@ -94,7 +95,8 @@ class Table(Generic[Row]):
                 entry = await bucket.get(self._key_of(name))
             except nats.js.errors.KeyNotFoundError:
                 return False
-            return await bucket.delete(self._key_of(name), last=entry.revision)
+            await bucket.delete(self._key_of(name), last=entry.revision)
+            return True
 
     async def watch(self, rows: Rows[Row] | None = None) -> AsyncGenerator[Rows[Row], None]:
         """The whole table once it was read, and again after every change, for ever.

@@ -1,0 +1,247 @@
+"""The controller as a process: a connection, a lease, two tables, status in, commands out.
+
+Only wiring lives here: what to send is the core's business, who may send it the lease's.
+Called by `cox controller`.
+"""
+
+import asyncio
+import random
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any, Final, Generic
+
+import msgspec
+import nats.errors
+from nats.aio.msg import Msg
+from ulid import ULID
+
+from coxswain.control.client import Client
+from coxswain.control.core import Answer, Beat, ControlCore, Inputs, Send
+from coxswain.control.errors import ControlError, NotSetUpError, UnreachableError
+from coxswain.control.lease import Lease
+from coxswain.control.logs import Seldom, log
+from coxswain.control.policy import Policy
+from coxswain.control.rows import Row, Rows
+from coxswain.control.tables import Table
+from coxswain.schemas.commands import encode
+from coxswain.schemas.connection import Connection
+from coxswain.schemas.errors import RefusedError
+from coxswain.schemas.names import sanitise_token
+from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy
+from coxswain.schemas.status import Frame, decode_frame
+from coxswain.schemas.subjects import CONTROLLER
+
+MAX_FRAMES: Final = 8_192
+"""Frames that wait for a step; older ones give way, and the next full frame repairs it."""
+MAX_IN_FLIGHT: Final = 1_024
+"""Commands that wait for an answer, over all workers."""
+JETSTREAM_TIMEOUT_S: Final = 1.0
+SET_UP_RETRY_S: Final = 2.0
+
+
+class Slot(Generic[Row]):
+    """A table as last read; None until it was read once."""
+
+    rows: Rows[Row] | None = None
+
+
+class Controller:
+    """One controller process: it leads when it holds the lease, and stands by, watching, when it does not.
+
+    Args:
+        connection: where NATS is and which fleet.
+        policy: what order should rule.
+        cadence_s: time between two steps.
+        name: shown in heartbeats and the lease; made from the host's name if empty.
+    """
+
+    def __init__(
+        self, connection: Connection, policy: Policy, *, cadence_s: float = 0.05, name: str = ""
+    ) -> None:
+        self.name = (
+            name or f"{sanitise_token(socket.gethostname()) or 'controller'}-{str(ULID())[-6:].lower()}"
+        )
+        self.core = ControlCore(policy, self.name, lambda: str(ULID()), cadence_s=cadence_s)
+        self.lease: Lease | None = None
+        self.stopping = asyncio.Event()
+        self._connection = connection
+        self._cadence_s = cadence_s
+        self._frames: deque[Frame] = deque(maxlen=MAX_FRAMES)
+        self._answers: list[Answer] = []
+        self._classes = Slot[ClassPolicy]()
+        self._tenants = Slot[TenantPolicy]()
+        self._sending: set[asyncio.Task[None]] = set()
+        self._closed = self._back = False
+        self._seldom = Seldom()
+
+    async def run(self) -> None:
+        """Control the fleet until `stopping` is set, through every loss of NATS."""
+        log.info(
+            "controller started", name=self.name, policy=self.core.policy.name, fleet=self._connection.fleet
+        )
+        while not self.stopping.is_set():
+            self._closed = self._back = False
+            try:
+                client = await Client.connect(self._connection, name=self.name, notice=self._noticed)
+            except UnreachableError as error:
+                if self._seldom.may("unreachable"):
+                    log.warning("waiting for NATS", reason=str(error))
+                await self._pause(random.uniform(0.2, 1.0))  # noqa: S311
+                continue
+            async with client:
+                await self._session(client)
+        log.info("controller stopped", name=self.name)
+
+    async def _session(self, client: Client) -> None:
+        """Work over one connection until it is closed for good or we are to stop."""
+        log.info("connected to NATS", urls=self._connection.urls)
+        client.js = client.nc.jetstream(timeout=JETSTREAM_TIMEOUT_S)
+        holder = LeaseHolder(controller=self.name, policy=self.core.policy.name, since=time.time())
+        self.lease = lease = Lease(client.js, client.subjects, holder)
+        await client.nc.subscribe(client.subjects.status_all, cb=self._heard)
+        async with _background(lease.run()):
+            try:
+                while not self._ended:
+                    await self._watch_and_step(client, lease)
+            finally:
+                lease.stop()
+        await lease.give_back()
+        for task in list(self._sending):
+            task.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
+
+    async def _watch_and_step(self, client: Client, lease: Lease) -> None:
+        """Step at our cadence until the end, or until NATS was lost and is back: watches begin anew then."""
+        self._back = False
+        follows = self._follow(client.classes, self._classes), self._follow(client.tenants, self._tenants)
+        async with _background(*follows):
+            while not self._ended and not self._back:
+                await self._step(client, lease)
+                await self._pause(self._cadence_s)
+
+    @property
+    def _ended(self) -> bool:
+        return self._closed or self.stopping.is_set()
+
+    async def _step(self, client: Client, lease: Lease) -> None:
+        frames, answers = list(self._frames), self._answers
+        self._frames.clear()
+        self._answers = []
+        inputs = Inputs(
+            frames=frames,
+            classes=self._classes.rows.good if self._classes.rows else None,
+            tenants=self._tenants.rows.good if self._tenants.rows else None,
+            epoch=lease.epoch,
+            answers=answers,
+        )
+        for outgoing in self.core.step(time.time(), inputs):
+            if isinstance(outgoing, Send):
+                self._start(client, outgoing)
+            else:
+                await self._beat(client, outgoing)
+        if self.core.superseded_by is not None:
+            lease.step_down(f"a worker obeys the later epoch {self.core.superseded_by}")
+        for worker, incarnation in self.core.fleet.rivals.items():
+            if self._seldom.may("rival", worker):
+                log.warning(
+                    "two workers share a name: give each its own COX_WORKER",
+                    worker=worker,
+                    second=incarnation,
+                )
+        self.core.fleet.rivals.clear()
+
+    async def _beat(self, client: Client, beat: Beat) -> None:
+        # Lost on the way or not sent at all: the next one comes in half a second.
+        with suppress(nats.errors.Error):
+            await client.nc.publish(client.subjects.lead, encode(beat.lead))
+
+    def _start(self, client: Client, send: Send) -> None:
+        if len(self._sending) >= MAX_IN_FLIGHT:
+            self._answers.append(Answer(send.worker, send.verb, ok=False))
+            return
+        task = asyncio.create_task(self._send(client, send))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _send(self, client: Client, send: Send) -> None:
+        ok, code, why = False, None, ""
+        try:
+            (reply,) = await client.command(send.worker, send.verb, send.command, role=CONTROLLER)
+            ok, code, why = reply.outcome != "rejected", reply.code, reply.error or ""
+        except (ControlError, RefusedError) as error:
+            why = str(error)
+        self._answers.append(Answer(send.worker, send.verb, ok=ok))
+        if not ok and self._seldom.may(send.worker, send.verb, code):
+            log.warning("command not accepted", worker=send.worker, verb=send.verb, code=code, reason=why)
+
+    async def _follow(self, table: Table[Row], slot: Slot[Row]) -> None:
+        """Keep one table as it is in KV; a new watch after each reconnection (nats-py's own takes 17 s)."""
+        while not self._ended:
+            try:
+                async with aclosing(table.watch(slot.rows)) as snapshots:
+                    async for rows in snapshots:
+                        slot.rows = rows
+                        self._tell_refused(table.bucket, rows)
+            except NotSetUpError as error:
+                if self._seldom.may("set up", table.bucket):
+                    log.error("not set up", reason=str(error))
+            except UnreachableError as error:
+                if self._seldom.may("table", table.bucket):
+                    log.warning("table not read", reason=str(error))
+            await self._pause(SET_UP_RETRY_S * random.uniform(0.5, 1.0))  # noqa: S311
+
+    def _tell_refused(self, bucket: str, rows: Rows[Any]) -> None:
+        for name, reason in rows.refused.items():
+            if self._seldom.may("row", bucket, name, reason):
+                log.warning("table row refused", bucket=bucket, row=name, reason=reason)
+
+    async def _heard(self, message: Msg) -> None:
+        try:
+            self._frames.append(decode_frame(message.data))
+        except msgspec.MsgspecError as error:
+            if self._seldom.may("frame", message.subject):
+                log.warning("status not understood", subject=message.subject, reason=str(error))
+
+    def _noticed(self, what: str) -> None:
+        if what == "back":
+            self._back = True
+            log.info("NATS is back")
+        elif what == "lost":
+            log.warning("NATS is lost; commands wait, workers go on by themselves")
+        elif what == "closed":
+            self._closed = True
+        elif self._seldom.may("nats", what):
+            log.warning("NATS", error=what)
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), seconds)
+
+
+@asynccontextmanager
+async def _background(*work: Any) -> AsyncGenerator[None, None]:
+    """Run coroutines beside a block and end them with it; if one of them fails, so does the block."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one) for one in work]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+async def run(connection: Connection, policy: Policy, *, cadence_s: float = 0.05, name: str = "") -> None:
+    """Run a controller until SIGINT or SIGTERM; it gives its lease back before it returns."""
+    controller = Controller(connection, policy, cadence_s=cadence_s, name=name)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, controller.stopping.set)
+    try:
+        await controller.run()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,157 @@
+"""Who leads: a lease in JetStream KV, held by one controller at a time. The shell around one key.
+
+The bucket forgets the key 3 s after its last renewal; the holder renews it every second and steps down by its
+own clock before that. The epoch (bucket created at, revision of the create) grows with every new holder, and
+workers refuse lower ones: that, and not the clock, is what makes a second leader harmless.
+Called by `daemon`, which asks `epoch` at every step.
+"""
+
+import asyncio
+import random
+import time
+from typing import Final
+
+import msgspec
+import nats.errors
+import nats.js.errors
+from nats.js import JetStreamContext
+from nats.js.kv import KeyValue
+
+from coxswain.control.logs import Seldom, log
+from coxswain.control.tables import LEASE_TTL_S
+from coxswain.schemas.policy import Epoch, LeaseHolder
+from coxswain.schemas.subjects import Subjects
+
+KEY: Final = "leader"
+RENEW_S: Final = 1.0
+RETRY_S: Final = 0.25
+MARGIN_S: Final = 0.5
+"""We step down this long before the server forgets our key."""
+_MISSING = (
+    nats.js.errors.NotFoundError,
+    nats.js.errors.NoStreamResponseError,
+    nats.js.errors.ServiceUnavailableError,
+)
+
+
+class Lease:
+    """One controller's side of the lease: `run` holds it or waits for it, `epoch` says which.
+
+    Args:
+        js: JetStream of the controller's connection, with a timeout of at most a second.
+        subjects: of the fleet.
+        holder: who we are; `controller` must be unique to this process.
+    """
+
+    def __init__(self, js: JetStreamContext, subjects: Subjects, holder: LeaseHolder) -> None:
+        self._js = js
+        self._bucket = subjects.lease_bucket
+        self._holder = holder
+        self._value = msgspec.json.encode(holder)
+        self._epoch: Epoch | None = None
+        self._kv: KeyValue | None = None
+        self._revision = 0
+        self._until = 0.0
+        self._quiet_until = 0.0
+        self._unsure = False
+        self._closed = False
+        self._seldom = Seldom(every_s=30.0)
+
+    @property
+    def epoch(self) -> Epoch | None:
+        """Our epoch while we lead by our own clock, else None."""
+        return self._epoch if time.monotonic() < self._until else None
+
+    def step_down(self, reason: str) -> None:
+        """Stop leading at once, and let others try for one lease's length."""
+        if self._epoch is not None:
+            log.warning("stepping down", epoch=self._epoch, reason=reason)
+        self._epoch = None
+        self._quiet_until = time.monotonic() + LEASE_TTL_S
+
+    async def run(self) -> None:
+        """Hold the lease or wait for it, until `stop`."""
+        while not self._closed:
+            try:
+                pause_s = await (self._renew() if self._epoch else self._acquire())
+            except _MISSING:
+                pause_s = 2.0
+                if self._seldom.may("missing"):
+                    log.error("lease bucket is missing: run `cox init`", bucket=self._bucket)
+            except nats.errors.Error as error:
+                pause_s = RETRY_S
+                if self._seldom.may("error", str(error)):
+                    log.warning("lease: NATS does not answer", error=str(error) or type(error).__name__)
+            if self._epoch and time.monotonic() >= self._until:
+                self._lose("could not renew in time")
+            # Jitter: standbys that started together must not ask together.
+            await asyncio.sleep(pause_s * random.uniform(0.9, 1.1))  # noqa: S311
+
+    def stop(self) -> None:
+        """Let `run` end; a flag, because nats-py can swallow the cancellation of a publish."""
+        self._closed = True
+
+    async def give_back(self) -> None:
+        """Free the lease, once `run` has ended, so that a standby need not wait for its end."""
+        held, self._epoch = self._epoch, None
+        if held is None or self._kv is None:
+            return
+        try:
+            await self._kv.delete(KEY, last=self._revision)
+            log.info("gave the lease back", epoch=held)
+        except nats.errors.Error as error:
+            log.warning("lease not given back; it ends by itself", error=str(error))
+
+    async def _acquire(self) -> float:
+        if time.monotonic() < self._quiet_until:
+            return RETRY_S
+        self._kv = await self._js.key_value(self._bucket)
+        began = time.monotonic()
+        revision = await self._take(self._kv)
+        if revision is None:
+            return RETRY_S
+        self._unsure = (
+            True  # until the line after next: the key is ours, and we may not get to know its epoch
+        )
+        created = (await self._js.stream_info(f"KV_{self._bucket}")).created
+        self._unsure = False
+        assert created is not None, "every server since 2.2 says when a stream was created"
+        self._epoch = (created.timestamp(), revision)
+        self._revision = revision
+        self._until = began + LEASE_TTL_S - MARGIN_S
+        log.info("leading", epoch=self._epoch, controller=self._holder.controller)
+        return RENEW_S
+
+    async def _take(self, kv: KeyValue) -> int | None:
+        """The revision with which we hold the key from now on, or None if somebody else holds it."""
+        unsure, self._unsure = self._unsure, True
+        try:
+            revision: int = await kv.create(KEY, self._value)
+        except nats.js.errors.KeyWrongLastSequenceError:
+            self._unsure = False
+            if not unsure:
+                return None
+            # A write of ours whose answer was lost may have taken effect: then the key has our value.
+            entry = await kv.get(KEY)
+            if entry.value != self._value:
+                return None
+            self._unsure = True
+            revision = await kv.update(KEY, self._value, last=entry.revision)
+        self._unsure = False
+        return revision
+
+    async def _renew(self) -> float:
+        assert self._kv is not None, "a lease that is held was taken"
+        began = time.monotonic()
+        try:
+            self._revision = await self._kv.update(KEY, self._value, last=self._revision)
+        except nats.js.errors.KeyWrongLastSequenceError:
+            self._unsure = True
+            self._lose("the key changed: another controller holds it, or an answer to us was lost")
+            return 0.0
+        self._until = began + LEASE_TTL_S - MARGIN_S
+        return RENEW_S
+
+    def _lose(self, reason: str) -> None:
+        log.warning("no longer leading", epoch=self._epoch, reason=reason)
+        self._epoch = None
