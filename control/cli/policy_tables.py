@@ -1,0 +1,235 @@
+"""`cox tenants` and `cox classes`: read and change the tables that the leading controller applies to workers.
+
+Changing a row is read, change, write; fields that were not named stay. Called by `__init__.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import typer
+from rich.text import Text
+
+from coxswain.control.cli import parse, view_tables
+from coxswain.control.cli.app import Cox, option
+from coxswain.control.cli.exits import CliError, Exit
+from coxswain.control.tables import Table
+from coxswain.schemas.policy import (
+    NOT_BUILT_CLASS,
+    NOT_BUILT_TENANT,
+    ClassPolicy,
+    CutIn,
+    Order,
+    TenantPolicy,
+)
+
+Row = TypeVar("Row", TenantPolicy, ClassPolicy)
+UNSET = msgspec.UNSET
+"""The word `none`, as in `--slo none`, on its way through typer."""
+
+TenantArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME", parser=option(parse.tenant), help="The tenant.", show_default=False),
+]
+ClassArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME", parser=option(parse.class_name), help="The class.", show_default=False),
+]
+
+
+def _maybe(help: str, parser: Callable[[str], Any], metavar: str) -> Any:
+    """An option that also takes the word `none`: it arrives as `UNSET`, None is not given."""
+
+    def parse_maybe(text: str) -> Any:
+        value = parser(text)
+        return UNSET if value is None else value
+
+    return typer.Option(help=help, parser=option(parse_maybe), metavar=metavar, show_default=False)
+
+
+async def tenants_list(cox: Cox) -> Exit:
+    """Show the tenant table; `set` and `rm` change it."""
+    async with cox.client() as client:
+        return await _list(cox, client.tenants, view_tables.tenants)
+
+
+async def tenants_set(
+    cox: Cox,
+    name: TenantArgument,
+    weight: Annotated[
+        float | None,
+        typer.Option(metavar="W", parser=option(parse.positive), help="Share relative to others, over 0."),
+    ] = None,
+    class_: Annotated[
+        str | None,
+        typer.Option(
+            "--class",
+            metavar="CLASS",
+            parser=option(parse.class_name),
+            help="Class of requests that name none.",
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", parser=option(parse.tokens), help="Other classes it may ask for; empty for none."
+        ),
+    ] = None,
+    priority_min: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", parser=option(parse.priority), help="Requests are clamped to at least this."
+        ),
+    ] = None,
+    priority_max: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", parser=option(parse.priority), help="Requests are clamped to at most this."
+        ),
+    ] = None,
+    max_running: Annotated[
+        str | None,
+        _maybe("Requests that may run at once; none: no cap.", parse.count_or_none, "N|none"),
+    ] = None,
+    max_queued: Annotated[
+        str | None,
+        _maybe("Requests that may wait; none: no cap.", parse.count_or_none, "N|none"),
+    ] = None,
+) -> Exit:
+    """Make or change a tenant's row; what is not named stays."""
+    changes = {
+        "weight": weight,
+        "class_": class_,
+        "classes": classes,
+        "priority_min": priority_min,
+        "priority_max": priority_max,
+        "max_running": max_running,
+        "max_queued": max_queued,
+    }
+    async with cox.client() as client:
+        return await _set(
+            cox, client.tenants, name, TenantPolicy(), changes, NOT_BUILT_TENANT, view_tables.tenants
+        )
+
+
+async def tenants_rm(cox: Cox, name: TenantArgument) -> Exit:
+    """Remove a tenant's row: the row of tenant `default`, or the defaults, apply then."""
+    async with cox.client() as client:
+        return await _remove(cox, client.tenants, "tenant", name)
+
+
+async def classes_list(cox: Cox) -> Exit:
+    """Show the class table; `set` and `rm` change it."""
+    async with cox.client() as client:
+        return await _list(cox, client.classes, view_tables.classes)
+
+
+async def classes_set(
+    cox: Cox,
+    name: ClassArgument,
+    position: Annotated[
+        int | None,
+        typer.Option(metavar="N", parser=option(parse.priority), help="Lower runs first."),
+    ] = None,
+    order: Annotated[
+        Order | None,
+        typer.Option(help="fair: by tenant virtual time; priority: by priority, then arrival."),
+    ] = None,
+    slo: Annotated[
+        str | None,
+        _maybe(
+            "Deadline of a request after its arrival: 30s, 2m.", parse.positive_or_none_s, "DURATION|none"
+        ),
+    ] = None,
+    cut_in: Annotated[CutIn | None, typer.Option(help="What it may take from worse classes.")] = None,
+    quantum: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DURATION", parser=option(parse.duration_s), help="A victim has run at least this long."
+        ),
+    ] = None,
+    cooldown: Annotated[
+        float | None,
+        typer.Option(metavar="DURATION", parser=option(parse.duration_s), help="Time between cut-ins."),
+    ] = None,
+    ageing: Annotated[
+        str | None,
+        _maybe("After this wait a request counts as the best.", parse.duration_or_none_s, "DURATION|none"),
+    ] = None,
+    max_prefill_tokens_per_step: Annotated[
+        str | None,
+        _maybe("Prefill tokens per step while a better class is there.", parse.count_or_none, "N|none"),
+    ] = None,
+    borrow: Annotated[
+        bool | None, typer.Option("--borrow/--no-borrow", help="May use the idle share of others.")
+    ] = None,
+) -> Exit:
+    """Make or change a class's row; what is not named stays."""
+    changes = {
+        "position": position,
+        "order": order,
+        "slo_s": slo,
+        "cut_in": cut_in,
+        "quantum_s": quantum,
+        "cooldown_s": cooldown,
+        "ageing_s": ageing,
+        "max_prefill_tokens_per_step": max_prefill_tokens_per_step,
+        "borrow": borrow,
+    }
+    async with cox.client() as client:
+        return await _set(
+            cox, client.classes, name, ClassPolicy(), changes, NOT_BUILT_CLASS, view_tables.classes
+        )
+
+
+async def classes_rm(cox: Cox, name: ClassArgument) -> Exit:
+    """Remove a class's row; requests of that class run with the defaults then."""
+    async with cox.client() as client:
+        return await _remove(cox, client.classes, "class", name)
+
+
+async def _list(cox: Cox, table: Table[Row], view: Callable[[Mapping[str, Row], int], Text]) -> Exit:
+    rows = await table.get_all()
+    cox.emit({"rows": rows.good, "refused": rows.refused})
+    cox.say(view(rows.good, cox.out.width))
+    for name, why in sorted(rows.refused.items()):
+        cox.warn(f"cox: the row of {name} is not valid and not in force: {why}")
+    return Exit.DONE
+
+
+async def _set(
+    cox: Cox,
+    table: Table[Row],
+    name: str,
+    default: Row,
+    changes: dict[str, Any],
+    not_built: frozenset[str],
+    view: Callable[[Mapping[str, Row], int], Text],
+) -> Exit:
+    given = {
+        field: None if value is UNSET else value for field, value in changes.items() if value is not None
+    }
+    if not given:
+        raise CliError(
+            Exit.USAGE, f"nothing to change for {name}: name at least one option (`--help` lists them)"
+        )
+    rows = await table.get_all()
+    row = msgspec.structs.replace(rows.good.get(name, default), **given)
+    revision = await table.put(name, row)
+    cox.emit({"name": name, "row": row, "revision": revision})
+    cox.say(view({name: row}, cox.out.width))
+    cox.say(f"stored as revision {revision}; the leading controller applies it")
+    if later := sorted(given.keys() & not_built):
+        cox.warn(f"cox: stored, but workers of this version do not act on it yet: {', '.join(later)}")
+    return Exit.DONE
+
+
+async def _remove(cox: Cox, table: Table[Row], noun: str, name: str) -> Exit:
+    if not await table.delete(name):
+        raise CliError(
+            Exit.NOT_FOUND,
+            f"no row for {noun} {name} (`cox {noun}{'e' if noun == 'class' else ''}s` lists them)",
+        )
+    cox.emit({"name": name, "removed": True})
+    cox.say("removed; the leading controller applies it")
+    return Exit.DONE
