@@ -224,9 +224,13 @@ def _ignored(raw: dict[str, Any], struct: type[Command]) -> tuple[str, ...]:
             ("classes", ClassPolicy, NOT_BUILT_CLASS),
             ("tenants", TenantPolicy, NOT_BUILT_TENANT),
         ):
+            plain = (
+                row_type()
+            )  # what a row says that says nothing: an encoder that spells it out asks nothing
             for name, row in raw.get(table, {}).items():
                 found += _unknown(row, row_type, f"{table}.{name}.")
-                found += [f"{table}.{name}.{field}" for field in row if field in later]
+                asked = (field for field in row if field in later and row[field] != getattr(plain, field))
+                found += [f"{table}.{name}.{field}" for field in asked]
     if struct is Rank:
         for name, row in raw.get("tenants", {}).items():
             found += _unknown(row, TenantRank, f"tenants.{name}.")

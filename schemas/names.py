@@ -5,7 +5,6 @@ a tenant travels in payloads only and may be any short text.
 """
 
 import base64
-import binascii
 import re
 from typing import Annotated
 
@@ -79,6 +78,9 @@ def tenant_of_key(key: str) -> str:
         NameRefusedError: if the key is not base64url of a tenant name.
     """
     try:
-        return check_tenant(base64.urlsafe_b64decode(key + "=" * (-len(key) % 4)).decode())
-    except (binascii.Error, UnicodeDecodeError) as error:
+        tenant = base64.urlsafe_b64decode(key + "=" * (-len(key) % 4)).decode()
+    except ValueError as error:
         raise NameRefusedError(f"KV key {key!r} is not base64url of a tenant name") from error
+    if tenant_key(tenant) != key:  # the decoder skips characters that it does not know
+        raise NameRefusedError(f"KV key {key!r} is not base64url of a tenant name")
+    return check_tenant(tenant)

@@ -121,9 +121,8 @@ class LeaseHolder(msgspec.Struct, frozen=True, kw_only=True):
     since: float
 
 
-
 def digest(classes: Mapping[str, ClassPolicy], tenants: Mapping[str, TenantPolicy]) -> str:
-    """16 hex digits that name the two tables: equal tables have equal digests, on every worker and controller."""
+    """16 hex digits that name the two tables: equal tables have equal digests, wherever computed."""
     text = msgspec.json.encode({"classes": classes, "tenants": tenants}, order="deterministic")
     return hashlib.sha256(text).hexdigest()[:16]
 
@@ -137,5 +136,6 @@ __all__ = [
     "Sight",
     "TenantName",
     "TenantPolicy",
-    "TenantRank", "digest",
+    "TenantRank",
+    "digest",
 ]
