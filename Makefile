@@ -56,7 +56,7 @@ lint: install ## ruff and mypy
 	$(BIN)/mypy scripts
 
 drift: install ## docs/schema.json is what schemas/ says
-	$(BIN)/python scripts/schema.py
+	$(BIN)/cox schema --check docs/schema.json
 
 links: install ## links and paths in the documents resolve
 	$(BIN)/python scripts/doc_links.py
@@ -69,7 +69,7 @@ format: install ## let ruff format the code and sort its imports
 	$(BIN)/ruff format .
 
 schema: install ## renew docs/schema.json after a change of schemas/
-	$(BIN)/python scripts/schema.py --write
+	$(BIN)/cox schema --output docs/schema.json
 
 lock: install ## resolve anew and pin what pip finds, in requirements/
 	$(BIN)/python scripts/lock.py --torch-index $(TORCH_INDEX)

@@ -25,6 +25,8 @@ from packaging.utils import canonicalize_name
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 LEFT_OUT: Final = frozenset({"torchvision", "torchaudio", "torchcodec", "triton"})
+BUILT: Final = ("nkeys",)
+"""Published as source only, in plain Python; all else must have wheels."""
 PYTHONS: Final = ("3.11", "3.12", "3.13")
 MACHINES: Final = ("x86_64", "aarch64")
 MAX_ROUNDS: Final = 4
@@ -172,7 +174,7 @@ def resolve(wanted: Iterable[str], index: str | None) -> dict[str, Any]:
         LockError: if pip finds none.
     """
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
-    command += ["--only-binary", ":all:", "--report", "-"]
+    command += ["--only-binary", ":all:", "--no-binary", ",".join(BUILT), "--report", "-"]
     if index:
         command += ["--extra-index-url", index]
     done = subprocess.run([*command, *wanted], capture_output=True, text=True, check=False)
@@ -194,9 +196,10 @@ def resolve_all(wanted: Roots, torch_index: str) -> Packages:
         print(f"resolving {len(everything)} requirements ...", flush=True)
         try:
             known = packages(resolve(everything, index))
-        except LockError:
+        except LockError as error:
             if index:
                 raise
+            print(f"{error}\ntrying again with {torch_index}", file=sys.stderr)
             index = torch_index
             continue
         more = missing(everything, known)
