@@ -37,7 +37,7 @@ command(app, "prioritize", panel=STEER, example="cox prioritize REQUEST --priori
 command(app, "abort", panel=STEER, example="cox abort REQUEST --reason 'ran away'")(steer.abort)
 command(app, "rank", panel=STEER, example="cox rank --worker w1 acme=2 globex=1")(steer.rank)
 
-command(app, "controller", panel=RUN, example="cox controller --policy vtc --set output=2")(launch.controller)
+command(app, "controller", panel=RUN, example="cox controller --policy vtc --set wq=2")(launch.controller)
 command(app, "worker", panel=RUN, example="cox worker Qwen/Qwen3-0.6B --port 8000", passes_on=True)(
     launch.worker
 )

@@ -25,9 +25,8 @@ class Column:
     Attributes:
         title: its head.
         right: align right, for numbers.
-        drop: when the terminal is too narrow, columns with the highest `drop` go first; 0 stays.
-        cut: may be shortened to this many cells with an ellipsis, after all droppable columns have gone;
-            0 may not.
+        drop: when cutting is not enough, columns with the highest `drop` go first; 0 stays.
+        cut: may be shortened to this many cells, with an ellipsis; 0 may not.
     """
 
     title: str

@@ -5,7 +5,6 @@ Called by `__init__.py`.
 """
 
 import importlib
-import inspect
 import os
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -46,25 +45,32 @@ async def controller(
         str, typer.Option(metavar="NAME", help="Which policy decides: vtc, fcfs, or an installed one.")
     ] = "vtc",
     set: Annotated[
-        list[Any] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            parser=option(parse.setting),
-            help="A policy's parameter; repeatable.",
-        ),
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the policy; repeatable."),
     ] = None,
     cadence: Annotated[
-        float | None,
+        float,
         typer.Option(
-            metavar="DURATION", parser=option(parse.positive_duration_s), help="Time between decisions."
+            metavar="DURATION",
+            parser=option(parse.positive_duration_s),
+            help="Time between two decisions: 50ms, 1s.",
         ),
-    ] = None,
-) -> int:
-    """Decide for a fleet: one leads, others stand by. Ends by Ctrl-C; workers go on by themselves."""
-    run = _load("coxswain.control.daemon", "run", missing="reinstall coxswain")
-    result = run(cox.connection, policy=policy, settings=dict(set or ()), cadence_s=cadence)
-    return int((await result if inspect.isawaitable(result) else result) or Exit.DONE)
+    ] = "50ms",  # type: ignore[assignment]
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="Its name in heartbeats and logs; empty: from the host's.")
+    ] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
+) -> None:
+    """Decide for a fleet: one controller leads, others stand by. Ends by Ctrl-C; workers go on by themselves.
+
+    Logs go to stderr; as JSON where it is no terminal, and with --json.
+    """
+    from coxswain.control import daemon, logs
+    from coxswain.control import policy as policies
+
+    logs.set_up(json=cox.json or None, verbose=verbose)
+    chosen = policies.load(policy, set or ())
+    await daemon.run(cox.connection, chosen, cadence_s=cadence, name=name)
 
 
 def demo(

@@ -74,14 +74,6 @@ def tenant_weight(text: str) -> tuple[str, float]:
     return tenant, weight
 
 
-def setting(text: str) -> tuple[str, str]:
-    """A `NAME=VALUE` pair, both as text."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"{text!r} is no NAME=VALUE pair: write for example output=2")
-    return name, value
-
-
 def priority(text: str) -> int:
     """A priority: a whole number of 32 bits; lower runs first."""
     try:

@@ -97,18 +97,19 @@ async def tenants_set(
     ] = None,
 ) -> Exit:
     """Make or change a tenant's row; what is not named stays."""
-    changes = {
-        "weight": weight,
-        "class_": class_,
-        "classes": classes,
-        "priority_min": priority_min,
-        "priority_max": priority_max,
-        "max_running": max_running,
-        "max_queued": max_queued,
-    }
+    given = _given(
+        name,
+        weight=weight,
+        class_=class_,
+        classes=classes,
+        priority_min=priority_min,
+        priority_max=priority_max,
+        max_running=max_running,
+        max_queued=max_queued,
+    )
     async with cox.client() as client:
         return await _set(
-            cox, client.tenants, name, TenantPolicy(), changes, NOT_BUILT_TENANT, view_tables.tenants
+            cox, client.tenants, name, TenantPolicy(), given, NOT_BUILT_TENANT, view_tables.tenants
         )
 
 
@@ -165,20 +166,21 @@ async def classes_set(
     ] = None,
 ) -> Exit:
     """Make or change a class's row; what is not named stays."""
-    changes = {
-        "position": position,
-        "order": order,
-        "slo_s": slo,
-        "cut_in": cut_in,
-        "quantum_s": quantum,
-        "cooldown_s": cooldown,
-        "ageing_s": ageing,
-        "max_prefill_tokens_per_step": max_prefill_tokens_per_step,
-        "borrow": borrow,
-    }
+    given = _given(
+        name,
+        position=position,
+        order=order,
+        slo_s=slo,
+        cut_in=cut_in,
+        quantum_s=quantum,
+        cooldown_s=cooldown,
+        ageing_s=ageing,
+        max_prefill_tokens_per_step=max_prefill_tokens_per_step,
+        borrow=borrow,
+    )
     async with cox.client() as client:
         return await _set(
-            cox, client.classes, name, ClassPolicy(), changes, NOT_BUILT_CLASS, view_tables.classes
+            cox, client.classes, name, ClassPolicy(), given, NOT_BUILT_CLASS, view_tables.classes
         )
 
 
@@ -197,22 +199,27 @@ async def _list(cox: Cox, table: Table[Row], view: Callable[[Mapping[str, Row], 
     return Exit.DONE
 
 
-async def _set(
-    cox: Cox,
-    table: Table[Row],
-    name: str,
-    default: Row,
-    changes: dict[str, Any],
-    not_built: frozenset[str],
-    view: Callable[[Mapping[str, Row], int], Text],
-) -> Exit:
+def _given(name: str, **options: Any) -> dict[str, Any]:
+    """The fields of a row that were named."""
     given = {
-        field: None if value is UNSET else value for field, value in changes.items() if value is not None
+        field: None if value is UNSET else value for field, value in options.items() if value is not None
     }
     if not given:
         raise CliError(
             Exit.USAGE, f"nothing to change for {name}: name at least one option (`--help` lists them)"
         )
+    return given
+
+
+async def _set(
+    cox: Cox,
+    table: Table[Row],
+    name: str,
+    default: Row,
+    given: dict[str, Any],
+    not_built: frozenset[str],
+    view: Callable[[Mapping[str, Row], int], Text],
+) -> Exit:
     rows = await table.get_all()
     row = msgspec.structs.replace(rows.good.get(name, default), **given)
     revision = await table.put(name, row)

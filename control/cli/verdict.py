@@ -50,17 +50,12 @@ def judge(done: str, noun: str, targets: Targets | None, replies: Sequence[Reply
         for result in reply.results
         if result.outcome == "not_possible"
     ]
-    problems = [
-        f"{reply.worker} refused ({reply.code}): {reply.error or 'no reason given'}" for reply in refused
-    ]
+    if not accepted:
+        code = Exit.REFUSED if refused else Exit.NOT_FOUND
+        return Verdict(code=code, problems=_bounded(_refusals(refused or replies)))
+    problems = _refusals(refused)
     problems += [_failed_line(worker, result) for worker, result in failed]
     problems += _missing_lines(targets, missing, replies)
-    if not accepted:
-        unknown = [reply for reply in replies if reply.code == Code.NOT_FOUND]
-        if not missing and not refused:
-            problems += [f"{reply.worker}: {reply.error or 'not found'}" for reply in unknown]
-        code = Exit.REFUSED if refused else Exit.NOT_FOUND
-        return Verdict(code=code, problems=_bounded(problems), missing=missing)
     lines = [line for reply in accepted if (line := _done_line(done, noun, reply))]
     partial = bool(refused or failed or missing or _short(targets, accepted))
     return Verdict(

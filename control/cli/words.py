@@ -3,7 +3,7 @@
 Pure. Called by the `view_*` modules and by `app.py` for whatever it prints.
 """
 
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime
 
 
 def printable(text: str) -> str:
@@ -48,9 +48,9 @@ def share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f}%" if whole else "-"
 
 
-def clock(at: float, zone: tzinfo | None = None) -> str:
-    """The local time of day (or that of `zone`) of a Unix time, to the millisecond."""
-    moment = datetime.fromtimestamp(at, UTC).astimezone(zone)
+def clock(at: float) -> str:
+    """The local time of day of a Unix time, to the millisecond."""
+    moment = datetime.fromtimestamp(at, UTC).astimezone()
     return f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03}"
 
 
