@@ -8,7 +8,9 @@ the program that we are a guest of.
 import os
 import re
 import sys
+import traceback
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any, Final, TextIO
 
 import structlog
@@ -26,6 +28,22 @@ def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> Mu
         if isinstance(value, str | bytes):
             text = value if isinstance(value, str) else value.decode(errors="replace")
             event[key] = REDACTED if _SECRET.search(key) else _USERINFO.sub(REDACTED, text)
+    return event
+
+
+def explain(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Turn `exc_info` into what was raised and where, outermost first.
+
+    Not `traceback.format_exception`: to place its carets it parses source with `ast`, whose depth counter is
+    shared between threads on Python 3.11 (gh-106905), and the other thread is the engine's.
+    """
+    error = event.pop("exc_info", None)
+    if error is True:
+        error = sys.exc_info()[1]
+    if isinstance(error, BaseException):
+        frames = traceback.extract_tb(error.__traceback__)
+        event["exception"] = f"{type(error).__name__}: {error}"
+        event["raised_at"] = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
     return event
 
 
@@ -54,7 +72,7 @@ def get_logger(stream: TextIO | None = None, env: Mapping[str, str] | None = Non
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
+            explain,
             redact,
             renderer,
         ],

@@ -100,7 +100,7 @@ class Port:
         self._bus_told = False
         # Written by the engine, read by the bus.
         self.wake_at = inf
-        """When the engine wants to be woken though nothing arrives (monotonic s); set it with `wake_later`."""
+        """When the engine wants to be woken if nothing arrives (monotonic s): see `wake_later`."""
         self.step = 0
         self.closing = False
         self.inbound_high = 0

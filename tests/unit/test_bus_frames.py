@@ -1,0 +1,83 @@
+"""Frames on their way out: numbers, splitting, heartbeats."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coxswain.schemas.status import CommandStats, Gone, decode_frame
+from coxswain.service.bus.frames import ROWS, Frames, split
+from tests.support.engine import frame
+
+BARE = len(split(frame(), 1 << 20)[0])
+
+
+@given(
+    requests=st.integers(0, 60),
+    tenants=st.integers(0, 20),
+    gone=st.integers(0, 20),
+    room=st.integers(600, 6_000),
+)
+def test_split_keeps_every_row_and_the_limit(requests: int, tenants: int, gone: int, room: int) -> None:
+    """Parts fit into the limit, are numbered, and hold each row exactly once and in order."""
+    whole = msgspec.structs.replace(
+        frame(requests=requests, tenants=tenants),
+        gone=tuple(Gone(request=f"gone-{number}", child=0) for number in range(gone)),
+    )
+    payloads = split(whole, BARE + room)
+    parts = [decode_frame(payload) for payload in payloads]
+    assert max(map(len, payloads)) <= BARE + room
+    assert [part.part for part in parts] == list(range(len(parts)))
+    assert {part.parts for part in parts} == {len(parts)}
+    for field in ROWS:
+        assert tuple(row for part in parts for row in getattr(part, field)) == getattr(whole, field)
+    bare = {
+        msgspec.json.encode(msgspec.structs.replace(part, part=0, tenants=(), requests=(), gone=()))
+        for part in parts
+    }
+    assert len(bare) == 1
+
+
+def test_row_larger_than_the_limit_is_not_lost() -> None:
+    """A limit below one row gives each row a part of its own instead of dropping it."""
+    assert len(split(frame(requests=3), 10)) == 3
+
+
+def test_parts_share_a_number_and_frames_count_on() -> None:
+    """All parts of a frame carry its number, and the next frame the next one."""
+    frames = Frames()
+    first = [decode_frame(part) for part in frames.outgoing(frame(requests=40), 5.0, BARE + 900, idle=False)]
+    second = [decode_frame(part) for part in frames.outgoing(frame(), 6.0, 1 << 20, idle=False)]
+    assert len(first) > 1
+    assert {(part.seq, part.sent_at) for part in first} == {(1, 5.0)}
+    assert [(part.seq, part.sent_at) for part in second] == [(2, 6.0)]
+
+
+def test_heartbeat_repeats_only_an_idle_frame() -> None:
+    """An idle frame is repeated with a new number, time and leader's age, until the engine sends another."""
+    frames = Frames()
+    assert frames.heartbeat(1.0, 1 << 20) == []
+    frames.outgoing(frame(age_s=0.5), 10.0, 1 << 20, idle=True)
+    beat = decode_frame(frames.heartbeat(12.0, 1 << 20)[0])
+    assert (beat.seq, beat.sent_at, beat.leader.age_s) == (2, 12.0, pytest.approx(2.5))
+    assert decode_frame(frames.heartbeat(13.0, 1 << 20)[0]).leader.age_s == pytest.approx(3.5)
+    frames.outgoing(frame(), 14.0, 1 << 20, idle=False)
+    assert frames.heartbeat(15.0, 1 << 20) == []
+
+
+def test_forgotten_frame_is_not_repeated() -> None:
+    """After the connection was lost nobody knows what the engine did: the old frame is not repeated."""
+    frames = Frames()
+    frames.outgoing(frame(), 1.0, 1 << 20, idle=True)
+    frames.forget()
+    assert frames.heartbeat(2.0, 1 << 20) == []
+
+
+def test_refusals_of_the_bus_are_counted_with_the_engines() -> None:
+    """A frame counts every refused command, whoever refused it."""
+    frames = Frames()
+    frames.refused["400"] += 2
+    counted = msgspec.structs.replace(frame(), commands=CommandStats(rejected_total={"400": 1, "404": 3}))
+    sent = decode_frame(frames.outgoing(counted, 1.0, 1 << 20, idle=False)[0])
+    assert sent.commands.rejected_total == {"400": 3, "404": 3}
+    assert frames.answer(counted, 1.0).commands.rejected_total == {"400": 3, "404": 3}

@@ -1,0 +1,51 @@
+"""Logs: one line per event, secrets blanked."""
+
+import io
+import json
+
+from coxswain.service.logs import REDACTED, get_logger
+
+
+def test_json_lines_without_a_terminal() -> None:
+    """Where nobody watches, each event is one JSON object with its level, time and bound fields."""
+    out = io.StringIO()
+    get_logger(out, {}, worker="w1").info("nats.connected", server="h:1")
+    line = json.loads(out.getvalue())
+    assert (line["event"], line["level"], line["worker"], line["server"]) == (
+        "nats.connected",
+        "info",
+        "w1",
+        "h:1",
+    )
+    assert "timestamp" in line
+
+
+def test_text_on_demand() -> None:
+    """`COX_LOG=text` gives key=value lines."""
+    out = io.StringIO()
+    get_logger(out, {"COX_LOG": "text"}).warning("bus.off", hint="why")
+    assert "level=warning event=bus.off hint=why" in out.getvalue()
+
+
+def test_secrets_do_not_reach_the_log() -> None:
+    """Texts under secret keys and the user part of addresses are blanked; counts of tokens are not."""
+    out = io.StringIO()
+    get_logger(out, {}).info(
+        "x", token="t0p", nkey_seed=b"t0p", error="no: nats://me:t0p@h:1", output_tokens=7
+    )
+    line = json.loads(out.getvalue())
+    assert "t0p" not in out.getvalue()
+    assert line["error"] == f"no: nats://{REDACTED}@h:1"
+    assert line["output_tokens"] == 7
+
+
+def test_exceptions_say_what_and_where() -> None:
+    """`exception` adds what was raised and where, on the same line."""
+    out = io.StringIO()
+    try:
+        int("broken")
+    except ValueError:
+        get_logger(out, {}).exception("bus.died")
+    line = json.loads(out.getvalue())
+    assert line["exception"].startswith("ValueError: invalid literal")
+    assert "test_logs.py" in line["raised_at"][0]
