@@ -167,9 +167,13 @@ class Fleet:
                 totals.add(row)
         return totals
 
-    def queued(self, tenant: str) -> int:
-        """The tenant's requests that wait, on all live workers that were heard in full."""
-        return sum(row.queued for view in self.live() if view.complete and (row := view.tenants.get(tenant)))
+    def waits_on(self, tenant: str) -> frozenset[str]:
+        """The live workers, of those heard in full, on which the tenant has anything queued."""
+        return frozenset(
+            view.worker
+            for view in self.live()
+            if view.complete and (row := view.tenants.get(tenant)) and row.queued
+        )
 
     def _succeeds(self, view: WorkerView | None, frame: Frame) -> bool:
         """Whether a frame of an incarnation that is not the current one begins a new one.

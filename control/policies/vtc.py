@@ -21,7 +21,7 @@ came. With one worker that makes V its own virtual time exactly, and the base ne
 only watches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, ClassVar, Final, NamedTuple
 
 import msgspec
@@ -54,6 +54,8 @@ class Change(NamedTuple):
     """Whether it has, or had in between, anything queued."""
     lifted_to: float | None = None
     """Where the worker that lifted it least put it, before those charges."""
+    lifted_on: frozenset[str] = frozenset()
+    """The workers that lifted it: there its queue was empty at some time since the last look."""
     adopt: float | None = None
     """A virtual time that an earlier leader gave it."""
 
@@ -63,6 +65,7 @@ class Change(NamedTuple):
             self.charged + other.charged,
             self.visited or other.visited,
             _least(self.lifted_to, other.lifted_to),
+            self.lifted_on | other.lifted_on,
             max((at for at in (self.adopt, other.adopt) if at is not None), default=None),
         )
 
@@ -86,8 +89,8 @@ class Vtc:
         self.prices = Prices(input=params.wp, cached=params.cached, output=params.wq)
         self.virtual: dict[str, float] = {}
         """V: each tenant's counter. Never falls."""
-        self.active: set[str] = set()
-        """Tenants with anything queued on a live worker."""
+        self.active: dict[str, frozenset[str]] = {}
+        """Tenants with anything queued, and on which live workers."""
         self._last_left: str | None = None
         self._seen: dict[str, tuple[str, dict[str, Seen]]] = {}
         self._fleet: Fleet | None = None
@@ -98,8 +101,14 @@ class Vtc:
         self._fleet, self._tenants = fleet, tenants
         alone = sum(1 for _ in fleet.live()) == 1
         changes = self._changes(fleet)
-        before, floor_before = set(self.active), self._floor(self.active)
-        returned = {tenant for tenant, change in changes.items() if change.visited and tenant not in before}
+        now_on = {tenant: fleet.waits_on(tenant) for tenant in changes}
+        before = self.active
+        returned = {
+            tenant: self._floor(before.keys() - {tenant})
+            for tenant, change in changes.items()
+            if _returned(change, before.get(tenant, frozenset()), now_on[tenant])
+        }
+        self.active = {tenant: on for tenant, on in (before | now_on).items() if on}
 
         for tenant, change in changes.items():
             if change == Change() and tenant not in self.virtual:
@@ -108,15 +117,13 @@ class Vtc:
                 self.virtual[tenant] = max(self.virtual.get(tenant, change.adopt), change.adopt)
             if tenant not in returned:
                 self.virtual[tenant] = self.virtual.get(tenant, 0.0) + change.charged
-            (self.active.add if fleet.queued(tenant) else self.active.discard)(tenant)
-
-        floor_now = self._floor(self.active - returned)
-        for tenant in sorted(returned):
+        floor_now = self._floor(self.active.keys() - returned.keys())
+        for tenant, floor_before in returned.items():
             change, old = changes[tenant], self.virtual.get(tenant, 0.0)
             at = change.lifted_to if alone else _return_to(change.lifted_to, floor_before, floor_now)
             self.virtual[tenant] = max(old, old if at is None else at) + change.charged
 
-        if left := (before | returned) - self.active:
+        if left := (before.keys() | returned.keys()) - self.active.keys():
             # Who of several left last is not told: the least is the one that takes nothing from anybody.
             self._last_left = min(left, key=lambda tenant: (self.virtual[tenant], tenant))
         self._forget()
@@ -138,7 +145,7 @@ class Vtc:
     def _weight(self, tenant: str) -> float:
         return weight_of(self._tenants, tenant)
 
-    def _floor(self, active: set[str]) -> float | None:
+    def _floor(self, active: Collection[str]) -> float | None:
         """The least V among `active`; with none, that of the tenant that left the queue last."""
         if active:
             return min(self.virtual[tenant] for tenant in active)
@@ -156,11 +163,12 @@ class Vtc:
         changes: dict[str, Change] = {}
         for worker, tenant in sorted(fleet.changed):
             row = heard[worker].tenants.get(tenant) if worker in heard else None
-            change = self._change(self._seen[worker][1], row, first=worker in first) if row else Change()
+            change = self._change(worker, row, first=worker in first) if row else Change()
             changes[tenant] = changes[tenant].join(change) if tenant in changes else change
         return changes
 
-    def _change(self, seen: dict[str, Seen], row: TenantStatus, *, first: bool) -> Change:
+    def _change(self, worker: str, row: TenantStatus, *, first: bool) -> Change:
+        seen = self._seen[worker][1]
         old = seen.get(row.tenant, Seen())
         new = Seen(row.charged, row.lift, row.uncached_input_tokens_total + row.cached_input_tokens_total)
         seen[row.tenant] = new
@@ -172,6 +180,7 @@ class Vtc:
             charged,
             row.queued > 0 or lifted or new.input_tokens > old.input_tokens,
             row.virtual_time - charged if lifted else None,
+            frozenset({worker} if lifted else ()),
         )
 
     def _forget(self) -> None:
@@ -188,6 +197,15 @@ class Vtc:
         self.virtual = {
             tenant: virtual for tenant, virtual in self.virtual.items() if virtual > floor or tenant in busy
         }
+
+
+def _returned(change: Change, before: frozenset[str], now: frozenset[str]) -> bool:
+    """Whether a tenant came back from fleet-wide idleness; `before` and `now` are the workers it waits on.
+
+    On a worker where it waited before, a lift shows that it left and came back meanwhile: that counts if it
+    waited nowhere else.
+    """
+    return change.visited and (not before or (bool(change.lifted_on) and before | now <= change.lifted_on))
 
 
 def _return_to(lifted_to: float | None, floor_before: float | None, floor_now: float | None) -> float | None:

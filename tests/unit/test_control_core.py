@@ -1,0 +1,247 @@
+"""The control core: what it sends, to whom, when, and when it keeps quiet."""
+
+from itertools import pairwise
+from typing import Any
+
+from coxswain.control.core import BEAT_S, ECHO_S, EXPIRES_S, Answer, Beat, ControlCore, Inputs, Send
+from coxswain.control.policies.fcfs import Fcfs
+from coxswain.control.policies.vtc import Vtc
+from coxswain.control.policy import Directives
+from coxswain.schemas.policy import ClassPolicy, Prices, TenantPolicy, TenantRank, digest
+from coxswain.schemas.status import Leader
+from tests.support.frames import frame, row
+
+EPOCH = (100.0, 7)
+CLASSES = {"batch": ClassPolicy(position=1)}
+TENANTS = {"acme": TenantPolicy(weight=2.0)}
+
+
+class Fixed:
+    """A policy that says what a test tells it to."""
+
+    name = "fixed"
+
+    def __init__(self, **directives: Any) -> None:
+        self.directives = Directives(**directives)
+
+    def observe(self, *_: object) -> None:
+        """Nothing to see."""
+
+    def decide(self, _: float) -> Directives:
+        """What the test set."""
+        return self.directives
+
+
+class Driver:
+    """A core, and inputs that stay as they are until changed."""
+
+    def __init__(self, policy: Any) -> None:
+        self._ids = iter(range(10**6))
+        self.core = ControlCore(policy, "c1", lambda: f"id{next(self._ids)}")
+        self.classes: Any = {}
+        self.tenants: Any = {}
+        self.epoch: Any = EPOCH
+
+    def step(self, now: float, *frames, answers=()) -> list[Send | Beat]:
+        """Everything that goes out."""
+        inputs = Inputs(
+            frames=frames, classes=self.classes, tenants=self.tenants, epoch=self.epoch, answers=answers
+        )
+        outgoing = self.core.step(now, inputs)
+        self.core.validate()
+        return outgoing
+
+    def sends(self, now: float, *frames, answers=()) -> list[Send]:
+        """The commands among it."""
+        return [each for each in self.step(now, *frames, answers=answers) if isinstance(each, Send)]
+
+
+def test_only_a_leader_says_anything() -> None:
+    """A standby watches in silence; when it gets the lease it speaks at once, heartbeat first."""
+    driver = Driver(Fcfs(Fcfs.Params()))
+    driver.epoch = None
+    assert driver.step(0.0, frame()) == []
+    driver.epoch = EPOCH
+    first, second = driver.step(0.1, frame(seq=2))
+    assert isinstance(first, Beat)
+    assert first.lead.epoch == EPOCH
+    assert isinstance(second, Send)
+    assert second.verb == "configure"
+
+
+def test_the_heartbeat_comes_twice_a_second_and_says_what_it_sees() -> None:
+    """Workers hear `lead` every half second, with the number of workers and requests that the leader sees."""
+    driver = Driver(Fixed())
+    beats = []
+    for tick in range(41):
+        status = frame("w1", "01A", tick, row("a", queued=2, running=1), queued=2, running=1)
+        beats += [each for each in driver.step(tick * 0.05, status) if isinstance(each, Beat)]
+    assert len(beats) == 1 + int(2.0 / BEAT_S)
+    sight = beats[-1].lead.sees
+    assert (sight.workers, sight.tenants, sight.queued, sight.running) == (1, 1, 2, 1)
+
+
+def test_a_new_incarnation_is_greeted_before_it_is_commanded() -> None:
+    """A restarted worker obeys no controller before it has heard `lead`, so that goes first, at once."""
+    driver = Driver(Fcfs(Fcfs.Params()))
+    driver.step(0.0, frame())
+    outgoing = driver.step(0.1, frame("w1", "01B", 1))
+    assert [type(each) for each in outgoing] == [Beat, Send]
+
+
+def test_commands_carry_epoch_id_and_deadline() -> None:
+    """Every command can be fenced, recognised when repeated, and refused when late."""
+    driver = Driver(Fcfs(Fcfs.Params()))
+    driver.tenants = TENANTS
+    (send,) = driver.sends(50.0, frame())
+    assert (send.command.epoch, send.command.issuer) == (EPOCH, "c1")
+    assert send.command.expires_at == 50.0 + EXPIRES_S
+    assert send.command.id == "id0"
+
+
+def test_tables_that_a_worker_has_are_not_sent_again() -> None:
+    """The worker's own digest decides, not what was sent: it is silent while they agree."""
+    driver = Driver(Fixed())
+    driver.classes, driver.tenants = CLASSES, TENANTS
+    have = digest(CLASSES, TENANTS)
+    assert driver.sends(0.0, frame(config=have)) == []
+    (send,) = driver.sends(0.1, frame("w1", "01B", 1))
+    assert (dict(send.command.classes), dict(send.command.tenants)) == (CLASSES, TENANTS)
+
+
+def test_a_table_edit_reaches_every_worker_once() -> None:
+    """A changed row goes to each live worker, and again only if its status does not show it in time."""
+    driver = Driver(Fixed())
+    driver.sends(0.0, frame("w1"), frame("w2"))
+    driver.tenants = TENANTS
+    assert {send.worker for send in driver.sends(0.1)} == {"w1", "w2"}
+    ok = [Answer("w1", "configure", ok=True), Answer("w2", "configure", ok=True)]
+    assert driver.sends(0.2, answers=ok) == []
+    later = 0.1 + ECHO_S + 0.1
+    echoed = frame("w1", "01A", 2, config=digest({}, TENANTS))
+    assert [send.worker for send in driver.sends(later, echoed, frame("w2", "01A", 2))] == ["w2"]
+
+
+def test_a_refused_configure_is_tried_again_with_growing_patience() -> None:
+    """A worker that refuses is asked again after 0.25 s, then 0.5 s, then 1 s, not at every step."""
+    driver = Driver(Fixed())
+    driver.tenants = TENANTS
+    driver.step(0.0, frame())
+    tries, answers = [], [Answer("w1", "configure", ok=False)]
+    for tick in range(1, 45):
+        now = tick * 0.05
+        sends = driver.sends(now, frame(seq=tick + 1), answers=answers)
+        tries += [now for _ in sends]
+        answers = [Answer("w1", "configure", ok=False) for _ in sends]
+    gaps = [after - before for before, after in pairwise(tries)]
+    assert len(tries) == 3
+    assert all(after > 1.5 * before for before, after in pairwise(gaps))
+
+
+def test_nothing_is_configured_before_both_tables_were_read() -> None:
+    """A controller that has not seen the tables must not replace them by empty ones."""
+    driver = Driver(Fcfs(Fcfs.Params()))
+    driver.classes = None
+    assert driver.sends(0.0, frame()) == []
+
+
+def test_fcfs_puts_every_class_in_priority_order() -> None:
+    """Classes of the table, those that only requests name, and `default` all get `order: priority`."""
+    driver = Driver(Fcfs(Fcfs.Params()))
+    driver.classes = CLASSES
+    (send,) = driver.sends(0.0, frame("w1", "01A", 1, row("a", class_="chat")))
+    assert {name: each.order for name, each in send.command.classes.items()} == {
+        "batch": "priority", "chat": "priority", "default": "priority",
+    }  # fmt: skip
+    assert send.command.classes["batch"].position == 1
+
+
+def test_vtc_leaves_the_order_of_the_table() -> None:
+    """Under VTC a class with `order: priority` stays so: the table is sent as it is."""
+    driver = Driver(Vtc(Vtc.Params()))
+    driver.classes = {"urgent": ClassPolicy(order="priority")}
+    sends = driver.sends(0.0, frame())
+    configures = [send.command for send in sends if send.verb == "configure"]
+    assert [dict(each.classes) for each in configures] == [driver.classes]
+
+
+def test_a_base_that_is_right_is_not_sent() -> None:
+    """Ranks go out only where a worker's base is off by more than half a token, or its weight is another."""
+    wanted = {"a": TenantRank(base=10.2), "b": TenantRank(base=20.0), "c": TenantRank(weight=3.0)}
+    driver = Driver(Fixed(ranks={"w1": wanted}))
+    (send,) = driver.sends(0.0, frame("w1", "01A", 1, row("a", base=10.0), row("b", base=1.0), row("c")))
+    assert send.verb == "rank"
+    assert send.command.incarnation == "01A"
+    assert set(send.command.tenants) == {"b", "c"}
+
+
+def test_a_rank_is_sent_once_until_status_could_show_it() -> None:
+    """No repeat while the worker's frames may still be older than the rank; one if they never show it."""
+    driver = Driver(Fixed(ranks={"w1": {"a": TenantRank(base=9.0)}}))
+    assert len(driver.sends(0.0, frame("w1", "01A", 1, row("a")))) == 1
+    ok = [Answer("w1", "rank", ok=True)]
+    assert driver.sends(0.1, frame("w1", "01A", 2, row("a")), answers=ok) == []
+    assert len(driver.sends(ECHO_S + 0.2, frame("w1", "01A", 3, row("a")))) == 1
+
+
+def test_a_failed_rank_is_sent_again() -> None:
+    """A rank for a tenant that the worker does not list cannot be checked by status; its answer decides."""
+    driver = Driver(Fixed(ranks={"w1": {"elsewhere": TenantRank(base=9.0)}}))
+    assert len(driver.sends(0.0, frame())) == 1
+    assert driver.sends(0.1, answers=[Answer("w1", "rank", ok=False)]) == []
+    assert len(driver.sends(0.5)) == 1
+    assert driver.sends(0.6, answers=[Answer("w1", "rank", ok=True)]) == []
+    assert driver.sends(2.9, frame(seq=2)) == []
+
+
+def test_prices_go_to_each_worker_once() -> None:
+    """A new leader may follow one with other prices, so each worker is told once, come what may."""
+    driver = Driver(Fixed(prices=Prices(output=3.0)))
+    (send,) = driver.sends(0.0, frame())
+    assert send.command.prices == Prices(output=3.0)
+    assert driver.sends(0.1, frame(seq=2), answers=[Answer("w1", "rank", ok=True)]) == []
+    driver.epoch = (100.0, 8)
+    assert len(driver.sends(0.2, frame(seq=3))) == 1
+
+
+def test_one_rank_is_in_flight_per_worker() -> None:
+    """While a worker has not answered, it is not sent another rank; after 2 s it is."""
+    driver = Driver(Fixed(ranks={"w1": {"a": TenantRank(base=1.0)}}))
+    driver.step(0.0, frame())
+    driver.core.policy.directives = Directives(ranks={"w1": {"a": TenantRank(base=50.0)}})
+    assert driver.sends(1.0, frame(seq=2)) == []
+    driver.sends(2.1, frame(seq=3))
+    assert len(driver.sends(2.6, frame(seq=4))) == 1
+
+
+def test_ranks_keep_to_their_cadence() -> None:
+    """However often the core steps, ranks are at least `cadence_s` apart."""
+    driver = Driver(Fixed(ranks={}))
+    times = []
+    for tick in range(100):
+        now = tick * 0.01
+        driver.core.policy.directives = Directives(ranks={"w1": {"a": TenantRank(base=float(tick * 10))}})
+        answers = [Answer("w1", "rank", ok=True)]
+        times += [now for _ in driver.sends(now, frame(seq=tick), answers=answers)]
+    assert len(times) > 10
+    assert min(b - a for a, b in pairwise(times)) >= 0.05 - 1e-9
+
+
+def test_a_stale_worker_is_left_alone_and_told_everything_on_return() -> None:
+    """Nothing is sent to a worker that fell silent; when it is back, what it lacks goes out."""
+    driver = Driver(Fixed())
+    driver.tenants = TENANTS
+    driver.step(0.0, frame())
+    driver.step(5.0)
+    driver.tenants = {}
+    assert driver.sends(6.0) == []
+    driver.tenants = TENANTS
+    assert [send.verb for send in driver.sends(7.0, frame(seq=2))] == ["configure"]
+
+
+def test_a_leader_that_workers_disown_says_nothing() -> None:
+    """A worker that obeys a later epoch means that we were replaced: silence, and the shell is told."""
+    driver = Driver(Fcfs(Fcfs.Params()))
+    later = (100.0, 9)
+    assert driver.step(0.0, frame(leader=Leader(epoch=later))) == []
+    assert driver.core.superseded_by == later

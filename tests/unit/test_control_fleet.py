@@ -1,0 +1,144 @@
+"""The fleet's view of its workers, under a transport that loses, repeats, delays and reorders."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from coxswain.control.fleet import GONE_S, STALE_S, Fleet
+from coxswain.schemas.status import Frame, Gone, RequestStatus
+from tests.support.frames import frame, row
+
+TENANTS = ("a", "b", "c")
+
+
+def _history(incarnation: str, charges: list[tuple[int, float]]) -> tuple[list[Frame], dict[str, float]]:
+    """Every frame that one incarnation publishes, the last of them full, and what it charged in the end."""
+    totals = dict.fromkeys(TENANTS, 0.0)
+    frames = []
+    for seq, (which, cost) in enumerate(charges):
+        totals[TENANTS[which]] += cost
+        rows = [row(name, charged=total, queued=1) for name, total in totals.items()]
+        if seq % 3 == 2:
+            frames += [
+                frame("w1", incarnation, seq, *rows[:2], part=0, parts=2),
+                frame("w1", incarnation, seq, *rows[2:], part=1, parts=2),
+            ]
+        else:
+            frames.append(frame("w1", incarnation, seq, rows[which], full=False))
+    last = [row(name, charged=total) for name, total in totals.items()]
+    frames.append(frame("w1", incarnation, len(charges), *last))
+    return frames, totals
+
+
+charges = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50).map(float)), min_size=1, max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(charges, min_size=1, max_size=3), st.randoms(use_true_random=False))
+def test_totals_survive_a_hostile_transport(lives: list[list[tuple[int, float]]], random) -> None:
+    """Whatever is lost, repeated, late or reordered, totals are right once each last full frame arrived."""
+    fleet = Fleet()
+    expected = dict.fromkeys(TENANTS, 0.0)
+    late: list[Frame] = []
+    now = 0.0
+    for number, life in enumerate(lives):
+        frames, totals = _history(f"01{number}", life)
+        delivered = [each for each in frames[:-1] if random.random() < 0.7]
+        delivered += random.choices(frames, k=3)
+        random.shuffle(delivered)
+        after = [*random.choices(frames, k=2), *random.choices(late or frames, k=2)]
+        for each in [*delivered, frames[-1], *after]:
+            now += 0.01
+            before = {name: fleet.totals(name).charged for name in TENANTS}
+            fleet.merge(each, now)
+            fleet.validate()
+            assert all(fleet.totals(name).charged >= before[name] for name in TENANTS)
+        for name, total in totals.items():
+            expected[name] += total
+        late += frames
+        assert {name: fleet.totals(name).charged for name in TENANTS} == expected
+
+
+def test_a_full_frame_in_parts_counts_once_the_last_part_is_in() -> None:
+    """Until all parts of a full frame are there, the view is what it was before."""
+    fleet = Fleet()
+    fleet.merge(frame("w1", "01A", 1, row("a", charged=1.0), row("b", charged=1.0)), 0.0)
+    fleet.merge(frame("w1", "01A", 2, row("a", charged=5.0), part=0, parts=2), 0.1)
+    assert fleet.totals("a").charged == 1.0
+    fleet.merge(frame("w1", "01A", 2, row("b", charged=6.0), part=1, parts=2), 0.2)
+    assert (fleet.totals("a").charged, fleet.totals("b").charged) == (5.0, 6.0)
+
+
+def test_a_delta_overtakes_a_full_frame_that_is_still_in_parts() -> None:
+    """A part that comes after a newer frame completes nothing: totals never fall."""
+    fleet = Fleet()
+    fleet.merge(frame("w1", "01A", 1, row("a", charged=1.0), part=0, parts=2), 0.0)
+    fleet.merge(frame("w1", "01A", 2, row("a", charged=9.0), full=False), 0.1)
+    fleet.merge(frame("w1", "01A", 1, part=1, parts=2), 0.2)
+    assert fleet.totals("a").charged == 9.0
+    assert not fleet.workers["w1"].complete
+
+
+def test_requests_come_and_go_with_deltas() -> None:
+    """A delta adds and updates requests, and `gone` takes them out."""
+
+    def request(name: str, state: str = "running") -> RequestStatus:
+        return RequestStatus(
+            request=name, child=0, tenant="a", class_="default", priority=0, state=state, kv="none",
+            arrived_at=0.0, prompt_tokens=1, cached_tokens=0, output_tokens=0, deadline_s=None,
+        )  # fmt: skip
+
+    fleet = Fleet()
+    fleet.merge(frame(seq=1, requests=(request("r1"), request("r2"))), 0.0)
+    fleet.merge(
+        frame(seq=2, full=False, requests=(request("r2", "held"),), gone=(Gone(request="r1", child=0),)), 0.1
+    )
+    assert {key: each.state for key, each in fleet.workers["w1"].requests.items()} == {("r2", 0): "held"}
+
+
+def test_a_silent_worker_is_not_counted_and_its_totals_stay() -> None:
+    """After 3 s without a frame its queue counts for nothing; what it served stays, and it may come back."""
+    fleet = Fleet()
+    fleet.merge(frame(seq=1), 0.0)
+    fleet.merge(frame("w1", "01A", 2, row("a", charged=7.0, queued=3)), 0.0)
+    assert fleet.waits_on("a") == {"w1"}
+    fleet.settle()
+    fleet.age(STALE_S + 1)
+    assert (fleet.waits_on("a"), fleet.totals("a").charged) == (frozenset(), 7.0)
+    assert ("w1", "a") in fleet.changed
+    fleet.age(GONE_S + 1)
+    assert fleet.liveness(fleet.workers["w1"]) == "gone"
+    assert fleet.totals("a").charged == 7.0
+    fleet.merge(frame("w1", "01A", 3, row("a", charged=8.0, queued=1)), GONE_S + 2)
+    assert (fleet.waits_on("a"), fleet.totals("a").charged) == ({"w1"}, 8.0)
+
+
+def test_a_second_process_under_a_live_name_is_reported() -> None:
+    """The later started incarnation wins; the other changes nothing and is named."""
+    fleet = Fleet()
+    for second in range(8):
+        fleet.merge(frame("w1", "01B", second, row("a", charged=1.0)), float(second))
+        fleet.merge(frame("w1", "01A", second, row("a", charged=100.0)), float(second))
+    assert fleet.rivals == {"w1": "01A"}
+    assert fleet.totals("a").charged == 1.0
+
+
+def test_a_clock_set_back_does_not_lock_a_worker_out() -> None:
+    """An incarnation that sorts before the last one is taken once that one is silent."""
+    fleet = Fleet()
+    fleet.merge(frame("w1", "01B", 1, row("a", charged=1.0)), 0.0)
+    assert not fleet.merge(frame("w1", "01A", 1, row("a", charged=2.0)), 1.0)
+    assert fleet.merge(frame("w1", "01A", 2, row("a", charged=2.0)), STALE_S + 2)
+    assert fleet.totals("a").charged == 3.0
+
+
+def test_unchanged_rows_are_not_named_as_changed() -> None:
+    """A full frame that repeats what was known asks no policy to look again."""
+    fleet = Fleet()
+    first = frame("w1", "01A", 1, row("a", charged=1.0))
+    fleet.merge(first, 0.0)
+    fleet.age(0.0)
+    fleet.settle()
+    fleet.merge(replace(first, seq=2), 1.0)
+    fleet.age(1.0)
+    assert fleet.changed == set()
