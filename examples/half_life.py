@@ -1,0 +1,59 @@
+"""Fair shares of recent service: what a tenant was served counts half after `half_life_s`.
+
+VTC remembers for ever what tenants took from each other while both wanted more; here a tenant that was heavy
+this morning is as good as new by noon. (The idea is that of decayed usage in cluster schedulers.)
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+import msgspec
+
+from coxswain.control.fleet import Fleet
+from coxswain.control.policy import Directives, weight_of
+from coxswain.schemas.policy import TenantPolicy, TenantRank
+
+
+class HalfLife:
+    """Orders tenants by service that fades."""
+
+    name: ClassVar[str] = "half_life"
+
+    class Params(msgspec.Struct, frozen=True, kw_only=True):
+        """`--set half_life_s=600`."""
+
+        half_life_s: Annotated[float, msgspec.Meta(gt=0)] = 3_600.0
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self.usage: dict[str, float] = {}
+        """Faded service per tenant, in priced tokens per weight."""
+        self.counted: dict[str, float] = {}
+        """How much of each tenant's total is in `usage` already."""
+        self.fleet = Fleet()
+        self.tenants: Mapping[str, TenantPolicy] = {}
+        self.at = 0.0
+
+    def observe(self, fleet: Fleet, tenants: Mapping[str, TenantPolicy], now: float) -> None:
+        """Let the past fade, then add what was served since the last look."""
+        fade = 0.5 ** ((now - self.at) / self.params.half_life_s) if self.at else 1.0
+        self.fleet, self.tenants, self.at = fleet, tenants, now
+        self.usage = {tenant: used * fade for tenant, used in self.usage.items()}
+        for tenant in {tenant for _, tenant in fleet.changed}:
+            total = fleet.totals(tenant).charged
+            self.usage[tenant] = self.usage.get(tenant, 0.0) + total - self.counted.get(tenant, 0.0)
+            self.counted[tenant] = total
+
+    def decide(self, now: float) -> Directives:  # noqa: ARG002  (the protocol's signature)
+        """Bases that make every worker's virtual times the faded service."""
+        ranks: dict[str, dict[str, TenantRank]] = {}
+        for view in self.fleet.live():
+            ranks[view.worker] = {
+                tenant: TenantRank(
+                    base=self.usage[tenant] - row.charged - row.lift,
+                    weight=weight_of(self.tenants, tenant),
+                )
+                for tenant, row in view.tenants.items()
+                if tenant in self.usage
+            }
+        return Directives(order="fair", ranks=ranks)

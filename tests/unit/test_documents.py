@@ -1,0 +1,159 @@
+"""The documents say what the code does: examples, tables, commands and programs are checked against it."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+
+from coxswain.control.cli import app
+from coxswain.control.cli.exits import MEANING
+from coxswain.control.core import ControlCore, Inputs, Send
+from coxswain.control.policy import params_of
+from coxswain.schemas import commands, events, policy, status, subjects
+from coxswain.schemas.errors import Code
+from examples.half_life import HalfLife
+from scripts import protocol_examples
+from tests.support.frames import frame, row
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def shell_lines() -> list[str]:
+    """Every `cox …` line of the shell blocks of all documents."""
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    blocks = [block for document in documents for block in SHELL.findall(document.read_text())]
+    return sorted({line for block in blocks for line in block.splitlines() if line.startswith("cox ")})
+
+
+# Quotations
+
+
+def test_what_the_documents_quote_is_what_its_source_says() -> None:
+    """JSON examples are what the encoders write, programs are the files that they name."""
+    assert protocol_examples.stale() == ""
+
+
+def test_every_example_is_shown() -> None:
+    """No example is made for nobody."""
+    shown = protocol_examples.quoted_in(PROTOCOL)
+    assert shown >= protocol_examples.EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("verb", commands.COMMANDS)
+def test_a_worker_understands_the_commands_of_the_protocol_page(verb: str) -> None:
+    """Each example command decodes to itself, and a worker ignores only what the page says it does."""
+    command, ignored = commands.decode(verb, protocol_examples.payload(verb))
+    assert command == protocol_examples.EXAMPLES[verb]
+    assert all(name.rpartition(".")[2] in policy.NOT_BUILT_CLASS for name in ignored)
+
+
+def test_readers_understand_the_messages_of_the_protocol_page() -> None:
+    """What workers send, as the page shows it, decodes to itself."""
+    decoders: dict[str, Any] = {
+        "reply": commands.decode_reply, "refusal": commands.decode_reply, "frame": status.decode_frame,
+        "queue page": status.decode_page, "request report": status.decode_report,
+        "config": status.decode_config, "held": events.decode_event, "finished": events.decode_event,
+        "command": events.decode_event,
+    }  # fmt: skip
+    for name, decode in decoders.items():
+        assert decode(protocol_examples.payload(name)) == protocol_examples.EXAMPLES[name]
+
+
+# Completeness
+
+
+@pytest.mark.parametrize("code", Code)
+def test_every_refusal_code_is_documented(code: Code) -> None:
+    """The table of refusals has a row for each code that a reply can carry."""
+    assert f"| {code.value} |" in PROTOCOL
+
+
+@pytest.mark.parametrize("name", [*subjects.VERBS, *subjects.QUERIES, *events.KINDS])
+def test_every_verb_query_and_kind_of_event_is_documented(name: str) -> None:
+    """The page on the protocol has a word about each."""
+    assert re.search(rf"^#+ .*\b{name}\b|`{name}`", PROTOCOL, re.MULTILINE)
+
+
+@pytest.mark.parametrize("field", sorted(policy.NOT_BUILT_CLASS | policy.NOT_BUILT_TENANT))
+def test_every_field_that_is_only_stored_is_listed(field: str) -> None:
+    """Whoever sets a field that does nothing yet can read so."""
+    section = PROTOCOL.partition("## In the contract, not in this version")[2].partition("\n## ")[0]
+    assert f"`{field}`" in section
+
+
+def test_the_environment_variables_are_those_that_are_read() -> None:
+    """The table of variables names all that the code reads, and no others."""
+    code = [path for part in ("schemas", "service", "control") for path in (ROOT / part).rglob("*.py")]
+    read = {name for path in code for name in re.findall(r'"(COX_[A-Z_]*[A-Z])"', path.read_text())}
+    documented = set(re.findall(r"`(COX_[A-Z_]*[A-Z])`", OPERATIONS))
+    assert documented == read
+
+
+@pytest.mark.parametrize("code", MEANING)
+def test_every_exit_code_is_documented(code: int) -> None:
+    """Scripts can rely on the table of exit codes."""
+    meaning = MEANING[code].replace("COX_DEBUG=1", "`COX_DEBUG=1`")
+    assert f"| {code} | {meaning} |" in OPERATIONS
+
+
+# Commands
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_every_command_in_the_documents_is_one_that_cox_takes(line: str) -> None:
+    """Its words are parsed by the command line itself; nothing is run."""
+    words = shlex.split(line, comments=True)[1:]
+    command: click.Command = typer.main.get_command(app)
+    context = click.Context(command, info_name="cox")
+    while isinstance(command, click.Group) and words and (found := command.get_command(context, words[0])):
+        command, words = found, words[1:]
+    assert not isinstance(command, click.Group) or not words, f"no such command: {line}"
+    command.make_context(str(command.name), list(words), parent=context)
+
+
+def test_there_are_commands_to_check() -> None:
+    """The search for shell lines finds those of the README."""
+    assert any(line.startswith("cox hold REQUEST") for line in shell_lines())
+
+
+# Programs
+
+
+def test_the_example_that_steers_is_twenty_lines() -> None:
+    """The README promises it."""
+    lines = (ROOT / "examples" / "steer.py").read_text().splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 20
+
+
+def ranks_after(half_life_s: float, quiet_s: float) -> dict[str, float]:
+    """Virtual times that the example policy gives two tenants, `quiet_s` after one of them was served."""
+    core = ControlCore(HalfLife(params_of(HalfLife, [f"half_life_s={half_life_s}"])), "c1", lambda: "id")
+    bases: dict[str, float] = {}
+    rows = [row("heavy", charged=8_000.0), row("light", charged=100.0)]
+    for at in (1_000.0, 1_000.0 + quiet_s):
+        status_frame = frame("w1", "01A", int(at), *rows)
+        inputs = Inputs(frames=[status_frame], classes={}, tenants={}, epoch=(1.0, 1))
+        for sent in core.step(at, inputs):
+            if isinstance(sent, Send) and sent.verb == "rank":
+                bases |= {tenant: rank.base for tenant, rank in sent.command.tenants.items()}
+        core.validate()
+    return {each.tenant: bases.get(each.tenant, each.base) + each.charged for each in rows}
+
+
+def test_the_example_policy_halves_the_past_after_its_half_life() -> None:
+    """One half-life later, a tenant's virtual time is half of what it was charged, within the tolerance."""
+    virtual = ranks_after(half_life_s=600.0, quiet_s=600.0)
+    assert virtual["heavy"] == pytest.approx(4_000.0, abs=0.5)
+    assert virtual["light"] == pytest.approx(50.0, abs=0.5)
+
+
+def test_the_example_policy_leaves_fresh_service_as_it_is() -> None:
+    """With a half-life far longer than the time that passed, nobody is moved."""
+    assert ranks_after(half_life_s=1e12, quiet_s=1.0) == {"heavy": 8_000.0, "light": 100.0}
