@@ -5,7 +5,7 @@ Called by `__init__.py`; what it looks like is decided in `view_fleet.py`.
 
 import asyncio
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
@@ -13,7 +13,9 @@ from rich.live import Live
 from coxswain.control.cli import parse, view_fleet
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import Exit
-from coxswain.control.client import Client
+
+if TYPE_CHECKING:
+    from coxswain.control.client import Client
 
 
 async def ps(
@@ -51,12 +53,12 @@ async def ps(
     return Exit.NOT_FOUND
 
 
-async def _look(cox: Cox, client: Client) -> view_fleet.FleetView:
+async def _look(cox: Cox, client: "Client") -> view_fleet.FleetView:
     frames = await client.statuses(wait_s=cox.timeout_s)
     return view_fleet.view(cox.connection.fleet, frames, time.time())
 
 
-async def _watch(cox: Cox, client: Client, every_s: float) -> None:
+async def _watch(cox: Cox, client: "Client", every_s: float) -> None:
     """Look for ever; with `--json` one line of JSON per look. Ends by Ctrl-C or a lost connection."""
     if cox.json:
         while True:

@@ -4,7 +4,7 @@ Changing a row is read, change, write; fields that were not named stay. Called b
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 import typer
@@ -13,7 +13,6 @@ from rich.text import Text
 from coxswain.control.cli import parse, view_tables
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
-from coxswain.control.tables import Table
 from coxswain.schemas.policy import (
     NOT_BUILT_CLASS,
     NOT_BUILT_TENANT,
@@ -22,6 +21,9 @@ from coxswain.schemas.policy import (
     Order,
     TenantPolicy,
 )
+
+if TYPE_CHECKING:
+    from coxswain.control.tables import Table
 
 Row = TypeVar("Row", TenantPolicy, ClassPolicy)
 UNSET = msgspec.UNSET
@@ -190,7 +192,7 @@ async def classes_rm(cox: Cox, name: ClassArgument) -> Exit:
         return await _remove(cox, client.classes, "class", name)
 
 
-async def _list(cox: Cox, table: Table[Row], view: Callable[[Mapping[str, Row], int], Text]) -> Exit:
+async def _list(cox: Cox, table: "Table[Row]", view: Callable[[Mapping[str, Row], int], Text]) -> Exit:
     rows = await table.get_all()
     cox.emit({"rows": rows.good, "refused": rows.refused})
     cox.say(view(rows.good, cox.out.width))
@@ -213,7 +215,7 @@ def _given(name: str, **options: Any) -> dict[str, Any]:
 
 async def _set(
     cox: Cox,
-    table: Table[Row],
+    table: "Table[Row]",
     name: str,
     default: Row,
     given: dict[str, Any],
@@ -231,7 +233,7 @@ async def _set(
     return Exit.DONE
 
 
-async def _remove(cox: Cox, table: Table[Row], noun: str, name: str) -> Exit:
+async def _remove(cox: Cox, table: "Table[Row]", noun: str, name: str) -> Exit:
     if not await table.delete(name):
         raise CliError(
             Exit.NOT_FOUND,

@@ -6,7 +6,7 @@ Called by `__init__.py`; what it looks like is decided in `view_requests.py`.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
@@ -14,10 +14,12 @@ from coxswain.control.cli import parse, view_requests
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.view_requests import Listed, Listing, Told
-from coxswain.control.client import Client
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.names import ALL
 from coxswain.schemas.status import Frame, QueueQuery, RequestQuery, RequestStatus
+
+if TYPE_CHECKING:
+    from coxswain.control.client import Client
 
 PAGE: Final = 1_000
 """Requests per page of a queue: the protocol's most."""
@@ -74,7 +76,7 @@ async def requests(
         return await _list(cox, client, frames, wanted, limit, queue=state in (None, "queued"))
 
 
-async def _frames(cox: Cox, client: Client, worker: str) -> dict[str, Frame]:
+async def _frames(cox: Cox, client: "Client", worker: str) -> dict[str, Frame]:
     if worker != ALL:
         return {
             frame.worker: frame for frame in await client.query(worker, "status", timeout_s=cox.timeout_s)
@@ -91,7 +93,7 @@ async def _frames(cox: Cox, client: Client, worker: str) -> dict[str, Frame]:
 
 async def _list(
     cox: Cox,
-    client: Client,
+    client: "Client",
     frames: dict[str, Frame],
     wanted: Wanted,
     limit: int,
@@ -126,7 +128,7 @@ async def _list(
     return Exit.DONE
 
 
-async def _queue(cox: Cox, client: Client, worker: str) -> AsyncIterator[RequestStatus]:
+async def _queue(cox: Cox, client: "Client", worker: str) -> AsyncIterator[RequestStatus]:
     """One worker's queue in order, page by page, as it is when each page is asked for."""
     after: str | None = None
     while True:
@@ -139,7 +141,7 @@ async def _queue(cox: Cox, client: Client, worker: str) -> AsyncIterator[Request
         after = page.next
 
 
-async def _tell(cox: Cox, client: Client, request: str, workers: list[str]) -> Exit:
+async def _tell(cox: Cox, client: "Client", request: str, workers: list[str]) -> Exit:
     answers = await asyncio.gather(*(_report(cox, client, request, worker) for worker in workers))
     told = [answer for answer in answers if answer is not None]
     if not told:
@@ -153,7 +155,7 @@ async def _tell(cox: Cox, client: Client, request: str, workers: list[str]) -> E
     return Exit.DONE
 
 
-async def _report(cox: Cox, client: Client, request: str, worker: str) -> Told | None:
+async def _report(cox: Cox, client: "Client", request: str, worker: str) -> Told | None:
     query = RequestQuery(request=request)
     try:
         [report] = await client.query(worker, "request", query, timeout_s=cox.timeout_s)

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 import typer
@@ -19,11 +19,13 @@ from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.verdict import judge, outcome, skew_s
 from coxswain.control.cli.words import span
-from coxswain.control.client import Client
 from coxswain.schemas import commands
 from coxswain.schemas.names import ALL
 from coxswain.schemas.policy import TenantRank
 from coxswain.schemas.subjects import OPERATOR
+
+if TYPE_CHECKING:
+    from coxswain.control.client import Client
 
 EXPIRY_S: Final = 30.0
 """A command that could not be delivered at once dies after this: nothing happens later, unexpectedly.
@@ -262,7 +264,7 @@ async def _send(cox: Cox, worker: str, verb: str, command: commands.Targeted, *,
 
 
 async def _send_over(
-    client: Client,
+    client: "Client",
     cox: Cox,
     worker: str,
     verb: str,

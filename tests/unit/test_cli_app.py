@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -304,3 +305,10 @@ def test_version_is_machine_readable() -> None:
     document = json.loads(_cox("version", "--json").stdout)
     assert document["protocol"] == 1
     assert set(document) == {"coxswain", "protocol", "vllm"}
+
+
+def test_help_loads_neither_nats_nor_vllm() -> None:
+    """The command line starts quickly and without an engine: heavy modules come when they are needed."""
+    heavy = "{'nats', 'vllm', 'torch'} & set(sys.modules)"
+    line = [sys.executable, "-c", f"import sys, coxswain.control.cli; sys.exit(bool({heavy}))"]
+    assert subprocess.run(line, check=False, timeout=60).returncode == 0
