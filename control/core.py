@@ -256,7 +256,8 @@ class ControlCore:
                 continue
             rows: dict[str, TenantRank] = {}
             for tenant, rank in wanted.items():
-                if _differs(rank, _has(now, view, told, tenant, tenants)):
+                base, weight = _has(now, view, told, tenant, tenants)
+                if abs(rank.base - base) > TOLERANCE or rank.weight != weight:
                     rows[tenant] = rank
                     if len(rows) == MAX_RANK_ROWS:
                         break
@@ -292,16 +293,12 @@ class ControlCore:
 
 def _has(
     now: float, view: WorkerView, told: Told, tenant: str, tenants: Mapping[str, TenantPolicy]
-) -> TenantRank:
-    """What a worker has for a tenant: what we just told it, else what it reports, else what we told it."""
+) -> tuple[float, float]:
+    """Base and weight that a worker has: as we just told it, else as it reports, else as we once told it."""
     row = view.tenants.get(tenant)
     rank, sent_at = told.rows.get(tenant, (None, 0.0))
     if rank is not None and (row is None or now - sent_at < ECHO_S):
-        return rank
+        return rank.base, rank.weight
     if row is not None:
-        return TenantRank(base=row.base, weight=row.weight)
-    return TenantRank(weight=weight_of(tenants, tenant))
-
-
-def _differs(wanted: TenantRank, has: TenantRank) -> bool:
-    return wanted.weight != has.weight or abs(wanted.base - has.base) > TOLERANCE
+        return row.base, row.weight
+    return 0.0, weight_of(tenants, tenant)

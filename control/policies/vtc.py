@@ -132,18 +132,18 @@ class Vtc:
         """Each live worker's bases, so that its virtual times are those of the fleet."""
         if self._fleet is None:
             return Directives()
+        counters = [
+            (tenant, virtual, weight_of(self._tenants, tenant)) for tenant, virtual in self.virtual.items()
+        ]
         ranks = {
             view.worker: {
-                tenant: TenantRank(base=_base(virtual, view.tenants.get(tenant)), weight=self._weight(tenant))
-                for tenant, virtual in self.virtual.items()
+                tenant: TenantRank(base=_base(virtual, view.tenants.get(tenant)), weight=weight)
+                for tenant, virtual, weight in counters
             }
             for view in self._fleet.live()
             if view.complete
         }
         return Directives(prices=self.prices, ranks=ranks)
-
-    def _weight(self, tenant: str) -> float:
-        return weight_of(self._tenants, tenant)
 
     def _floor(self, active: Collection[str]) -> float | None:
         """The least V among `active`; with none, that of the tenant that left the queue last."""

@@ -1,0 +1,146 @@
+"""The client against workers that answer by hand: what comes back, and what is said when nothing does."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from nats.aio.client import Client as Nats
+from nats.aio.msg import Msg
+
+from coxswain.control.client import Client
+from coxswain.control.errors import NoAnswerError, UnreachableError
+from coxswain.control.transport import open_link, tls_of
+from coxswain.schemas.commands import Drain, Reply, encode
+from coxswain.schemas.connection import Connection
+from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, Code, RefusedError
+from coxswain.schemas.names import NameRefusedError
+from coxswain.schemas.status import RequestQuery
+from tests.support.frames import frame, row
+from tests.support.nats import NatsServer
+
+pytestmark = pytest.mark.nats
+
+DRAIN = Drain(id="d1", on=True)
+Answer = Callable[[Msg], Awaitable[None]]
+
+
+@pytest.fixture
+async def client(nats_server: NatsServer) -> AsyncIterator[Client]:
+    """A client of fleet `main`."""
+    async with await Client.connect(Connection(urls=(nats_server.url,))) as client:
+        yield client
+
+
+@pytest.fixture
+async def bus(nats_server: NatsServer) -> AsyncIterator[Nats]:
+    """The workers' side of the wire."""
+    nc = await open_link(Connection(urls=(nats_server.url,)), name="workers", timeout_s=2)
+    yield nc
+    await nc.close()
+
+
+async def _serve(bus: Nats, client: Client, worker: str, answer: Answer) -> None:
+    for subjects in (client.subjects.commands_of(worker), client.subjects.queries_of(worker)):
+        for subject in subjects:
+            await bus.subscribe(subject, cb=answer)
+    await bus.flush()
+
+
+def _applies(worker: str) -> Answer:
+    async def answer(message: Msg) -> None:
+        reply = Reply(id="d1", worker=worker, incarnation="01A", worker_now=0.0, step=1, outcome="applied")
+        await message.respond(encode(reply))
+
+    return answer
+
+
+async def test_a_command_to_all_gathers_every_reply(client: Client, bus: Nats) -> None:
+    """`all` returns what every worker says, and does not wait out the whole timeout once they have."""
+    for worker in ("w1", "w2", "w3"):
+        await _serve(bus, client, worker, _applies(worker))
+    began = time.monotonic()
+    replies = await client.command("all", "drain", DRAIN, timeout_s=5.0)
+    assert sorted(reply.worker for reply in replies) == ["w1", "w2", "w3"]
+    assert time.monotonic() - began < 2.0
+    (reply,) = await client.command("w2", "drain", DRAIN)
+    assert reply.worker == "w2"
+
+
+async def test_nobody_and_silence_are_told_apart(client: Client, bus: Nats) -> None:
+    """No such worker is said at once; one that listens and does not answer, after the timeout."""
+    for worker in ("w1", "all"):
+        began = time.monotonic()
+        with pytest.raises(NoAnswerError, match="fleet 'main'"):
+            await client.command(worker, "drain", DRAIN)
+        assert time.monotonic() - began < 0.5
+    assert await client.statuses() == {}
+
+    async def silent(_: Msg) -> None:
+        """Say nothing."""
+
+    await _serve(bus, client, "w1", silent)
+    with pytest.raises(NoAnswerError, match=r"did not answer within 0\.3 s"):
+        await client.command("w1", "drain", DRAIN, timeout_s=0.3)
+
+
+async def test_a_status_in_parts_comes_back_whole(client: Client, bus: Nats) -> None:
+    """A frame over NATS's payload limit is put together again, for one worker and for all."""
+
+    async def answer(message: Msg) -> None:
+        for part, tenant in enumerate("ab"):
+            status = frame("w1", "01A", 1, row(tenant), part=part, parts=2)
+            await message.respond(encode(status))
+
+    await _serve(bus, client, "w1", answer)
+    (one,) = await client.query("w1", "status")
+    assert [each.tenant for each in one.tenants] == ["a", "b"]
+    assert await client.statuses() == {"w1": one}
+
+
+async def test_a_refused_query_carries_its_code_and_text(client: Client, bus: Nats) -> None:
+    """Headers become a `RefusedError`; among `all`, one that answers outweighs those that refuse."""
+
+    async def refuse(message: Msg) -> None:
+        headers = {CODE_HEADER: "404", ERROR_HEADER: "no request r1 here"}
+        await bus.publish(message.reply, b"", headers=headers)
+
+    await _serve(bus, client, "w1", refuse)
+    for worker in ("w1", "all"):
+        with pytest.raises(RefusedError, match="no request r1 here") as refused:
+            await client.query(worker, "request", RequestQuery(request="r1"))
+        assert refused.value.code is Code.NOT_FOUND
+
+    async def page(message: Msg) -> None:
+        await message.respond(b'{"requests": [], "next": null, "total": 0}')
+
+    await _serve(bus, client, "w2", page)
+    assert [answer.total for answer in await client.query("all", "queue")] == [0]
+
+
+async def test_frames_come_as_they_are_published(client: Client, bus: Nats) -> None:
+    """The live view yields every worker's frames and passes over what is not one."""
+    frames = client.frames()
+    first = asyncio.ensure_future(anext(frames))
+    await asyncio.sleep(0.1)
+    for payload in (b"nonsense", encode(frame("w7"))):
+        await bus.publish(client.subjects.status("w7"), payload)
+    assert (await asyncio.wait_for(first, 2)).worker == "w7"
+    await frames.aclose()
+
+
+async def test_a_worker_name_that_is_no_token_is_refused(client: Client) -> None:
+    """A name with a dot or a wildcard would reach other subjects; it is refused before anything is sent."""
+    for name in ("a.b", "*", ">", "", "W1"):
+        with pytest.raises(NameRefusedError):
+            await client.command(name, "drain", DRAIN)
+
+
+async def test_no_server_says_what_to_do() -> None:
+    """Without NATS the error names the address and the setting, at once; bad TLS files are named."""
+    began = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"nats://127.0.0.1:9.*COX_NATS_URL"):
+        await Client.connect(Connection(urls=("nats://127.0.0.1:9",)), timeout_s=5.0)
+    assert time.monotonic() - began < 2.0
+    with pytest.raises(UnreachableError, match=r"missing\.pem"):
+        tls_of(Connection(ca="missing.pem"))

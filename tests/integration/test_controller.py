@@ -1,0 +1,337 @@
+"""The controller against a real nats-server: leading, taking over, stepping down, tables, loss of NATS."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import nats
+import pytest
+from nats.aio.msg import Msg
+from nats.js.errors import KeyNotFoundError
+
+from coxswain.control.client import Client
+from coxswain.control.core import Beat, Send
+from coxswain.control.daemon import Controller, run
+from coxswain.control.errors import NotSetUpError, RowError, UnreachableError
+from coxswain.control.lease import KEY, Lease
+from coxswain.control.policies.fcfs import Fcfs
+from coxswain.control.policies.vtc import Vtc
+from coxswain.control.tables import LEASE_TTL_S, Limits, init
+from coxswain.schemas.commands import Reply, decode, encode
+from coxswain.schemas.connection import Connection
+from coxswain.schemas.names import tenant_key
+from coxswain.schemas.policy import ClassPolicy, Lead, LeaseHolder, TenantPolicy, digest
+from coxswain.schemas.subjects import CONTROLLER, Subjects
+from tests.support.frames import SmallWorker
+from tests.support.nats import NatsServer
+
+FLEET = "test"
+pytestmark = pytest.mark.nats
+
+
+@pytest.fixture
+async def client(nats_server: NatsServer) -> AsyncIterator[Client]:
+    """A client of a fleet that was set up."""
+    async with await Client.connect(_connection(nats_server)) as client:
+        await init(client.js, client.subjects)
+        yield client
+
+
+def _connection(server: NatsServer) -> Connection:
+    return Connection(urls=(server.url,), fleet=FLEET)
+
+
+@asynccontextmanager
+async def controlling(server: NatsServer, policy: Any = None, name: str = "") -> AsyncIterator[Controller]:
+    """A controller that runs beside the test and is stopped in order at the end."""
+    controller = Controller(_connection(server), policy or Vtc(Vtc.Params()), name=name)
+    task = asyncio.create_task(controller.run())
+    try:
+        yield controller
+    finally:
+        controller.stopping.set()
+        await asyncio.wait_for(task, 10)
+
+
+@asynccontextmanager
+async def working(server: NatsServer, name: str = "w1") -> AsyncIterator[SmallWorker]:
+    """A small worker on the bus: it publishes a frame every 50 ms and obeys commands and heartbeats."""
+    worker, subjects = SmallWorker(name), Subjects(FLEET)
+    nc = await nats.connect(server.url, max_reconnect_attempts=-1, reconnect_time_wait=0.1, error_cb=_ignore)
+
+    async def on_command(message: Msg) -> None:
+        verb = subjects.parse_command(message.subject).verb
+        command, _ = decode(verb, message.data)
+        rejected = worker.epoch is None or (command.epoch or (0, 0)) < worker.epoch
+        if not rejected:
+            rejected = not worker.obey([Send(name, verb, command)])[0].ok
+        outcome = (
+            {"outcome": "rejected", "code": 409, "error": "stale"} if rejected else {"outcome": "applied"}
+        )
+        reply = {"id": command.id, "worker": name, "incarnation": "01A", "worker_now": time.time(), "step": 0}
+        await message.respond(encode(msgspec.convert(reply | outcome, Reply)))
+
+    async def on_lead(message: Msg) -> None:
+        lead = msgspec.json.decode(message.data, type=Lead)
+        if worker.epoch is None or lead.epoch >= worker.epoch:
+            worker.obey([Beat(lead)])
+
+    async def publish() -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            try:
+                await nc.publish(subjects.status(name), encode(worker.frame()))
+            except nats.errors.Error:
+                continue
+
+    await nc.subscribe(subjects.commands_of(name)[0], cb=on_command)
+    await nc.subscribe(subjects.lead, cb=on_lead)
+    task = asyncio.create_task(publish())
+    try:
+        yield worker
+    finally:
+        task.cancel()
+        await nc.close()
+
+
+async def _ignore(_: Exception) -> None:
+    """NATS is stopped on purpose in these tests."""
+
+
+async def until(true: Callable[[], Any], timeout_s: float = 8.0) -> float:
+    """Wait until something is true; returns the seconds that it took."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < timeout_s, "it did not come true in time"
+        await asyncio.sleep(0.01)
+    return time.monotonic() - began
+
+
+def leads(controller: Controller) -> bool:
+    """Whether it holds the lease now."""
+    return controller.lease is not None and controller.lease.epoch is not None
+
+
+async def test_one_of_two_leads_and_the_other_takes_over(nats_server: NatsServer, client: Client) -> None:
+    """A leader that is stopped gives its lease back, and a standby leads soon after, with a later epoch."""
+    async with (
+        controlling(nats_server, name="second") as second,
+        controlling(nats_server, name="first") as first,
+    ):
+        await until(lambda: leads(first) or leads(second))
+        await asyncio.sleep(0.6)
+        assert leads(first) != leads(second)
+        leader, standby = (first, second) if leads(first) else (second, first)
+        assert leader.lease is not None
+        before = leader.lease.epoch
+        leader.stopping.set()
+        assert await until(lambda: leads(standby)) < 1.5
+        assert standby.lease is not None
+        assert standby.lease.epoch > before
+
+
+async def test_a_controller_that_vanishes_is_replaced_after_its_lease(
+    nats_server: NatsServer, client: Client
+) -> None:
+    """Nobody gives a crashed leader's lease back: a standby leads once it has run out, and never before."""
+    holder = LeaseHolder(controller="crashed", policy="vtc", since=0.0)
+    crashed = Lease(client.js, client.subjects, holder)
+    task = asyncio.create_task(crashed.run())
+    await until(lambda: crashed.epoch is not None)
+    async with controlling(nats_server) as standby:
+        await asyncio.sleep(1.5)
+        assert not leads(standby)
+        task.cancel()
+        took_s = await until(lambda: leads(standby))
+        assert crashed.epoch is None, "two led at once"
+        assert took_s < LEASE_TTL_S + 1.5
+
+
+async def test_a_stale_leader_steps_down(nats_server: NatsServer, client: Client) -> None:
+    """A leader whose workers obey a later epoch lets go of the lease and commands nobody."""
+    async with working(nats_server) as worker, controlling(nats_server) as controller:
+        await until(lambda: leads(controller) and worker.epoch)
+        assert worker.epoch is not None
+        worker.epoch = (worker.epoch[0], worker.epoch[1] + 1_000)
+        assert await until(lambda: not leads(controller)) < 2.0
+        await asyncio.sleep(0.3)
+        worker.got.clear()
+        await client.tenants.put("acme", TenantPolicy(weight=2.0))
+        await asyncio.sleep(0.5)
+        assert worker.got == []
+
+
+async def test_a_table_edit_reaches_the_worker(nats_server: NatsServer, client: Client) -> None:
+    """Rows that are put and deleted while the leader runs are in force on the worker a moment later."""
+    async with working(nats_server) as worker, controlling(nats_server) as controller:
+        await until(lambda: leads(controller) and worker.epoch)
+        classes, tenants = {"batch": ClassPolicy(position=5)}, {"acme/ü": TenantPolicy(weight=2.0)}
+        await client.classes.put("batch", classes["batch"])
+        await client.tenants.put("acme/ü", tenants["acme/ü"])
+        assert await until(lambda: worker.config == digest(classes, tenants)) < 2.0
+        assert await client.tenants.delete("acme/ü")
+        await until(lambda: worker.config == digest(classes, {}))
+        assert not await client.tenants.delete("acme/ü")
+
+
+async def test_a_bad_row_is_refused_and_the_last_good_one_stays(
+    nats_server: NatsServer, client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row written past the client is refused with a reason, also by a controller that starts later."""
+    with pytest.raises(RowError, match="weight"):
+        await client.tenants.put("acme", TenantPolicy(weight=-1.0))
+    await client.tenants.put("acme", TenantPolicy(weight=2.0))
+    bucket = await client.js.key_value(client.tenants.bucket)
+    await bucket.put(tenant_key("acme"), b'{"weight": "much"}')
+    await client.tenants.put("other", TenantPolicy(weight=3.0))
+    wanted = digest({}, {"acme": TenantPolicy(weight=2.0), "other": TenantPolicy(weight=3.0)})
+    async with working(nats_server) as worker, controlling(nats_server):
+        await until(lambda: worker.config == wanted)
+    told = capsys.readouterr()
+    assert "table row refused" in told.out + told.err
+    assert "$.weight" in told.out + told.err
+    rows = await client.tenants.get_all()
+    assert rows.good["acme"].weight == 2.0
+    assert "last good row stays" in rows.refused["acme"]
+
+
+async def test_fcfs_reorders_every_class(nats_server: NatsServer, client: Client) -> None:
+    """Under fcfs the worker's classes are in priority order, without anybody editing a table."""
+    async with working(nats_server) as worker, controlling(nats_server, Fcfs(Fcfs.Params())):
+        await until(lambda: worker.config == digest({"default": ClassPolicy(order="priority")}, {}))
+
+
+async def test_two_workers_share_one_order(nats_server: NatsServer, client: Client) -> None:
+    """What one worker serves of a tenant is in the other's virtual time a moment later."""
+    async with (
+        working(nats_server, "w1") as left,
+        working(nats_server, "w2") as right,
+        controlling(nats_server) as controller,
+    ):
+        await until(lambda: leads(controller) and left.epoch and right.epoch)
+        await asyncio.sleep(0.2)
+        left.arrive("greedy", 500, 10, times=5)
+        left.step(20)
+        assert left.account("greedy").charged > 1000
+        await until(lambda: right.account("greedy").virtual_time == left.account("greedy").virtual_time)
+
+
+async def test_nats_restart_mid_run(nats_server: NatsServer, client: Client) -> None:
+    """NATS is killed and comes back: somebody leads again, edits arrive, and nothing had to be restarted."""
+    async with working(nats_server) as worker, controlling(nats_server) as controller:
+        await until(lambda: leads(controller) and worker.epoch)
+        nats_server.kill()
+        await until(lambda: not leads(controller))
+        nats_server.start()
+        await until(lambda: leads(controller))
+        await until(lambda: client.nc.is_connected)
+        await client.tenants.put("acme", TenantPolicy(weight=2.0))
+        assert await until(lambda: worker.config == digest({}, {"acme": TenantPolicy(weight=2.0)})) < 4.0
+
+
+async def test_a_controller_waits_for_nats_and_for_init(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Started before everything else, it says what is missing, and leads once that is there."""
+    server = NatsServer(tmp_path)
+    async with controlling(server) as controller:
+        await asyncio.sleep(0.3)
+        server.start()
+        try:
+            await asyncio.sleep(1.5)
+            assert not leads(controller)
+            async with await Client.connect(_connection(server)) as client:
+                await init(client.js, client.subjects)
+                await until(lambda: leads(controller))
+        finally:
+            controller.stopping.set()
+            await asyncio.sleep(0.3)
+            server.kill()
+    told = capsys.readouterr()
+    said = told.out + told.err
+    assert "waiting for NATS" in said
+    assert "cox init" in said
+
+
+async def test_init_is_idempotent_and_says_what_it_did(nats_server: NatsServer) -> None:
+    """The first run creates, the second keeps, and limits that are given change the log only."""
+    async with await Client.connect(_connection(nats_server)) as client:
+        with pytest.raises(NotSetUpError, match="cox init"):
+            await client.tenants.put("acme", TenantPolicy())
+        with pytest.raises(NotSetUpError, match="cox init"):
+            [event async for event in client.events(start="all", follow=False)]
+        assert {made.outcome for made in await init(client.js, client.subjects)} == {"created"}
+        assert {made.outcome for made in await init(client.js, client.subjects)} == {"kept"}
+        log, *buckets = await init(client.js, client.subjects, Limits(max_bytes=1 << 20))
+        assert (log.outcome, {made.outcome for made in buckets}) == ("updated", {"kept"})
+        config = (await client.js.stream_info(client.subjects.stream)).config
+        assert config.max_bytes == 1 << 20
+
+
+async def test_events_are_read_from_the_log_with_filters(client: Client) -> None:
+    """The log is read from the start or a time, to its end, by request (public or body id) and tenant."""
+    for number, (request, tenant) in enumerate((("r1", "a"), ("r2", "b"), ("r1", "a"))):
+        event = {"kind": "of a later version", "request": request, "tenant": tenant, "n": number}
+        await client.js.publish(client.subjects.event("w1", "later"), msgspec.json.encode(event))
+
+    async def numbers(**wanted: Any) -> list[int]:
+        return [event["n"] async for event in client.events(follow=False, **wanted)]
+
+    assert await numbers(start="all") == [0, 1, 2]
+    assert await numbers(start="all", request="cmpl-r1") == [0, 2]
+    assert await numbers(start="all", tenant="b") == [1]
+    assert await numbers(start=time.time() - 60, worker="w1") == [0, 1, 2]
+    assert await numbers(start=time.time() + 60) == []
+
+
+async def test_a_command_is_not_delivered_late(nats_server: NatsServer, client: Client) -> None:
+    """What is sent while NATS is away fails at once and stays unsent, though later commands arrive."""
+    async with working(nats_server) as worker:
+        nats_server.kill()
+        await until(lambda: not client.nc.is_connected)
+        late, _ = decode("configure", b'{"id": "late"}')
+        with pytest.raises(UnreachableError, match="nothing was sent"):
+            await client.command("w1", "configure", late, role=CONTROLLER)
+        nats_server.start()
+        await until(lambda: client.nc.is_connected)
+        worker.epoch = (0.0, 0)
+        await asyncio.sleep(0.5)
+        prompt, _ = decode("configure", b'{"id": "prompt", "epoch": [1.0, 1]}')
+        (reply,) = await client.command("w1", "configure", prompt, role=CONTROLLER)
+        assert reply.outcome == "applied"
+        assert [each.command.id for each in worker.got if isinstance(each, Send)] == ["prompt"]
+
+
+async def test_a_leader_cut_off_steps_down_by_its_own_clock(nats_server: NatsServer, client: Client) -> None:
+    """With NATS frozen the leader stops leading before the server could give the lease to another."""
+    async with controlling(nats_server) as controller:
+        await until(lambda: leads(controller))
+        nats_server.pause()
+        assert await until(lambda: not leads(controller)) < LEASE_TTL_S
+        nats_server.resume()
+        await until(lambda: leads(controller))
+
+
+async def test_sigterm_ends_it_in_order(nats_server: NatsServer, client: Client) -> None:
+    """`run` returns on SIGTERM, and the lease is free at once."""
+    task = asyncio.create_task(run(_connection(nats_server), Vtc(Vtc.Params()), name="brief"))
+    bucket = await client.js.key_value(client.subjects.lease_bucket)
+
+    async def held() -> bool:
+        try:
+            return (await bucket.get(KEY)).value is not None
+        except KeyNotFoundError:
+            return False
+
+    async with asyncio.timeout(5):
+        while not await held():  # noqa: ASYNC110  (another process's key, nothing of ours to wait on)
+            await asyncio.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(task, 3)
+    assert not await held()
