@@ -183,16 +183,26 @@ def shown(name: str) -> str:
 
 
 def _laid_out(value: Any, indent: str, used: int) -> str:
+    """JSON in lines of at most `WIDTH`: a field to a line outside, as many as fit inside."""
     line = json.dumps(value, ensure_ascii=False)
     if len(indent) + used + len(line) <= WIDTH or not isinstance(value, dict | list):
         return line
     inner = indent + "  "
-    if isinstance(value, dict):
-        rows = [
-            f"{inner}{json.dumps(key)}: {_laid_out(item, inner, len(key) + 5)}" for key, item in value.items()
-        ]
-        return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
-    return "[\n" + ",\n".join(inner + _laid_out(item, inner, 1) for item in value) + f"\n{indent}]"
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(inner + _laid_out(item, inner, 1) for item in value) + f"\n{indent}]"
+    fields = [f"{json.dumps(key)}: {_laid_out(item, inner, len(key) + 5)}" for key, item in value.items()]
+    lines = _filled(fields, WIDTH - len(inner)) if indent else fields
+    return "{\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}}}"
+
+
+def _filled(fields: list[str], width: int) -> list[str]:
+    lines: list[str] = []
+    for field in fields:
+        if lines and "\n" not in lines[-1] + field and len(lines[-1]) + 3 + len(field) <= width:
+            lines[-1] += f", {field}"
+        else:
+            lines.append(field)
+    return lines
 
 
 def renewed(text: str) -> str:
