@@ -27,6 +27,7 @@ from coxswain.control.logs import Seldom, log
 from coxswain.control.policy import Policy
 from coxswain.control.rows import Row, Rows
 from coxswain.control.tables import Table
+from coxswain.control.transport import public_urls
 from coxswain.schemas.commands import encode
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import RefusedError
@@ -98,7 +99,7 @@ class Controller:
 
     async def _session(self, client: Client) -> None:
         """Work over one connection until it is closed for good or we are to stop."""
-        log.info("connected to NATS", urls=self._connection.urls)
+        log.info("connected to NATS", urls=public_urls(self._connection))
         client.js = client.nc.jetstream(timeout=JETSTREAM_TIMEOUT_S)
         holder = LeaseHolder(controller=self.name, policy=self.core.policy.name, since=time.time())
         self.lease = lease = Lease(client.js, client.subjects, holder)
@@ -211,7 +212,8 @@ class Controller:
             self._back = True
             log.info("NATS is back")
         elif what == "lost":
-            log.warning("NATS is lost; commands wait, workers go on by themselves")
+            if not self._ended:
+                log.warning("NATS is lost; nothing is sent until it is back, workers go on by themselves")
         elif what == "closed":
             self._closed = True
         elif self._seldom.may("nats", what):

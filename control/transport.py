@@ -6,6 +6,7 @@ nats-py's read loop). Nothing is buffered while disconnected: a stale command mu
 
 import asyncio
 import random
+import re
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -44,6 +45,11 @@ def tls_of(connection: Connection) -> ssl.SSLContext | None:
             f"TLS files cannot be used ({files}): {error}. Check COX_NATS_CA, _CERT and _KEY.",
         ) from error
     return context
+
+
+def public_urls(connection: Connection) -> str:
+    """Where NATS is, for messages and logs: without the user, password or token that a URL may carry."""
+    return ", ".join(re.sub(r"//[^@/]*@", "//", url) for url in connection.urls)
 
 
 def next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
@@ -113,7 +119,7 @@ async def open_link(
             await nc.close()
     why = str(attempt.exception()) if not attempt.cancelled() and attempt.exception() else ""
     raise UnreachableError(
-        f"NATS cannot be reached at {', '.join(connection.urls)}: "
+        f"NATS cannot be reached at {public_urls(connection)}: "
         f"{why or (failures[-1] if failures else f'no answer within {timeout_s:g} s')}. "
         "Start nats-server, or set COX_NATS_URL (and COX_NATS_CREDS or _NKEY where it asks who you are).",
     )
