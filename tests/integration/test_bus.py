@@ -209,9 +209,9 @@ async def test_idle_frame_is_repeated_until_the_engine_speaks(client, worker: Wo
     status = await client.subscribe(SUBJECTS.status(WORKER))
     await client.flush()
     worker.engine.send_frame(frame(age_s=1.0), idle=True)
-    first, second, third = [decode_frame((await status.next_msg(timeout=3)).data) for _ in range(3)]
+    first, second, third = [decode_frame((await status.next_msg(timeout=5)).data) for _ in range(3)]
     assert (first.seq, second.seq, third.seq) == (1, 2, 3)
-    assert 0.9 < third.sent_at - second.sent_at < 1.5
+    assert 0.9 < third.sent_at - second.sent_at < 2.5
     assert third.leader.age_s - second.leader.age_s == pytest.approx(third.sent_at - second.sent_at, abs=0.01)
     worker.engine.send_frame(frame(full=False))
     assert decode_frame((await status.next_msg(timeout=3)).data).full is False
@@ -255,7 +255,7 @@ async def test_alarm_wakes_a_sleeping_engine(worker: Worker) -> None:
     worker.port.wake_later(0.2)
     began = time.monotonic()
     await eventually(lambda: worker.engine.wakes == wakes + 1, timeout_s=2)
-    assert 0.19 < time.monotonic() - began < 0.5
+    assert 0.19 < time.monotonic() - began < 1.5
     worker.port.wake_later(0.2)
     worker.port.wake_later(None)
     await asyncio.sleep(0.5)

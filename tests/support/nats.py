@@ -4,6 +4,7 @@ Import the fixture where it is wanted (`tests/integration/conftest.py` does). Th
 its store over `restart`, so clients meet the same server again.
 """
 
+import os
 import shutil
 import signal
 import socket
@@ -66,15 +67,16 @@ class NatsServer:
 
     def pause(self) -> None:
         """Freeze it (SIGSTOP): connections stay open and nothing answers."""
-        self._send(signal.SIGSTOP)
+        os.waitpid(self._send(signal.SIGSTOP), os.WUNTRACED)  # its threads may run on for a moment
 
     def resume(self) -> None:
         """Let a frozen one go on."""
         self._send(signal.SIGCONT)
 
-    def _send(self, number: signal.Signals) -> None:
+    def _send(self, number: signal.Signals) -> int:
         assert self._process is not None, "not started"
         self._process.send_signal(number)
+        return self._process.pid
 
     def _end(self, number: signal.Signals) -> None:
         if self._process is None:
