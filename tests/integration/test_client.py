@@ -137,7 +137,7 @@ async def test_a_worker_name_that_is_no_token_is_refused(client: Client) -> None
 
 
 async def test_no_server_says_what_to_do() -> None:
-    """Without NATS the error names the address (no password) and the setting, at once; bad TLS files are named."""
+    """Without NATS the error names the address (no password) and the setting, at once; bad TLS files too."""
     began = time.monotonic()
     with pytest.raises(UnreachableError, match=r"nats://127.0.0.1:9.*COX_NATS_URL"):
         await Client.connect(Connection(urls=("nats://127.0.0.1:9",)), timeout_s=5.0)
