@@ -14,6 +14,8 @@ from coxswain.schemas.names import DEFAULT, TenantName, Token
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+Weight = Annotated[float, msgspec.Meta(ge=1e-6, le=1e9)]
+"""Not only positive: tokens ÷ weight must stay finite, or virtual times could not be ordered."""
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e18, le=1e18)]
@@ -58,7 +60,7 @@ class ClassPolicy(msgspec.Struct, frozen=True, kw_only=True):
 class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """One row of the tenant table. A tenant without a row has that of tenant `default`, or these defaults."""
 
-    weight: Positive = 1.0
+    weight: Weight = 1.0
     """Share relative to other tenants."""
     class_: Token = msgspec.field(default=DEFAULT, name="class")
     """The class of requests that ask for none."""
@@ -90,7 +92,7 @@ class TenantRank(msgspec.Struct, frozen=True, kw_only=True):
 
     base: Finite = 0.0
     """virtual_time = base + charged + lift; may be negative."""
-    weight: Positive = 1.0
+    weight: Weight = 1.0
 
 
 class Sight(msgspec.Struct, frozen=True, kw_only=True):
