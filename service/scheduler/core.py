@@ -6,19 +6,22 @@ the small port `Engine`. Knows ranks, holds and leases; knows no policy, no NATS
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from math import isfinite
 from typing import Any, Final, Protocol
 
 from coxswain.schemas import events as ev
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import ClassPolicy, Epoch, Lead, TenantPolicy, TenantRank, digest
-from coxswain.schemas.subjects import CONTROLLER
+from coxswain.schemas.subjects import CONTROLLER, ENGINE, ROLES
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Hold, Progress, Record
 from coxswain.service.scheduler.states import HELD, KV, Event, State, after
-from coxswain.service.scheduler.tenants import Tenants
+from coxswain.service.scheduler.tenants import Account, Tenants
 
 BUILT_IN_CLASSES: Final = {DEFAULT: ClassPolicy()}
+LEASES_EACH: Final = len({*ROLES, ENGINE})
+"""Leases that one request can have: one per role."""
 
 
 class Engine(Protocol):
@@ -76,11 +79,13 @@ class SteeringCore:
         self.tenants = Tenants()
         self.records: dict[str, Record] = {}
         """By the engine's id."""
-        self.families: dict[str, list[Record]] = {}
+        self.families: dict[str, dict[Record, None]] = {}
         """By public id: all children of a client's request that have not ended."""
         self._children: dict[str, int] = {}
         self.running: dict[Record, None] = {}
         self.held: dict[Record, None] = {}
+        self.kept: dict[Record, None] = {}
+        """Those of the held that keep KV and slot: no more than there are slots."""
         self.awaiting_first: dict[Record, None] = {}
         """Admitted, no token yet."""
         self.touched: dict[Record, None] = {}
@@ -129,7 +134,7 @@ class SteeringCore:
         record.class_ = self._class_for(record)
         record.queued_since = now
         self.records[id] = record
-        self.families.setdefault(request, []).append(record)
+        self.families.setdefault(request, {})[record] = None
         self.tenants.arriving(account)
         self.tenants.joined(account, record)
         self._touch(record)
@@ -141,18 +146,16 @@ class SteeringCore:
 
         Charged at once, so that the next pick in the same step sees it (VTC, algorithm 2, line 23).
         """
+        self._move(record, Event.ADMIT)
         if record.admitted_at is None:
             record.cached_tokens = cached
             record.uncached_tokens = record.prompt_tokens - cached
             self._charge_input(record)
-        self._move(record, Event.ADMIT)
 
     def not_admitted(self, record: Record) -> None:
         """The engine took the head only to skip it in this step: undo `admitting`."""
-        record.state = State.QUEUED
-        del self.running[record]
-        record.account.running -= 1
-        self.tenants.joined(record.account, record)
+        self._move(record, Event.EVICT)
+        self.tenants.keeps_place(record.account, record)
         if record.admitted_at is None:
             record.uncached_tokens = record.cached_tokens = 0
             self._charge_input(record)
@@ -173,6 +176,7 @@ class SteeringCore:
             account = record.account
             account.uncached_input_tokens += record.uncached_tokens
             account.cached_input_tokens += record.cached_tokens
+            account.dirty = True
             self.awaiting_first[record] = None
         else:
             record.resumed_at = computed
@@ -196,16 +200,16 @@ class SteeringCore:
 
     def evicted(self, now: float, record: Record) -> None:
         """vLLM itself preempted a running request for want of KV blocks."""
-        self.losing_kv(record)
         self._move(record, Event.EVICT)
+        self.losing_kv(record)
         record.queued_since = now
         self._touch(record)
         self.tell(now, record, ev.Preempted, reason="no free KV blocks")
 
     def waits_again(self, now: float, record: Record) -> None:
         """A running streaming session waits for its next input; its KV stays."""
-        self.settle(record)
         self._move(record, Event.EVICT)
+        self.settle(record)
         record.queued_since = now
         self._touch(record)
 
@@ -217,6 +221,7 @@ class SteeringCore:
         """A session's next input arrived: its output list starts again."""
         record.settled = 0
         record.prompt_tokens = prompt_tokens
+        self._touch(record)
 
     def first_token(self, now: float, record: Record) -> None:
         """The first output token was delivered."""
@@ -226,23 +231,24 @@ class SteeringCore:
 
     def finished(self, now: float, record: Record, reason: str) -> None:
         """The request ended, in whatever state it was."""
+        was = record.state
+        record.holds.clear()
+        self._move(record, Event.FINISH)
         self.settle(record)
         if record in self.awaiting_first:
             if record.outputs:
                 self.first_token(now, record)
             else:
                 del self.awaiting_first[record]
-        if record.state in HELD:
+        if was in HELD:
             record.held_s += now - record.held_since
-        elif record.state is State.QUEUED:
+        elif was is State.QUEUED:
             record.queued_s += now - record.queued_since
         self.queue.remove(record)
-        self._move(record, Event.FINISH)
-        record.holds.clear()
         record.account.finished += 1
         del self.records[record.id]
         family = self.families[record.request]
-        family.remove(record)
+        del family[record]
         if not family:
             del self.families[record.request], self._children[record.request]
         self.touched.pop(record, None)
@@ -266,12 +272,13 @@ class SteeringCore:
         if cost != record.charged_input:
             record.account.charge(cost - record.charged_input)
             if cost < record.charged_input:
-                self._fell(record)
+                self._moved_back(record.account)
             record.charged_input = cost
 
-    def _fell(self, record: Record) -> None:
-        self.tenants.moved_back(record.account)
-        self.queue.moved(record.account, fell=True)
+    def _moved_back(self, account: Account) -> None:
+        """A tenant's virtual time fell: tell both heaps that order by it."""
+        self.tenants.moved_back(account)
+        self.queue.moved_back(account)
 
     def settle(self, record: Record) -> None:
         """Charge what the request was delivered and count what it recomputed since it was last settled."""
@@ -280,7 +287,6 @@ class SteeringCore:
             account = record.account
             account.output_tokens += delivered - record.settled
             account.charge((delivered - record.settled) * self.tenants.prices.output)
-            account.dirty = True
             record.settled = delivered
         if record.lost_mark > record.resumed_at:
             again = min(record.payload.num_computed_tokens, record.lost_mark) - record.resumed_at
@@ -288,16 +294,22 @@ class SteeringCore:
                 news = again - record.settled_recompute
                 record.recomputed_tokens += news
                 record.account.recomputed_tokens += news
+                record.account.dirty = True
                 self.recomputed_total += news
                 record.settled_recompute = again
+            if again == record.lost_mark - record.resumed_at:
+                record.resumed_at = record.lost_mark
 
     def settle_all(self) -> None:
-        """Settle everything that may have been delivered tokens: before order or totals are read."""
-        for record in self.running:
-            if len(record.outputs) != record.settled or record.lost_mark:
-                self.settle(record)
-        for record in self.held:
-            self.settle(record)
+        """Settle whatever may be delivered tokens now: before order or totals are read.
+
+        Once per step, so it looks only at what has a slot. What was in flight when a request lost its KV may be
+        delivered later: it is settled when that request moves on.
+        """
+        for group in (self.running, self.kept):
+            for record in group:
+                if len(record.outputs) != record.settled or record.lost_mark > record.resumed_at:
+                    self.settle(record)
 
     # Holds
 
@@ -309,15 +321,16 @@ class SteeringCore:
         if old is not None and old.lease_until is None and lease_until is None and old.kv == kv:
             return False
         in_flight = self.engine.in_flight(record)
-        hold = Hold(role, kv, old.since if old else now, lease_until, reason)
-        record.holds[role] = hold
         if record.state not in HELD:
             self._begin_hold(now, record, kv)
         elif kv == "drop" and record.state in (State.HELD_KEPT, State.HELD_PARKED):
             self._drop(now, record, reason)
+        hold = Hold(role, kv, old.since if old else now, lease_until, reason)
+        record.holds[role] = hold
         if lease_until is not None:
             self._serial += 1
             heapq.heappush(self._leases, (lease_until, self._serial, record, hold))
+            self._tidy_leases()
         self._touch(record)
         self.tell(
             now, record, ev.Held, by=role, kv=KV.get(record.state, "none"), reason=reason,
@@ -327,24 +340,29 @@ class SteeringCore:
         return True
 
     def _begin_hold(self, now: float, record: Record, kv: str) -> None:
+        was = record.state
+        self._move(record, Event.HOLD_DROP if kv == "drop" else Event.HOLD_KEEP)
         self.settle(record)
         record.held_since = now
-        if record.state is State.QUEUED:
+        if was is State.QUEUED:
             record.queued_s += now - record.queued_since
             self.engine.dequeue(record)
             self.queue.remove(record)
-            self._move(record, Event.HOLD_KEEP)
         elif kv == "drop":
             self.losing_kv(record)
-            self._move(record, Event.HOLD_DROP)
             self.engine.drop(record)
         else:
-            self._move(record, Event.HOLD_KEEP)
             self.engine.hold(record)
 
+    def _tidy_leases(self) -> None:
+        """Holds that were replaced or ended leave their entries behind: these go when they outnumber the rest."""
+        if len(self._leases) > 2 * LEASES_EACH * len(self.held) + 64:
+            self._leases = [entry for entry in self._leases if entry[2].holds.get(entry[3].role) is entry[3]]
+            heapq.heapify(self._leases)
+
     def _drop(self, now: float, record: Record, reason: str) -> None:
-        self.losing_kv(record)
         self._move(record, Event.DROP)
+        self.losing_kv(record)
         self.engine.drop(record)
         self.tell(now, record, ev.Dropped, reason=reason, computed_tokens=record.lost_mark)
 
@@ -413,7 +431,10 @@ class SteeringCore:
             self.tell(now, None, ev.LeaderChanged, epoch=lead.epoch, reason=f"{lead.controller} leads with {lead.policy}")
 
     def obeyed(self, now: float, epoch: Epoch) -> None:
-        """A controller's command with this epoch, not lower than the highest seen, is being applied."""
+        """A controller's command came with this epoch, which is not lower than the highest seen.
+
+        It counts even if the command is then refused for another reason: the older leader is fenced off all the same.
+        """
         if self.epoch != epoch or self._leader_silent:
             self.tell(now, None, ev.LeaderChanged, epoch=epoch, reason="first command of its epoch")
             self._leader_silent = False
@@ -426,11 +447,9 @@ class SteeringCore:
         before = account.virtual_time
         account.weight = rank.weight
         account.rebase(rank.base)
-        account.dirty = True
         self.changed = True
         if account.virtual_time < before:
-            self.tenants.moved_back(account)
-        self.queue.moved(account, fell=account.virtual_time < before)
+            self._moved_back(account)
 
     def configure(self, classes: dict[str, ClassPolicy], tenants: dict[str, TenantPolicy]) -> bool:
         """Put both tables in force, whole; False if they already were."""
@@ -464,8 +483,8 @@ class SteeringCore:
     def _class_for(self, record: Record) -> str:
         """The class a request runs in: what a command set, what it asked for and may, its tenant's, `default`."""
         policy = record.account.policy
-        if record.class_set and record.class_ in self.classes:
-            return record.class_
+        if record.set_class in self.classes:
+            return record.set_class
         asked = record.asked_class
         if asked in self.classes and (asked == policy.class_ or asked in policy.classes):
             return asked
@@ -487,9 +506,11 @@ class SteeringCore:
         elif old is State.RUNNING:
             del self.running[record]
             account.running -= 1
-        elif old in HELD and new not in HELD:
+        elif new not in HELD:
             del self.held[record]
             account.held -= 1
+            self._tidy_leases()
+        self.kept.pop(record, None)
         if new is State.QUEUED:
             self.tenants.joined(account, record)
         elif new is State.RUNNING:
@@ -498,6 +519,8 @@ class SteeringCore:
         elif new in HELD and old not in HELD:
             self.held[record] = None
             account.held += 1
+        if new is State.HELD_KEPT:
+            self.kept[record] = None
         record.state = new
         account.dirty = True
         self.changed = True
@@ -512,7 +535,7 @@ class SteeringCore:
         new_priority = old_priority if priority is None else priority
         new_class = class_ or old_class
         if class_:
-            record.class_set = True
+            record.set_class = class_
         if (new_priority, new_class) == (old_priority, old_class):
             return False
         waited = self.queue.remove(record)
@@ -533,10 +556,6 @@ class SteeringCore:
             record.tell(now, self.step, kind, fields)
         self._emit(now, record, kind, fields)
 
-    def of_tenant(self, tenant: str) -> Iterator[Record]:
-        """All live requests of a tenant."""
-        return (record for record in self.records.values() if record.account.name == tenant)
-
     def validate(self) -> None:
         """Check every invariant of the core; raises AssertionError."""
         self.queue.validate()
@@ -545,6 +564,8 @@ class SteeringCore:
             assert record.state is not State.FINISHED
             assert (record.state in HELD) == bool(record.holds) == (record in self.held), record
             assert (record.state is State.RUNNING) == (record in self.running), record
+            assert (record.state is State.HELD_KEPT) == (record in self.kept), record
+            assert (record.state is State.QUEUED) == (record in record.account.waiting), record
             assert record.class_ in self.classes
             assert record in self.families[record.request]
             assert record.state is State.QUEUED or record not in self.queue, record
@@ -553,8 +574,13 @@ class SteeringCore:
             counts[record.account.name][index] += 1
         for name, account in self.tenants.accounts.items():
             assert counts[name] == [account.queued, account.running, account.held], name
-            assert abs(account.virtual_time - (account.base + account.charged + account.lift)) < 1e-6
-        assert len(self.running) + len(self.held) <= len(self.records)
+            assert account.virtual_time == account.base + account.charged + account.lift, name
+            assert isfinite(account.virtual_time), name
+        live = set(self.records.values())
+        for group in (self.running, self.held, self.kept, self.awaiting_first, self.touched):
+            assert group.keys() <= live
+        self.tenants.validate()
+        assert len(self._leases) <= 2 * LEASES_EACH * len(self.held) + 64
         assert sum(len(family) for family in self.families.values()) == len(self.records)
         assert self.families.keys() == self._children.keys()
 

@@ -46,8 +46,10 @@ class Line:
         return items[0][4]
 
     def compact(self) -> None:
-        """Drop stale items when they outnumber live ones."""
-        if len(self.items) > 2 * self.size + 64:
+        """Drop stale items when they outnumber live ones, and all of them when nothing is left."""
+        if not self.size:
+            self.items.clear()
+        elif len(self.items) > 2 * self.size + 64:
             self.items = [item for item in self.items if item[3] == item[4].ticket]
             heapq.heapify(self.items)
 
@@ -94,8 +96,6 @@ class SteeredQueue:
         self._order: list[ClassLine] = []
         self._tickets = 0
         self._size = 0
-        self.version = 0
-        """Grows with every change of membership or order: cheap news for status."""
 
     def __len__(self) -> int:
         return self._size
@@ -112,7 +112,6 @@ class SteeredQueue:
 
     def set_classes(self, policies: dict[str, ClassPolicy]) -> None:
         """Put new class policies in force; members whose class is gone must have been moved before."""
-        self.version += 1
         old = self._classes
         self._classes = {name: ClassLine(name, policy) for name, policy in policies.items()}
         self._order = sorted(self._classes.values(), key=lambda line: (line.policy.position, line.name))
@@ -135,7 +134,6 @@ class SteeredQueue:
             line_class.heap.push(line)
         line_class.size += 1
         self._size += 1
-        self.version += 1
 
     def remove(self, record: Record) -> bool:
         """Take a request out, wherever it stands; False if it is not here."""
@@ -145,14 +143,12 @@ class SteeredQueue:
         line = line_class.line_of(record.account)
         record.ticket = 0
         line.size -= 1
+        line.compact()
         if not line.size:
             line_class.heap.discard(line)
             del line_class.lines[line.name]
-        else:
-            line.compact()
         line_class.size -= 1
         self._size -= 1
-        self.version += 1
         return True
 
     def peek(self) -> Record:
@@ -178,14 +174,12 @@ class SteeredQueue:
         self.remove(record)
         return record
 
-    def moved(self, account: Account, *, fell: bool) -> None:
-        """A tenant's virtual time was set. Growth by charging needs no telling, only a fall does."""
-        self.version += 1
-        if fell:
-            for line_class in self._order:
-                line = line_class.lines.get(account.name)
-                if line is not None and line.account is account:
-                    line_class.heap.push(line)
+    def moved_back(self, account: Account) -> None:
+        """A tenant's virtual time fell. Growth needs no telling."""
+        for line_class in self._order:
+            line = line_class.lines.get(account.name)
+            if line is not None and line.account is account:
+                line_class.heap.push(line)
 
     def walk(self, skip: int = 0) -> Iterator[Record]:
         """Everything that waits from place `skip` on, in order, lazily."""
@@ -225,7 +219,9 @@ class SteeredQueue:
             assert self._classes[line_class.name] is line_class
             assert line_class.size == sum(line.size for line in line_class.lines.values())
             assert set(line_class.heap) == set(line_class.lines.values())
+            line_class.heap.validate()
             for line in line_class.lines.values():
+                assert len(line.items) <= 2 * line.size + 64
                 live = [item for item in line.items if item[3] == item[4].ticket]
                 assert line.size == len(live) > 0
                 for priority, arrival, name, _, record in live:

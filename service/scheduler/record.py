@@ -40,9 +40,9 @@ class Record:
 
     __slots__ = (
         "account", "admitted_at", "arrived_at", "asked_class", "cached_tokens", "charged_input", "child", "class_",
-        "class_set", "first_token_at", "held_s", "held_since", "holds", "id", "lost_mark", "outputs", "payload",
+        "first_token_at", "held_s", "held_since", "holds", "id", "lost_mark", "outputs", "payload",
         "priority", "prompt_tokens", "queued_s", "queued_since", "recomputed_tokens", "request", "resumed_at",
-        "settled", "settled_recompute", "state", "story", "ticket", "uncached_tokens",
+        "set_class", "settled", "settled_recompute", "state", "story", "ticket", "uncached_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -65,8 +65,8 @@ class Record:
         self.account = account
         self.asked_class = asked_class
         self.class_ = ""
-        self.class_set = False
-        """Whether a command chose the class; then tables do not change it."""
+        self.set_class = ""
+        """The class that a command chose, if any: it goes before what was asked for and the tenant's."""
         self.priority = priority
         self.arrived_at = arrived_at
         self.prompt_tokens = prompt_tokens

@@ -4,6 +4,7 @@ A delta holds what changed since the last frame, in absolute values; a full fram
 Called at most every `COX_STATUS_INTERVAL_S`, so that its cost does not grow with the step rate.
 """
 
+from collections.abc import Set
 from itertools import islice
 from typing import NamedTuple
 
@@ -55,9 +56,8 @@ class Reporter:
         self.core = core
         self.identity = identity
         self.head = head
-        self._listed: dict[Record, int] = {}
-        """Requests in the last frame, and how many output tokens it gave them."""
-        self._queue_version = -1
+        self._listed: dict[Record, tuple[int, int | None]] = {}
+        """Requests in the last frame, with the output tokens and the place that it gave them."""
 
     def frame(
         self, now: float, gauges: Gauges, *, full: bool, applied: int, rejected: dict[str, int], peek: bool = False,
@@ -68,27 +68,27 @@ class Reporter:
         """
         core = self.core
         core.settle_all()
-        places = dict(zip(islice(core.queue.walk(), self.head), range(self.head), strict=False))
-        listed = {record: len(record.outputs) for group in (core.running, core.held, places) for record in group}
+        places = {record: place for place, record in enumerate(islice(core.queue.walk(), self.head))}
+        listed = {
+            record: (len(record.outputs), places.get(record))
+            for group in (core.running, core.held, places)
+            for record in group
+        }
         if full:
             rows = [row(core, record, places.get(record)) for record in listed]
             gone: tuple[st.Gone, ...] = ()
             accounts = [account for account in core.tenants.accounts.values() if account.seen]
         else:
             last, touched = self._listed, core.touched
-            queue_moved = core.queue.version != self._queue_version
             rows = [
-                row(core, record, places.get(record))
-                for record, outputs in listed.items()
-                if last.get(record) != outputs or record in touched or (queue_moved and record in places)
+                row(core, record, said[1])
+                for record, said in listed.items()
+                if last.get(record) != said or record in touched
             ]
-            gone = tuple(
-                st.Gone(request=record.request, child=record.child) for record in last if record not in listed
-            )
+            gone = self._gone(listed.keys())
             accounts = [account for account in core.tenants.accounts.values() if account.dirty and account.seen]
         if not peek:
             self._listed = listed
-            self._queue_version = core.queue.version
             core.touched.clear()
             core.changed = False
             for account in accounts:
@@ -100,7 +100,7 @@ class Reporter:
             step=core.step, model=identity.model, vllm_version=identity.vllm_version, state=gauges.state,
             slots=st.Slots(
                 active=gauges.active_slots, total=gauges.total_slots,
-                running=len(core.running), held=sum(record.state is State.HELD_KEPT for record in core.held),
+                running=len(core.running), held=len(core.kept),
             ),
             kv_blocks=st.KvBlocks(total=gauges.total_blocks, used=gauges.used_blocks, held=gauges.held_blocks),
             step_s=gauges.step_s, queued=queued, running=len(core.running), held=len(core.held),
@@ -110,6 +110,13 @@ class Reporter:
             tenants=tuple(tenant_row(now, account) for account in accounts),
             requests=tuple(rows), gone=gone,
         )  # fmt: skip
+
+    def _gone(self, listed: Set[Record]) -> tuple[st.Gone, ...]:
+        """What the last frame listed and this one does not; never a name that another request has by now."""
+        gone = {(record.request, record.child) for record in self._listed.keys() - listed}
+        if gone:
+            gone -= {(record.request, record.child) for record in listed}
+        return tuple(st.Gone(request=request, child=child) for request, child in gone)
 
     def leader(self, now: float) -> st.Leader:
         """The leader this worker last heard."""
@@ -152,7 +159,7 @@ class Reporter:
         if not family:
             raise RefusedError(Code.NOT_FOUND, f"no request {name!r} here: finished, aborted, or never here")
         return st.RequestReport(
-            request=family[0].request,
+            request=next(iter(family)).request,
             children=tuple(
                 st.Child(status=row(core, record, core.queue.position(record)), story=record.told()) for record in family
             ),

@@ -60,18 +60,22 @@ class Account:
     def charge(self, cost: float) -> None:
         """Add `cost` (tokens × price) at the weight in force now."""
         self.charged += cost / self.weight
-        self.virtual_time = self.base + self.charged + self.lift
+        self._sum()
 
     def rebase(self, base: float) -> None:
         """Set the controller's base."""
         self.base = base
-        self.virtual_time = self.base + self.charged + self.lift
+        self._sum()
 
     def lift_to(self, floor: float) -> None:
         """Raise the virtual time to `floor` if it is below."""
         if self.virtual_time < floor:
             self.lift += floor - self.virtual_time
-            self.virtual_time = self.base + self.charged + self.lift
+            self._sum()
+
+    def _sum(self) -> None:
+        self.virtual_time = self.base + self.charged + self.lift
+        self.dirty = True
 
 
 class Tenants:
@@ -92,9 +96,9 @@ class Tenants:
         """The tenant's account, made on first sight; past `MAX_TENANTS` a shared one."""
         found = self.accounts.get(name)
         if found is None:
-            if len(self.accounts) >= MAX_TENANTS:
-                name = OVERFLOW
-            found = self.accounts.setdefault(name, Account(name, self.policy_of(name)))
+            if len(self.accounts) >= MAX_TENANTS and name != OVERFLOW:
+                return self.account(OVERFLOW)
+            found = self.accounts[name] = Account(name, self.policy_of(name))
         return found
 
     def arriving(self, account: Account) -> None:
@@ -127,10 +131,22 @@ class Tenants:
             self._active.discard(account)
             self._last_left = account
 
+    def keeps_place(self, account: Account, record: "Record") -> None:
+        """A request that left and joined again without having run waits as long as it has already."""
+        if record.queued_since < next(iter(account.waiting)).queued_since:
+            account.waiting.move_to_end(record, last=False)
+
     def moved_back(self, account: Account) -> None:
         """Its virtual time fell: heaps that only notice growth must be told."""
         if account.waiting:
             self._active.push(account)
+
+
+    def validate(self) -> None:
+        """Check every invariant; for tests."""
+        self._active.validate()
+        assert set(self._active) == {account for account in self.accounts.values() if account.waiting}
+        assert len(self.accounts) <= MAX_TENANTS + 1
 
 
 class Ranked(Protocol):
@@ -171,13 +187,17 @@ class RankHeap(Generic[R]):
         self._serial += 1
         self._serials[item] = self._serial
         heapq.heappush(self._heap, (item.virtual_time, item.name, self._serial, item))
+        self._compact()
+
+    def discard(self, item: R) -> None:
+        """Take a member out; its heap entry goes when it reaches the top, or when stale ones are too many."""
+        self._serials.pop(item, None)
+        self._compact()
+
+    def _compact(self) -> None:
         if len(self._heap) > 2 * len(self._serials) + 64:
             self._heap = [(i.virtual_time, i.name, s, i) for i, s in self._serials.items()]
             heapq.heapify(self._heap)
-
-    def discard(self, item: R) -> None:
-        """Take a member out; its heap entry goes when it reaches the top."""
-        self._serials.pop(item, None)
 
     def least(self) -> R | None:
         """The member that comes first, or None."""
@@ -195,3 +215,10 @@ class RankHeap(Generic[R]):
     def ordered(self) -> list[R]:
         """All members in order."""
         return sorted(self._serials, key=lambda item: (item.virtual_time, item.name))
+
+    def validate(self) -> None:
+        """Check every invariant; for tests."""
+        assert len(self._heap) <= 2 * len(self._serials) + 64
+        live = {item: key for key, _, serial, item in self._heap if self._serials.get(item) == serial}
+        assert live.keys() == self._serials.keys()
+        assert all(key <= item.virtual_time for item, key in live.items()), "a fall was not told"

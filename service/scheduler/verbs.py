@@ -1,17 +1,17 @@
 """Commands applied to the core: checks that need state, targets resolved, outcomes counted. Pure.
 
-`Commands.apply` is the only way in. A refusal changes nothing; a failing target is unchanged; the same id within
-its horizon is applied once and answered again.
+`Commands.apply` is the only way in. A refusal changes nothing but the newest epoch seen; a failing target is
+unchanged; the same id within its horizon is applied once and answered again.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-
 from coxswain.schemas import commands as c
 from coxswain.schemas import events as ev
 from coxswain.schemas.errors import Code, RefusedError
+from coxswain.schemas.names import RESERVED
 from coxswain.schemas.subjects import CONTROLLER, OPERATOR
 from coxswain.service.request_id import normalise
 from coxswain.service.scheduler.core import SteeringCore
@@ -60,9 +60,9 @@ class Commands:
         try:
             self._check(now, role, verb, command)
             results = self._verbs[verb](now, role, command)
-            reply = self._reply(now, command, results, ignored)
         except RefusedError as refusal:
             return self._refused(now, role, verb, command, refusal, ignored)
+        reply = self._reply(now, command, results, ignored)
         self.applied_total += 1
         self._remember(now, command, reply)
         self.core.changed = True
@@ -107,11 +107,11 @@ class Commands:
     def _remembered(self, now: float, command_id: str) -> c.Reply | None:
         while self._answered:
             oldest = next(iter(self._answered))
-            if self._answered[oldest][0] > now and len(self._answered) <= MAX_REMEMBERED:
+            if self._answered[oldest][0] >= now and len(self._answered) <= MAX_REMEMBERED:
                 break
             del self._answered[oldest]
         known = self._answered.get(command_id)
-        return known[1] if known is not None and known[0] > now else None
+        return known[1] if known is not None and known[0] >= now else None
 
     def _remember(self, now: float, command: c.Command, reply: c.Reply) -> None:
         self._answered[command.id] = (command.expires_at or now + c.MAX_AHEAD_S, reply)
@@ -126,7 +126,7 @@ class Commands:
         for name in targets.requests:
             family = core.families.get(name) or core.families.get(normalise(name))
             if family:
-                found.update(dict.fromkeys(family))
+                found.update(family)
             else:
                 missing.append((name, ("not_found", "no such request: finished, aborted, or never here", 0)))
         for name in targets.classes:
@@ -230,9 +230,8 @@ class Commands:
 
     def _configure(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
         assert isinstance(command, c.Configure)
-        reserved = {"all", "other"} & command.classes.keys()
-        if reserved:
-            raise RefusedError(Code.MALFORMED, f"class name {reserved.pop()!r} is reserved: choose another")
+        if reserved := sorted(RESERVED & command.classes.keys()):
+            raise RefusedError(Code.MALFORMED, f"class name {reserved[0]!r} is reserved: choose another")
         for name, row in command.tenants.items():
             if problem := row.problem():
                 raise RefusedError(Code.MALFORMED, f"tenant {name!r}: {problem}")
