@@ -35,8 +35,12 @@ class Frames:
 
     def outgoing(self, frame: Frame, now: float, limit: int, *, idle: bool) -> list[bytes]:
         """A frame of the engine as payloads of at most `limit` bytes; an `idle` one is kept to repeat."""
-        self._idle = (frame, now) if idle else None
+        self.remember(frame, now, idle=idle)
         return self._number(frame, now, limit)
+
+    def remember(self, frame: Frame, now: float, *, idle: bool) -> None:
+        """Take note of a frame, also of one that cannot be sent: an idle one stays true until the next."""
+        self._idle = (frame, now) if idle else None
 
     def heartbeat(self, now: float, limit: int) -> list[bytes]:
         """The idle frame again, as of now; nothing while the engine is awake."""
@@ -48,10 +52,6 @@ class Frames:
                 frame, leader=replace(frame.leader, age_s=frame.leader.age_s + max(0.0, now - since))
             )
         return self._number(frame, now, limit)
-
-    def forget(self) -> None:
-        """Stop the heartbeat: nobody knows what the engine did since."""
-        self._idle = None
 
     @property
     def idle(self) -> bool:

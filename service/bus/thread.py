@@ -173,9 +173,9 @@ class Bus:
             except Exception:  # noqa: BLE001 - one bad item must not stop the rest
                 self._log.exception("bus.pump_failed")
                 sent = True
-            if not self._frames.idle:
+            if self._session is None or not self._frames.idle:
                 beat_at = inf
-            elif sent:
+            elif sent or beat_at == inf:
                 beat_at = time.monotonic() + self._settings.full_interval_s
 
     async def _move(self) -> bool:
@@ -186,7 +186,9 @@ class Bus:
             if isinstance(item, EventOut):
                 self._events.add(item.event)
             elif session is None:
-                continue  # the connection that it was for is gone; state is sent whole on the next one
+                # What it was for is gone with the connection, but for what an idle engine last said.
+                if isinstance(item, FrameOut):
+                    self._frames.remember(item.frame, time.time(), idle=item.idle)
             elif isinstance(item, ReplyOut):
                 await session.reply(item)
             elif isinstance(item, AnswerOut):
@@ -236,12 +238,12 @@ class Bus:
             self._session = session
             self._port.connected = True
             self._port.wake_engine()  # it built no frames so far: now somebody listens
+            self._work.set()  # the heartbeat goes on, unless the engine has news
             sending = asyncio.create_task(self._events.run(client))
             await session.until_lost(lost)
         finally:
             self._session = None
             self._port.connected = False
-            self._frames.forget()
             await close(client)
             if sending is not None:
                 sending.cancel()

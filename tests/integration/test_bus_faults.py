@@ -103,6 +103,21 @@ async def test_restart_of_nats(nats_server: NatsServer) -> None:
         assert len(worker.logged("nats.connected")) == 2
 
 
+async def test_heartbeat_of_a_sleeping_engine_survives_an_outage(nats_server: NatsServer) -> None:
+    """An engine that slept through the outage has nothing to say, so its last frame is repeated again."""
+    with Worker(nats_server.url) as worker:
+        await worker.connected()
+        worker.engine.send_frame(frame(requests=3), idle=True)
+        nats_server.kill()
+        await eventually(lambda: not worker.port.connected)
+        nats_server.start()
+        async with await nats.connect(nats_server.url) as client:
+            status = await client.subscribe(SUBJECTS.status(WORKER))
+            beats = [decode_frame((await status.next_msg(timeout=5)).data) for _ in range(2)]
+        assert [len(beat.requests) for beat in beats] == [3, 3]
+        assert beats[1].seq == beats[0].seq + 1
+
+
 async def test_command_that_outlived_its_deadline_is_not_applied(nats_server: NatsServer) -> None:
     """A command that a frozen server delivers late is refused: its deadline has passed."""
     with Worker(nats_server.url) as worker:

@@ -65,12 +65,14 @@ def test_heartbeat_repeats_only_an_idle_frame() -> None:
     assert frames.heartbeat(15.0, 1 << 20) == []
 
 
-def test_forgotten_frame_is_not_repeated() -> None:
-    """After the connection was lost nobody knows what the engine did: the old frame is not repeated."""
+def test_frame_that_was_not_sent_still_replaces_the_idle_one() -> None:
+    """An outage does not make an old frame true again: the latest counts, whether or not it was sent."""
     frames = Frames()
     frames.outgoing(frame(), 1.0, 1 << 20, idle=True)
-    frames.forget()
-    assert frames.heartbeat(2.0, 1 << 20) == []
+    frames.remember(frame(), 2.0, idle=False)
+    assert frames.heartbeat(3.0, 1 << 20) == []
+    frames.remember(frame(requests=2), 4.0, idle=True)
+    assert len(decode_frame(frames.heartbeat(5.0, 1 << 20)[0]).requests) == 2
 
 
 def test_refusals_of_the_bus_are_counted_with_the_engines() -> None:
