@@ -110,6 +110,7 @@ async def test_heartbeat_of_a_sleeping_engine_survives_an_outage(nats_server: Na
         worker.engine.send_frame(frame(requests=3), idle=True)
         nats_server.kill()
         await eventually(lambda: not worker.port.connected)
+        await asyncio.sleep(1.2)  # longer than a heartbeat, so that one fell due meanwhile
         nats_server.start()
         async with await nats.connect(nats_server.url) as client:
             status = await client.subscribe(SUBJECTS.status(WORKER))
