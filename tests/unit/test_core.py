@@ -1,0 +1,354 @@
+"""The steering core: what it counts, charges and decides, and that no order of events breaks it."""
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from coxswain.schemas import events as ev
+from coxswain.schemas.policy import ClassPolicy, Prices, TenantPolicy
+from coxswain.service.scheduler.record import MAX_STORY, Record
+from coxswain.service.scheduler.states import State
+from tests.support.fake_engine import FakeEngine, picture
+from tests.support.happenings import act, rank
+
+# Any order of events
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.tuples(st.integers(0, 15), st.integers(0, 30), st.integers(0, 6)), min_size=60, max_size=60),
+)
+def test_no_order_of_events_breaks_the_core(operations: list[tuple[int, int, int]]) -> None:
+    """Whatever happens in whatever order, invariants hold, and what was charged and recomputed is exact."""
+    engine = FakeEngine(slots=3)
+    lifts: dict[str, float] = {}
+    for operation in operations:
+        act(engine, *operation)
+        engine.check()
+        engine.core.settle_all()
+        for name, account in engine.core.tenants.accounts.items():
+            assert account.charged == pytest.approx(engine.owed[name], abs=1e-6)
+            assert account.lift >= lifts.get(name, 0.0)
+            lifts[name] = account.lift
+        for record in engine.core.records.values():
+            assert record.recomputed_tokens == engine.recomputed[record]
+    for record in list(engine.core.records.values()):
+        engine.finish(record)
+    engine.check()
+    core = engine.core
+    assert not core.records
+    assert not core.held
+    assert core.deadline() is None or core.leader is not None
+    assert core.recomputed_total == sum(engine.recomputed.values())
+    assert sum(account.finished for account in core.tenants.accounts.values()) == engine.made
+
+
+# Charging
+
+
+def test_charge_is_tokens_times_price_over_weight_of_the_moment() -> None:
+    """Weights and prices count for what comes after them: nothing is charged again, nothing is forgiven."""
+    engine = FakeEngine()
+    record = engine.submit(prompt=10)
+    engine.admit(cached=4)
+    account = record.account
+    assert account.charged == 6  # input 1, cached 0
+    engine.deliver(record, 5)
+    rank(engine, "a", weight=4.0)
+    assert account.charged == 6 + 5 * 2
+    engine.deliver(record, 2)
+    engine.core.settle_all()
+    engine.core.tenants.prices = Prices(input=9, cached=9, output=8)
+    assert account.charged == 16 + 2 * 2 / 4
+    engine.deliver(record, 1)
+    engine.finish(record)
+    assert account.charged == 17 + 8 / 4
+    assert (account.uncached_input_tokens, account.cached_input_tokens, account.output_tokens) == (6, 4, 8)
+
+
+def test_skip_refunds_what_the_admission_charged() -> None:
+    """A head that vLLM takes and puts back a thousand times costs nothing and keeps its place."""
+    engine = FakeEngine()
+    record = engine.submit("a", prompt=1_000)
+    engine.submit("b").account.charge(5)
+    rank(engine, "a", weight=3.0)
+    record.account.charge(0.1)
+    charged = record.account.charged
+    for _ in range(1_000):
+        assert engine.core.queue.peek() is record
+        engine.skip()
+        assert record.account.charged == pytest.approx(charged, rel=1e-12)
+    assert (record.cached_tokens, record.uncached_tokens, record.charged_input) == (0, 0, 0)
+    engine.check()
+
+
+def test_charge_at_admission_counts_for_the_next_pick_of_the_same_step() -> None:
+    """A flooding tenant's first long prompt puts it behind the others before the step's second pick."""
+    engine = FakeEngine()
+    engine.submit("a", prompt=100)
+    engine.submit("a", prompt=100)
+    polite = engine.submit("b", prompt=10)
+    engine.admit()
+    assert engine.admit() is polite
+
+
+def test_admission_that_finds_more_in_the_cache_is_charged_what_it_was() -> None:
+    """What was expected from the cache is corrected by what was there when the step was made."""
+    engine = FakeEngine()
+    record = engine.submit(prompt=100)
+    engine.core.queue.pop()
+    engine.core.admitting(record, 0)
+    assert record.account.charged == 100
+    engine.core.admitted(engine.now, record, 64)
+    assert record.account.charged == 36
+    assert (record.account.uncached_input_tokens, record.account.cached_input_tokens) == (36, 64)
+    engine.core.validate()
+
+
+def test_recomputed_input_is_not_charged_again() -> None:
+    """A request that lost its KV pays for its prompt once."""
+    engine = FakeEngine(chunk=100)
+    record = engine.submit(prompt=50)
+    engine.admit()
+    engine.compute(record)
+    charged = record.account.charged
+    engine.evict(record)
+    engine.admit()
+    engine.core.settle_all()
+    assert record.account.charged == charged + 2  # the token that had been delivered
+
+
+# What was computed twice
+
+
+def test_recompute_is_counted_over_repeated_drops() -> None:
+    """Each position counts as often as it was computed again, also when the work is lost half-way."""
+    engine = FakeEngine()
+    record = engine.submit(prompt=200)
+    engine.admit()
+    engine.compute(record, 100)
+    for kept_by_cache, computed in ((0, 40), (16, 30), (0, 150)):
+        engine.evict(record)
+        engine.admit(cached=kept_by_cache)
+        engine.compute(record, computed)
+    engine.core.settle_all()
+    assert record.recomputed_tokens == 40 + 30 + 100
+    assert engine.recomputed[record] == record.recomputed_tokens == engine.core.recomputed_total
+    assert record.account.recomputed_tokens == record.recomputed_tokens
+    assert engine.core.preempted_total == 3
+
+
+def test_hold_with_kept_kv_recomputes_nothing() -> None:
+    """Held ten times in mid-sentence and continued, nothing is computed twice."""
+    engine = FakeEngine()
+    record = engine.submit(prompt=20, tokens=40)
+    for _ in range(10):
+        engine.step()
+        engine.core.hold(engine.now, record, "operator", "keep", None, "")
+        engine.step()
+        engine.core.release(engine.now, record, ["operator"], "operator", "command")
+    engine.finish(record)
+    assert engine.core.recomputed_total == 0
+    assert engine.core.preempted_total == 0
+
+
+# Life
+
+
+def test_times_of_a_request_add_up() -> None:
+    """Queued, running and held seconds are told apart and together are the request's life."""
+    engine = FakeEngine()
+    record = engine.submit(prompt=1)
+    engine.wait(3)
+    engine.admit()
+    engine.wait(2)
+    engine.deliver(record)
+    engine.core.hold(engine.now, record, "operator", "keep", None, "")
+    engine.wait(5)
+    engine.core.release(engine.now, record, ["operator"], "operator", "command")
+    engine.wait(1)
+    engine.evict(record)
+    engine.wait(4)
+    engine.core.hold(engine.now, record, "operator", "keep", None, "")
+    engine.wait(6)
+    engine.finish(record, "abort")
+    (told,) = engine.seen(ev.Finished)
+    assert (told["queued_s"], told["held_s"], told["run_s"]) == (3 + 4, 5 + 6, 2 + 1)
+    assert told["ttft_s"] == 5
+
+
+@pytest.mark.parametrize(
+    "state", [State.QUEUED, State.RUNNING, State.HELD_NONE, State.HELD_KEPT, State.HELD_DROPPED]
+)
+def test_request_may_finish_in_any_state(state: State) -> None:
+    """Wherever a request is when it ends, nothing of it stays behind."""
+    engine = FakeEngine()
+    record = engine.submit(prompt=30)
+    if state not in (State.QUEUED, State.HELD_NONE):
+        engine.admit()
+        engine.compute(record)
+    if state.value.startswith("held"):
+        kv = "drop" if state is State.HELD_DROPPED else "keep"
+        engine.core.hold(engine.now, record, "operator", kv, engine.now + 9, "")
+    assert record.state is state
+    engine.finish(record)
+    engine.check()
+    assert engine.core.deadline() is None
+    assert not engine.core.families
+    account = record.account
+    assert (account.queued, account.running, account.held, account.finished) == (0, 0, 0, 1)
+    assert record.id not in engine.core.records
+
+
+def test_first_token_is_told_once_and_also_of_a_request_that_ends_with_it() -> None:
+    """Time to first token is known even when the first token is the last."""
+    engine = FakeEngine()
+    record = engine.submit()
+    engine.admit()
+    engine.wait(2)
+    record.outputs.append(7)
+    engine.finish(record)
+    assert [fields["ttft_s"] for fields in engine.seen(ev.FirstToken)] == [2]
+
+
+def test_children_are_numbered_and_go_one_by_one() -> None:
+    """All children of a client's request are found under its id until the last has ended."""
+    engine = FakeEngine()
+    children = [engine.submit(id=f"{i}_cmpl-x", request="x") for i in range(3)]
+    assert [record.child for record in children] == [0, 1, 2]
+    engine.finish(children[1])
+    assert list(engine.core.families["x"]) == [children[0], children[2]]
+    assert engine.submit(id="3_cmpl-x", request="x").child == 3
+    engine.check()
+
+
+def test_session_is_charged_over_all_its_turns() -> None:
+    """A streaming session's output becomes prompt at each turn, and each token is charged once."""
+    engine = FakeEngine(chunk=100)
+    record = engine.submit(prompt=10)
+    engine.admit()
+    engine.deliver(record, 3)
+    core = engine.core
+    core.next_turn_begins(record)
+    record.outputs.clear()
+    core.next_turn(record, 10 + 3 + 5)
+    engine.deliver(record, 2)
+    engine.finish(record)
+    assert record.account.charged == 10 + (3 + 2) * 2
+    assert record.account.output_tokens == 5
+
+
+def test_session_that_waits_for_input_is_queued_with_its_kv() -> None:
+    """Between turns a session counts as queued, and coming back recomputes nothing."""
+    engine = FakeEngine(chunk=100)
+    record = engine.submit(prompt=10)
+    engine.admit()
+    engine.compute(record)
+    engine.core.waits_again(engine.now, record)
+    assert (record.state, record.account.queued) == (State.QUEUED, 1)
+    engine.core.admitting(record, 0)
+    engine.core.admitted(engine.now, record, 10)
+    engine.core.settle_all()
+    assert record.recomputed_tokens == 0
+    engine.core.validate()
+
+
+def test_story_is_bounded_and_keeps_its_beginning_and_end() -> None:
+    """A request's own story never grows past its bound; the middle gives way."""
+    engine = FakeEngine()
+    record = engine.submit()
+    for priority in range(1, 1_000):
+        engine.core.reprioritize(engine.now, record, priority, None, "operator")
+    assert len(record.story) == MAX_STORY
+    lines = record.told()
+    assert lines[0].kind == "queued"
+    assert "to_priority=999" in lines[-1].detail
+
+
+# Classes and tables
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("", "own"), ("own", "own"), ("other-allowed", "other-allowed"), ("gold", "own"), ("unknown", "own")],
+)
+def test_class_is_what_was_asked_for_and_may_be_had(asked: str, expected: str) -> None:
+    """A tenant gets its own class or one that its row allows; anything else is its own."""
+    engine = FakeEngine()
+    engine.core.configure(
+        {name: ClassPolicy() for name in ("own", "other-allowed", "gold")},
+        {"a": TenantPolicy(class_="own", classes=("other-allowed", "unknown"))},
+    )
+    assert engine.submit(asked_class=asked).class_ == expected
+
+
+def test_tenant_whose_class_is_not_there_is_in_default() -> None:
+    """A row may name a class that nobody defined: its requests run in `default`."""
+    engine = FakeEngine()
+    engine.core.configure({}, {"a": TenantPolicy(class_="nowhere")})
+    assert engine.submit().class_ == "default"
+
+
+def test_class_set_by_command_outlives_tables() -> None:
+    """A command's class stays through new tables; while it is undefined, it is as if never set."""
+    engine = FakeEngine()
+    core = engine.core
+    gold, silver = {"gold": ClassPolicy(position=-1)}, {"silver": ClassPolicy()}
+    core.configure(gold | silver, {})
+    record = engine.submit()
+    core.reprioritize(engine.now, record, None, "gold", "operator")
+    core.configure(gold, {"a": TenantPolicy(class_="silver")})
+    assert record.class_ == "gold"
+    core.configure(silver, {})
+    assert record.class_ == "default"
+    core.configure(silver, {"a": TenantPolicy(class_="silver")})
+    assert record.class_ == "silver"
+    core.configure(gold, {})
+    assert record.class_ == "gold"
+    engine.check()
+
+
+def test_new_tables_reach_the_engine_and_reorder_what_waits() -> None:
+    """Positions, orders and weights count at once for everything that is here."""
+    engine = FakeEngine()
+    first, second = engine.submit("a"), engine.submit("b")
+    assert engine.core.queue.peek() is first
+    engine.core.configure({"vip": ClassPolicy(position=-5)}, {"b": TenantPolicy(class_="vip", weight=7)})
+    assert engine.core.queue.peek() is second
+    assert (second.account.weight, second.payload.place, first.payload.place) == (7, 0, 1)
+    engine.check()
+
+
+def test_configure_with_what_is_in_force_changes_nothing() -> None:
+    """The same tables again are recognised by their digest and leave a later rank's weight alone."""
+    engine = FakeEngine()
+    engine.submit()
+    tables: tuple[Any, Any] = ({"gold": ClassPolicy()}, {"a": TenantPolicy(weight=2)})
+    assert engine.core.configure(*tables)
+    rank(engine, "a", weight=5.0)
+    before = picture(engine.core)
+    assert not engine.core.configure({"gold": ClassPolicy()}, {"a": TenantPolicy(weight=2)})
+    assert picture(engine.core) == before
+    assert engine.core.tenants.account("a").weight == 5
+
+
+def test_priority_is_clamped_to_the_tenants_range() -> None:
+    """A client's priority cannot leave what its tenant's row allows."""
+    engine = FakeEngine()
+    engine.core.configure({}, {"a": TenantPolicy(priority_min=-1, priority_max=5)})
+    assert [engine.submit(priority=asked).priority for asked in (-9, 0, 9)] == [-1, 0, 5]
+
+
+def test_tables_are_applied_in_time_linear_in_what_waits() -> None:
+    """New tables with 5,000 requests in the queue ask the engine once per request."""
+    engine = FakeEngine()
+    calls: list[Record] = []
+    for i in range(5_000):
+        engine.submit(f"t{i % 50}")
+    engine.reprioritized = calls.append  # type: ignore[method-assign]
+    engine.core.configure({"gold": ClassPolicy()}, {"default": TenantPolicy(class_="gold")})
+    assert len(calls) == 5_000
+    assert all(record.class_ == "gold" for record in calls)
+    engine.check()

@@ -1,0 +1,266 @@
+"""The waiting queue against a naive sort, and what its operations may cost."""
+
+from itertools import islice
+from math import log2
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+from coxswain.service.scheduler.queue import SteeredQueue
+from coxswain.service.scheduler.record import Record
+from coxswain.service.scheduler.tenants import Account
+
+EXAMPLES, OPERATIONS = 70, 150
+TENANTS = ("a", "b", "c", "d")
+TABLES = (
+    {"default": ClassPolicy()},
+    {"default": ClassPolicy(), "gold": ClassPolicy(position=-1)},
+    {"default": ClassPolicy(order="priority"), "gold": ClassPolicy(position=1, order="fair")},
+    {"default": ClassPolicy(), "gold": ClassPolicy(order="priority"), "batch": ClassPolicy(position=3)},
+)
+
+
+def make_record(account: Account, name: str, *, class_: str = "default", priority: Any = 0) -> Record:
+    """A request that waits nowhere yet."""
+    record = Record(
+        id=name, request=name, child=0, account=account, asked_class="", priority=priority, arrived_at=0.0,
+        prompt_tokens=1, payload=None, outputs=[],
+    )  # fmt: skip
+    record.class_ = class_
+    return record
+
+
+class Pair:
+    """The queue under test and the naive one: a set that is sorted whenever somebody asks."""
+
+    def __init__(self) -> None:
+        self.queue = SteeredQueue()
+        self.accounts = [Account(name, TenantPolicy()) for name in TENANTS]
+        self.members: dict[Record, None] = {}
+        self.table = TABLES[0]
+        self.queue.set_classes(self.table)
+        self.made = 0
+
+    def order(self) -> list[Record]:
+        """What the documentation says, literally."""
+
+        def key(record: Record) -> tuple[Any, ...]:
+            policy = self.table[record.class_]
+            rank = (record.account.virtual_time, record.account.name) if policy.order == "fair" else ()
+            return (policy.position, record.class_, *rank, record.priority, record.arrived_at, record.id)
+
+        return sorted(self.members, key=key)
+
+    def do(self, operation: int, choice: int, value: int) -> None:
+        """One operation on both, chosen by three numbers."""
+        accounts, members = self.accounts, list(self.members)
+        account = accounts[choice % len(accounts)]
+        record = members[choice % len(members)] if members else None
+        if operation == 0 or record is None:
+            self.made += 1
+            record = make_record(account, f"r{self.made}", priority=value)
+            record.arrived_at = float(value % 3)
+            record.class_ = sorted(self.table)[choice % len(self.table)]
+            self.add(record)
+        elif operation == 1:
+            assert self.queue.remove(record)
+            assert not self.queue.remove(record)
+            del self.members[record]
+        elif operation == 2:
+            assert self.queue.pop() is self.order()[0]
+            self.members = {member: None for member in self.members if member in self.queue}
+        elif operation == 3:  # another priority
+            self.queue.remove(record)
+            record.priority = value
+            self.add(record)
+        elif operation == 4:  # another class
+            self.queue.remove(record)
+            record.class_ = sorted(self.table)[value % len(self.table)]
+            self.add(record)
+        elif operation == 5:
+            account.charge(abs(value) / 2)
+        elif operation == 6:
+            before = account.virtual_time
+            account.rebase(float(value))
+            if account.virtual_time < before:
+                self.queue.moved_back(account)
+        else:
+            self.replace_table(TABLES[choice % len(TABLES)])
+
+    def add(self, record: Record) -> None:
+        """To both."""
+        self.queue.add(record)
+        self.members[record] = None
+
+    def replace_table(self, table: dict[str, ClassPolicy]) -> None:
+        """New classes; those in a class that is no more go to `default`, the others stay queued."""
+        homeless = [record for record in self.members if record.class_ not in table]
+        for record in homeless:
+            self.queue.remove(record)
+            record.class_ = "default"
+        self.table = table
+        self.queue.set_classes(table)
+        for record in homeless:
+            self.queue.add(record)
+
+    def compare(self, skip: int) -> None:
+        """Everything that can be asked of the two has the same answer."""
+        self.queue.validate()
+        order = self.order()
+        assert list(self.queue.walk()) == order
+        assert list(self.queue.walk(skip)) == order[skip:]
+        assert len(self.queue) == len(order)
+        assert bool(self.queue) == bool(order)
+        if order:
+            assert self.queue.peek() is order[0]
+            place = skip % len(order)
+            assert self.queue.position(order[place]) == place
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 7), st.integers(0, 30), st.integers(-3, 3)),
+        min_size=OPERATIONS, max_size=OPERATIONS,
+    ),
+)  # fmt: skip
+def test_queue_is_a_sort(operations: list[tuple[int, int, int]]) -> None:
+    """After any of 10,000 and more operations the queue's order is that of a plain sort."""
+    assert EXAMPLES * OPERATIONS >= 10_000
+    pair = Pair()
+    for operation in operations:
+        pair.do(*operation)
+        pair.compare(skip=operation[1])
+    while pair.members:  # and it empties in that order
+        first = pair.order()[0]
+        assert pair.queue.pop() is first
+        del pair.members[first]
+    pair.compare(skip=0)
+
+
+def test_empty_queue_has_no_head() -> None:
+    """Peek and pop of nothing raise, as vLLM expects."""
+    queue = SteeredQueue()
+    queue.set_classes(TABLES[1])
+    for ask in (queue.peek, queue.pop):
+        with pytest.raises(IndexError):
+            ask()
+    absent = make_record(Account("a", TenantPolicy()), "r")
+    assert queue.position(absent) is None
+    assert absent not in queue
+    assert list(queue.walk(5)) == []
+
+
+def test_request_cannot_be_queued_twice() -> None:
+    """A second add of the same request is a bug of the caller and is not believed."""
+    queue = SteeredQueue()
+    queue.set_classes(TABLES[0])
+    record = make_record(Account("a", TenantPolicy()), "r")
+    queue.add(record)
+    with pytest.raises(AssertionError, match="already queued"):
+        queue.add(record)
+    assert len(queue) == 1
+
+
+# What it may cost: counted, not timed
+
+
+class Counted(int):
+    """A priority that counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return int(self) == other
+
+    def __lt__(self, other: int) -> bool:
+        Counted.compared += 1
+        return int(self) < int(other)
+
+    __hash__ = int.__hash__
+
+
+def crowd(count: int, tenants: int = 1, order: str = "fair") -> tuple[SteeredQueue, list[Record]]:
+    """A queue of `count` requests with counted priorities."""
+    queue = SteeredQueue()
+    queue.set_classes({"default": ClassPolicy(order=order)})
+    accounts = [Account(f"t{i}", TenantPolicy()) for i in range(tenants)]
+    records = [
+        make_record(accounts[i % tenants], f"r{i}", priority=Counted(i * 7_919 % 10_007))
+        for i in range(count)
+    ]
+    for record in records:
+        queue.add(record)
+    Counted.compared = 0
+    return queue, records
+
+
+@pytest.mark.parametrize("count", [1, 100, 10_000])
+def test_reprioritizing_compares_a_logarithm(count: int) -> None:
+    """A change of priority costs O(log n) comparisons, the clearing of what it leaves behind included."""
+    queue, records = crowd(count, order="priority")
+    changes = 20_000
+    for i in range(changes):
+        record = records[i * 31 % count]
+        queue.remove(record)
+        record.priority = Counted(i * 104_729 % 10_007)
+        queue.add(record)
+    assert Counted.compared / changes < 4 * (log2(count) + 4)
+    queue.validate()
+
+
+def test_first_k_cost_the_same_in_any_queue() -> None:
+    """Listing the first 64 compares no more in a queue of 20,000 than in one of 1,000, give or take."""
+    costs = []
+    for count in (1_000, 20_000):
+        queue, _ = crowd(count)
+        assert len(list(islice(queue.walk(), 64))) == 64
+        costs.append(Counted.compared)
+    assert costs[1] < 2 * costs[0]
+    assert costs[1] < 64 * 8 * log2(64)
+
+
+@pytest.mark.parametrize("count", [1, 2, 100])
+def test_reprioritizing_one_request_for_ever_leaves_nothing_behind(count: int) -> None:
+    """100,000 changes of one request leave no more stale items than there are live ones, plus a constant."""
+    queue, records = crowd(count)
+    record, longest = records[-1], 0
+    for i in range(100_000):
+        queue.remove(record)
+        record.priority = i
+        queue.add(record)
+        if i % 1_000 == 0:
+            queue.validate()
+            longest = max(longest, items(queue))
+    assert longest <= 2 * count + 64
+
+
+def test_rank_that_falls_for_ever_leaves_nothing_behind() -> None:
+    """A tenant's rank can fall 10,000 times without a trace in any heap."""
+    queue, records = crowd(6, tenants=3)
+    account = records[0].account
+    for i in range(10_000):
+        account.rebase(float(-i))
+        queue.moved_back(account)
+    queue.validate()
+    assert queue.peek().account is account
+
+
+def test_what_has_left_is_not_remembered() -> None:
+    """A queue that was emptied keeps no request alive, however many tenants it had."""
+    queue, _ = crowd(2_000, tenants=1_000)
+    lines = [line for line_class in queue._order for line in line_class.lines.values()]
+    while queue:
+        queue.pop()
+    queue.validate()
+    assert all(not line.items for line in lines)
+    assert items(queue) == 0
+
+
+def items(queue: SteeredQueue) -> int:
+    """Heap items of the queue, live and stale."""
+    return sum(len(line.items) for line_class in queue._order for line in line_class.lines.values())

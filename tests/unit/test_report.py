@@ -1,0 +1,287 @@
+"""Status frames and queries: what a listener knows after any stream of deltas is what is the case."""
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from coxswain.schemas.errors import Code, RefusedError
+from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+from coxswain.schemas.status import Frame, QueueQuery, RequestStatus, TenantStatus
+from coxswain.service.scheduler.report import MAX_PAGE, Gauges, Identity, Reporter
+from tests.support.fake_engine import FakeEngine, picture
+from tests.support.happenings import OPERATIONS, act, rank
+
+GAUGES = Gauges(
+    state="serving", active_slots=4, total_slots=8, total_blocks=100, used_blocks=10, held_blocks=3,
+    step_s=0.02, queue_depth=1, events_dropped=2,
+)  # fmt: skip
+
+
+class Reported:
+    """An engine and its reporter."""
+
+    def __init__(self, head: int = 64, slots: int = 3) -> None:
+        self.engine = FakeEngine(slots=slots)
+        self.reporter = Reporter(self.engine.core, Identity("w1", "01INC", "m", "0.32.0"), head)
+
+    def frame(self, *, full: bool = False, peek: bool = False) -> Frame:
+        """The next frame."""
+        return self.reporter.frame(
+            self.engine.now, GAUGES, full=full, peek=peek, applied=4, rejected={"404": 1}
+        )
+
+
+class Listener:
+    """What somebody knows who applies frames as protocol.md says."""
+
+    def __init__(self) -> None:
+        self.requests: dict[tuple[str, int], RequestStatus] = {}
+        self.tenants: dict[str, TenantStatus] = {}
+
+    def apply(self, frame: Frame) -> None:
+        """A full frame replaces everything; a delta replaces rows and takes out those that are gone."""
+        rows = {(row.request, row.child): row for row in frame.requests}
+        gone = {(row.request, row.child) for row in frame.gone}
+        assert len(rows) == len(frame.requests)
+        assert not rows.keys() & gone, "then the order of applying them would matter"
+        if frame.full:
+            assert not gone
+            self.requests, self.tenants = {}, {}
+        for name in gone:
+            del self.requests[name]  # only what was listed can go
+        self.requests |= rows
+        self.tenants |= {row.tenant: row for row in frame.tenants}
+
+    def knows(self, frame: Frame) -> None:
+        """Everything in a full frame, except ages, which grow by themselves."""
+        assert self.requests == {(row.request, row.child): row for row in frame.requests}
+        assert {name: timeless(row) for name, row in self.tenants.items()} == {
+            row.tenant: timeless(row) for row in frame.tenants
+        }
+
+
+def timeless(row: TenantStatus) -> TenantStatus:
+    """The row without the age of the oldest request."""
+    return replace(row, oldest_queued_s=0.0)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.integers(0, 8),
+    st.lists(
+        st.tuples(OPERATIONS, st.sampled_from(["", "", "delta", "full", "peek"])), min_size=50, max_size=50
+    ),
+)
+def test_deltas_add_up_to_the_full_frame(
+    head: int, happenings: list[tuple[tuple[int, int, int], str]]
+) -> None:
+    """After any delta, whatever happened since the last one, a listener knows what a full frame would say."""
+    reported, listener = Reported(head), Listener()
+    listener.apply(reported.frame(full=True))
+    for operation, kind in happenings:
+        act(reported.engine, *operation)
+        if kind == "peek":
+            reported.frame(full=True, peek=True)
+        elif kind:
+            listener.apply(reported.frame(full=kind == "full"))
+            listener.knows(reported.frame(full=True, peek=True))
+    listener.apply(reported.frame())
+    listener.knows(reported.frame(full=True, peek=True))
+
+
+def test_delta_is_empty_when_nothing_changed() -> None:
+    """A frame after nothing happened has no rows: what is repeated on the wire is only the envelope."""
+    reported = Reported()
+    for _ in range(5):
+        reported.engine.submit()
+    reported.engine.step()
+    reported.frame()
+    frame = reported.frame()
+    assert (frame.requests, frame.tenants, frame.gone) == ((), (), ())
+
+
+def test_delta_has_places_that_moved_by_charging_alone() -> None:
+    """Tokens delivered to one tenant move the other's waiting requests up, and a delta says so."""
+    reported = Reported(slots=1)
+    engine = reported.engine
+    engine.submit("a", prompt=4)
+    engine.admit()
+    waiting = engine.submit("a"), engine.submit("b")
+    rank(engine, "b", base=10)
+    listener = Listener()
+    listener.apply(reported.frame(full=True))
+    assert [listener.requests[each.request, 0].position for each in waiting] == [0, 1]
+    engine.deliver(next(iter(engine.running)), 9)
+    listener.apply(reported.frame())
+    assert [listener.requests[each.request, 0].position for each in waiting] == [1, 0]
+
+
+def test_delta_has_recomputed_totals() -> None:
+    """Work that is done again, with no token delivered yet, is news of its tenant."""
+    reported = Reported()
+    engine = reported.engine
+    record = engine.submit(prompt=100)
+    engine.admit()
+    engine.compute(record, 50)
+    engine.evict(record)
+    engine.admit()
+    reported.frame()
+    engine.compute(record, 20)
+    (row,) = reported.frame().tenants
+    assert row.recomputed_tokens_total == 20
+
+
+def test_name_that_is_used_again_at_once_is_not_gone() -> None:
+    """A client that repeats its id right after the first request ended has a request that is there."""
+    reported = Reported()
+    first = reported.engine.submit(request="same")
+    reported.frame()
+    reported.engine.finish(first)
+    reported.engine.submit(request="same", prompt=99)
+    frame = reported.frame()
+    assert frame.gone == ()
+    assert [(row.request, row.child, row.prompt_tokens) for row in frame.requests] == [("same", 0, 99)]
+
+
+def test_peek_takes_no_note() -> None:
+    """A full frame for a query leaves the stream of deltas as it was."""
+    reported = Reported()
+    reported.engine.submit()
+    before = picture(reported.engine.core)
+    reported.frame(full=True, peek=True)
+    assert picture(reported.engine.core) == before
+    assert len(reported.frame().requests) == 1
+
+
+@pytest.mark.parametrize("head", [0, 3, 64])
+def test_frame_lists_who_runs_who_is_held_and_the_first_k_waiting(head: int) -> None:
+    """Running and held requests are all listed, of the waiting ones the first K, each with its place."""
+    reported = Reported(head)
+    engine = reported.engine
+    for i in range(20):
+        engine.submit("ab"[i % 2])
+    held = engine.submit()
+    engine.core.hold(engine.now, held, "operator", "keep", None, "")
+    running = [engine.admit() for _ in range(3)]
+    frame = reported.frame(full=True)
+    waiting = list(engine.core.queue.walk())
+    listed = {row.request: row for row in frame.requests}
+    assert listed.keys() == {each.request for each in (*running, held, *waiting[:head])}
+    assert [listed[each.request].position for each in waiting[:head]] == list(range(min(head, len(waiting))))
+    assert {listed[each.request].state for each in running} == {"running"}
+    assert (listed[held.request].held_by, listed[held.request].position) == (("operator",), None)
+    assert (frame.queued, frame.running, frame.held, frame.slots.held) == (17, 3, 1, 0)
+
+
+def test_row_says_what_is_known_of_a_request() -> None:
+    """Counts, KV and the class's deadline are in the row, as of now."""
+    reported = Reported()
+    engine = reported.engine
+    engine.core.configure({"chat": ClassPolicy(slo_s=2.5)}, {"a": TenantPolicy(class_="chat")})
+    record = engine.submit(prompt=10, priority=3)
+    engine.admit(cached=4)
+    engine.compute(record)
+    engine.core.hold(engine.now, record, "operator", "keep", None, "")
+    (row,) = reported.frame(full=True).requests
+    assert row == RequestStatus(
+        request="r1", child=0, tenant="a", class_="chat", priority=3, state="held", kv="kept",
+        arrived_at=1_000.0, prompt_tokens=10, cached_tokens=4, output_tokens=1, deadline_s=1_002.5,
+        held_by=("operator",), position=None,
+    )  # fmt: skip
+
+
+def test_tenants_row_has_totals_and_the_age_of_its_oldest() -> None:
+    """Totals are cumulative, and a tenant that was only ranked is not listed."""
+    reported = Reported()
+    engine = reported.engine
+    rank(engine, "only-ranked", base=4)
+    done = engine.submit("a", prompt=10)
+    engine.admit()
+    engine.deliver(done, 3)
+    engine.finish(done)
+    engine.submit("a")
+    engine.wait(7)
+    (row,) = reported.frame(full=True).tenants
+    assert (row.tenant, row.queued, row.running, row.held, row.oldest_queued_s) == ("a", 1, 0, 0, 7)
+    assert (row.uncached_input_tokens_total, row.output_tokens_total, row.finished_total) == (10, 3, 1)
+    assert row.virtual_time == row.base + row.charged + row.lift == 16
+
+
+def test_leader_is_as_last_heard() -> None:
+    """Epoch, age and policy of the leader; nothing before one was heard."""
+    reported = Reported()
+    assert reported.frame().leader.epoch is None
+    reported.engine.lead(2.0, 3)
+    reported.engine.wait(1.5)
+    leader = reported.frame().leader
+    assert (leader.epoch, leader.age_s, leader.policy) == ((2.0, 3), 1.5, "vtc")
+
+
+# Queries
+
+
+def pages(reported: Reported, limit: int) -> list[Any]:
+    """All pages of the queue."""
+    found = [reported.reporter.page(QueueQuery(limit=limit))]
+    while found[-1].next is not None:
+        found.append(reported.reporter.page(QueueQuery(after=found[-1].next, limit=limit)))
+    return found
+
+
+@pytest.mark.parametrize(("waiting", "limit"), [(0, 10), (1, 1), (20, 7), (21, 7), (2_500, 5_000)])
+def test_pages_cover_the_queue_once(waiting: int, limit: int) -> None:
+    """A queue that does not move is listed by its pages in order, each request once, with its place."""
+    reported = Reported()
+    reported.engine.core.configure({"gold": ClassPolicy(position=-1)}, {"c": TenantPolicy(class_="gold")})
+    for i in range(waiting):
+        reported.engine.submit("abc"[i % 3], priority=i % 5)
+    found = pages(reported, limit)
+    rows = [row for page in found for row in page.requests]
+    assert [row.request for row in rows] == [each.request for each in reported.engine.core.queue.walk()]
+    assert [row.position for row in rows] == list(range(waiting))
+    assert {page.total for page in found} == {waiting}
+    assert max(len(page.requests) for page in found) <= min(limit, MAX_PAGE)
+
+
+@pytest.mark.parametrize("after", ["x", "-1", "1.5", "9" * 5_000])
+def test_page_after_nonsense_is_refused(after: str) -> None:
+    """Only what a page gave as `next` continues it."""
+    with pytest.raises(RefusedError) as refusal:
+        Reported().reporter.page(QueueQuery(after=after))
+    assert refusal.value.code == Code.MALFORMED
+
+
+def test_page_after_the_end_is_empty() -> None:
+    """A queue that shrank meanwhile has nothing left to list."""
+    reported = Reported()
+    reported.engine.submit()
+    page = reported.reporter.page(QueueQuery(after="5"))
+    assert (page.requests, page.next, page.total) == ((), None, 1)
+
+
+def test_request_is_told_with_its_place_and_story() -> None:
+    """A question about one request gives every child, its place in the queue, and what happened to it."""
+    reported = Reported()
+    engine = reported.engine
+    engine.submit()
+    child = engine.submit(request="x")
+    engine.submit(request="x")
+    engine.core.hold(engine.now, child, "operator", "keep", engine.now + 5, "")
+    report = reported.reporter.request("chatcmpl-x")
+    assert report.request == "x"
+    assert [(each.status.state, each.status.position) for each in report.children] == [
+        ("held", None),
+        ("queued", 1),
+    ]
+    assert [line.kind for line in report.children[0].story] == ["queued", "held"]
+    assert "by=operator" in report.children[0].story[1].detail
+
+
+def test_request_that_is_not_here_is_404() -> None:
+    """A request that ended or never was is not found."""
+    with pytest.raises(RefusedError) as refusal:
+        Reported().reporter.request("nobody")
+    assert refusal.value.code == Code.NOT_FOUND
