@@ -1,0 +1,73 @@
+"""Draw `docs/states.md` from the table in `service/scheduler/states.py`.
+
+`--check` shows a difference and exits with 1; without it the page is written (`make states`).
+"""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import Final
+
+from coxswain.service.scheduler.states import HELD, KV, TRANSITIONS, State
+
+PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "states.md"
+
+INTRODUCTION: Final = """\
+# The life of a request
+
+Drawn by `make states` from the table in `service/scheduler/states.py`; do not edit. An event that is not in
+the table for a state is illegal there: it raises and changes nothing. From every state a request can *finish*.
+"""
+
+
+def page() -> str:
+    """The page: the diagram, and the table of what each state is called on the wire."""
+    return "\n".join([INTRODUCTION, *diagram(), "", *names()]) + "\n"
+
+
+def diagram() -> list[str]:
+    """A mermaid state diagram; the events that lead from one state to another share an arrow."""
+    lines = ["```mermaid", "stateDiagram-v2"]
+    lines += [f'    state "{state}" as {state.name}' for state in State if state is not State.FINISHED]
+    lines.append(f"    [*] --> {State.QUEUED.name}: arrive")
+    for state, row in TRANSITIONS.items():
+        events: dict[State, list[str]] = {}
+        for event, following in row.items():
+            if following is not State.FINISHED:
+                events.setdefault(following, []).append(event)
+        lines += [f"    {state.name} --> {to.name}: {', '.join(why)}" for to, why in events.items()]
+    return [*lines, "```"]
+
+
+def names() -> list[str]:
+    """A table: state, its names in status, what may happen to it."""
+    lines = ["| state | `state` in status | `kv` | what may happen |", "|---|---|---|---|"]
+    for state, row in TRANSITIONS.items():
+        if row:
+            wire = "held" if state in HELD else state
+            lines.append(f"| {state} | `{wire}` | `{KV.get(state, 'none')}` | {', '.join(row)} |")
+    return lines
+
+
+def main() -> int:
+    """Write the page, or compare it with the table."""
+    parser = argparse.ArgumentParser(description="draw docs/states.md from the table of states")
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    wanted = page()
+    if not parser.parse_args().check:
+        PAGE.write_text(wanted)
+        return 0
+    found = PAGE.read_text() if PAGE.exists() else ""
+    if found == wanted:
+        return 0
+    difference = difflib.unified_diff(
+        found.splitlines(), wanted.splitlines(), "docs/states.md", "the table", lineterm=""
+    )
+    print("\n".join(difference))
+    print("docs/states.md is not what the table says: run `make states` and commit it", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
