@@ -82,8 +82,9 @@ async def play(scene: Scene, policy: str, order: str, seconds: float) -> tuple[R
     Raises:
         DemoError: there was nothing to measure, or something failed.
     """
-    await scene.use_policy(policy, order)
+    await scene.stop_controller()
     await _level(scene)
+    await scene.start_controller(policy, order)
     turn = Round(policy, seconds)
     turn.before = {name: row.output_tokens_total for name, row in _rows(scene).items()}
     tokens: dict[str, int] = {}
@@ -139,7 +140,10 @@ async def _ask_later(scene: Scene, turn: Round, at: float, ask: Ask) -> None:
 
 
 async def _level(scene: Scene) -> None:
-    """Set every tenant's virtual time to zero, so that no turn inherits another's debts."""
+    """Set every tenant's virtual time to zero, so that no turn inherits another's debts.
+
+    While no controller runs: one that leads would put its own count back at once.
+    """
     rows = {
         name: TenantRank(base=-(row.charged + row.lift), weight=row.weight)
         for name, row in _rows(scene).items()

@@ -40,6 +40,8 @@ SLOTS: Final = 4
 """Requests that run at once: few, so that queues form at once."""
 NIGHT: Final = "night"
 """The tenant of act 3."""
+SHAPE: Final = ("--hidden", "512", "--layers", "12")
+"""Of the model: 30 million weights, so that a step takes 10 to 20 ms and the engine, not HTTP, is scarce."""
 WORKER_START_S: Final = 180.0
 SETTLE_S: Final = 20.0
 
@@ -90,10 +92,14 @@ class Scene:
             f"waited {SETTLE_S:g} s in vain: {what}", self.controller.log if self.controller else None
         )
 
-    async def use_policy(self, policy: str, order: str) -> None:
-        """Run `cox controller --policy …` in place of what runs, until it leads and its order rules."""
+    async def stop_controller(self) -> None:
+        """End the controller that runs, if any; the worker goes on by itself."""
         if self.controller is not None:
             await asyncio.to_thread(self.crew.stop, self.controller)
+            self.controller = None
+
+    async def start_controller(self, policy: str, order: str) -> None:
+        """Run `cox controller --policy …` and wait until it leads and its order rules."""
         self.controller = self.crew.start(
             f"controller-{policy}", [*COX, "controller", "--policy", policy], self.env
         )
@@ -168,7 +174,10 @@ async def run_stack(screen: Screen, crew: Crew, folder: Path) -> AsyncIterator[S
         with steps.step("a small Llama, from a seed"):
             model = str(folder / "model")
             await run_once(
-                "the tiny model", [sys.executable, "-m", "coxswain.service.tiny", model], env, timeout_s=120
+                "the tiny model",
+                [sys.executable, "-m", "coxswain.service.tiny", model, *SHAPE],
+                env,
+                timeout_s=120,
             )
         with steps.step("an API key per tenant"):
             keys = {tenant: await _make_key(folder, tenant, env) for tenant in (*TENANTS, NIGHT)}
@@ -200,6 +209,8 @@ def environment(base: Mapping[str, str], folder: Path, nats_url: str) -> dict[st
         "COX_FLEET": FLEET,
         "COX_WORKER": WORKER,
         "TMPDIR": str(scratch),
+        # The model is so small that a second thread would mostly wait, at the cost of everything else here.
+        "OMP_NUM_THREADS": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
@@ -211,7 +222,7 @@ def worker_arguments(model: str, port: int, folder: Path) -> list[str]:
     return [
         *("worker", model, "--keys", str(folder / "keys.json")),
         *("--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
-        *("--max-num-seqs", str(SLOTS), "--max-model-len", "1024", "--enforce-eager"),
+        *("--max-num-seqs", str(SLOTS), "--max-model-len", "1024", "--enforce-eager", "--dtype", "float32"),
         *("--uvicorn-log-level", "warning"),
     ]
 

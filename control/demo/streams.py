@@ -80,10 +80,13 @@ class Endpoint:
     def __init__(self, url: str, keys: Mapping[str, str]) -> None:
         self.url = url
         self._keys = keys
-        # A request may wait or be held for as long as somebody wants.
-        patient = httpx.Timeout(None, connect=10.0)
+        # A request may wait or be held for as long as somebody wants. A connection is used once: the server
+        # closes idle ones after some seconds, perhaps just as the next request goes out.
         self._http = httpx.AsyncClient(
-            base_url=url, timeout=patient, trust_env=False, limits=httpx.Limits(max_connections=None)
+            base_url=url,
+            trust_env=False,
+            timeout=httpx.Timeout(None, connect=10.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
     async def __aenter__(self) -> Self:
