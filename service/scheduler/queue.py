@@ -187,7 +187,7 @@ class SteeredQueue:
             if skip >= line_class.size:
                 skip -= line_class.size
                 continue
-            for line in line_class.heap.ordered():
+            for line in line_class.heap.walk():
                 if skip >= line.size:
                     skip -= line.size
                     continue
@@ -204,10 +204,10 @@ class SteeredQueue:
                 place += line_class.size
                 continue
             mine = line_class.line_of(record.account)
-            for line in line_class.heap.ordered():
-                if line is mine:
-                    break
-                place += line.size
+            before = (mine.virtual_time, mine.name)
+            place += sum(
+                line.size for line in line_class.lines.values() if (line.virtual_time, line.name) < before
+            )
             key = (record.priority, record.arrived_at, record.id)
             return place + sum(1 for item in mine.items if item[:3] < key and item[3] == item[4].ticket)
         raise AssertionError(f"{record} has a ticket but no class")

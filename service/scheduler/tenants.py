@@ -141,7 +141,6 @@ class Tenants:
         if account.waiting:
             self._active.push(account)
 
-
     def validate(self) -> None:
         """Check every invariant; for tests."""
         self._active.validate()
@@ -212,9 +211,26 @@ class RankHeap(Generic[R]):
                 return item
         return None
 
-    def ordered(self) -> list[R]:
-        """All members in order."""
-        return sorted(self._serials, key=lambda item: (item.virtual_time, item.name))
+    def walk(self) -> Iterator[R]:
+        """Members in order, lazily: the first k cost O(k log k), whatever the number, where few have grown.
+
+        Best first through the heap, whose stored keys are never too large: a member that grew is put off until
+        its own key is reached (then its index is negative, and its children have been seen).
+        """
+        heap = self._heap
+        frontier = [(*heap[0][:3], 0)] if heap else []
+        while frontier:
+            key, name, serial, index = heapq.heappop(frontier)
+            item = heap[index if index >= 0 else ~index][3]
+            if index >= 0:
+                for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
+                    heapq.heappush(frontier, (*heap[child][:3], child))
+                if self._serials.get(item) != serial:
+                    continue
+                if item.virtual_time > key:
+                    heapq.heappush(frontier, (item.virtual_time, name, serial, ~index))
+                    continue
+            yield item
 
     def validate(self) -> None:
         """Check every invariant; for tests."""

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
-from coxswain.service.scheduler.queue import SteeredQueue
+from coxswain.service.scheduler.queue import Line, SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.tenants import Account
 
@@ -222,6 +222,20 @@ def test_first_k_cost_the_same_in_any_queue() -> None:
         costs.append(Counted.compared)
     assert costs[1] < 2 * costs[0]
     assert costs[1] < 64 * 8 * log2(64)
+
+
+def test_first_k_of_many_tenants_look_at_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listing the first 64 of 5,000 tenants does not sort the tenants, also when the first have grown."""
+    queue, records = crowd(5_000, tenants=5_000)
+    for record in records[:100]:
+        record.account.charge(5)
+    reads = []
+    virtual_time = Line.virtual_time.fget
+    monkeypatch.setattr(
+        Line, "virtual_time", property(lambda line: (reads.append(line), virtual_time(line))[1])
+    )
+    assert len(list(islice(queue.walk(), 64))) == 64
+    assert len(reads) < 500
 
 
 @pytest.mark.parametrize("count", [1, 2, 100])
