@@ -17,7 +17,7 @@ INTRODUCTION: Final = """\
 # The life of a request
 
 Drawn by `make states` from the table in `service/scheduler/states.py`; do not edit. An event that is not in
-the table for a state is illegal there: it raises and changes nothing. From every state a request can *finish*.
+the table for a state is illegal there: it raises and changes nothing. A request can *finish* in every state.
 """
 
 
