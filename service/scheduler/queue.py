@@ -1,7 +1,7 @@
 """The waiting queue: classes in order; in a class, tenants by virtual time or all by priority. Pure.
 
-Order: (class position, class name); in a `fair` class (virtual time, tenant), then (priority, arrival, id); in a
-`priority` class (priority, arrival, id) across tenants, which is one line that all tenants share.
+Order: (class position, class name); in a `fair` class (virtual time, tenant), then (priority, arrival, id);
+in a `priority` class (priority, arrival, id) across tenants, which is one line that all tenants share.
 Changing one request or one tenant's rank is O(log n): the old heap item stays where it is and is known as
 stale by its ticket; it goes when it reaches the top, or when stale items outnumber live ones.
 """

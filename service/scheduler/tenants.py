@@ -1,8 +1,8 @@
 """Tenants on one worker: what each was served, and the virtual time that orders them.
 
-virtual_time = base + charged + lift (docs/protocol.md). `charged` grows by tokens × price ÷ weight as work is
-done here; `lift` grows when a tenant returns from idle (VTC's counter lift, OSDI'24, algorithm 2, lines 5-13);
-`base` is the controller's, and carries what happened on other workers. Pure: no clock, no vLLM.
+virtual_time = base + charged + lift (docs/protocol.md). `charged` grows by tokens × price ÷ weight as work
+is done here; `lift` grows when a tenant returns from idle (VTC's counter lift, OSDI'24, algorithm 2, lines
+5-13); `base` is the controller's, and carries what happened on other workers. Pure: no clock, no vLLM.
 """
 
 import heapq
@@ -24,8 +24,9 @@ class Account:
     """One tenant's counts and totals since this incarnation began."""
 
     __slots__ = (
-        "base", "cached_input_tokens", "charged", "dirty", "finished", "held", "lift", "name", "output_tokens",
-        "policy", "recomputed_tokens", "running", "seen", "uncached_input_tokens", "virtual_time", "waiting", "weight",
+        "base", "cached_input_tokens", "charged", "dirty", "finished", "held", "lift", "name",
+        "output_tokens", "policy", "recomputed_tokens", "running", "seen", "uncached_input_tokens",
+        "virtual_time", "waiting", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, policy: TenantPolicy) -> None:
@@ -152,9 +153,12 @@ class Ranked(Protocol):
     """What a `RankHeap` orders: by `virtual_time`, then `name`."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Second key."""
+
     @property
-    def virtual_time(self) -> float: ...
+    def virtual_time(self) -> float:
+        """First key."""
 
 
 R = TypeVar("R", bound=Ranked)
@@ -189,7 +193,7 @@ class RankHeap(Generic[R]):
         self._compact()
 
     def discard(self, item: R) -> None:
-        """Take a member out; its heap entry goes when it reaches the top, or when stale ones are too many."""
+        """Take a member out; its heap entry goes when it reaches the top, or when such are too many."""
         self._serials.pop(item, None)
         self._compact()
 
@@ -214,8 +218,8 @@ class RankHeap(Generic[R]):
     def walk(self) -> Iterator[R]:
         """Members in order, lazily: the first k cost O(k log k), whatever the number, where few have grown.
 
-        Best first through the heap, whose stored keys are never too large: a member that grew is put off until
-        its own key is reached (then its index is negative, and its children have been seen).
+        Best first through the heap, whose stored keys are never too large: a member that grew is put off
+        until its own key is reached (its index is then negative: its children have been seen).
         """
         heap = self._heap
         frontier = [(*heap[0][:3], 0)] if heap else []
