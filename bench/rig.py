@@ -112,7 +112,9 @@ class Rig:
         self._stop = False
         self.error: BaseException | None = None
 
-    def request(self, name: str, *, prompt: int = 16, tokens: int = 8, seed: int | None = None, **fields: Any) -> Any:
+    def request(
+        self, name: str, *, prompt: int = 16, tokens: int = 8, seed: int | None = None, **fields: Any
+    ) -> Any:
         """Make a request; its prompt is filled from the seed, its output will be `expected(seed, tokens)`."""
         from vllm import SamplingParams
         from vllm.v1.request import Request

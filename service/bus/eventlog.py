@@ -78,6 +78,11 @@ class EventLog:
         """Events that JetStream has not acknowledged."""
         return len(self._backlog) + len(self._flight)
 
+    @property
+    def hopeful(self) -> bool:
+        """Whether events wait for a stream that is there, as far as we know: worth waiting for."""
+        return self.waiting > 0 and self._no_stream_since is None
+
     def add(self, event: Event) -> None:
         """Take an event; when there is no room the oldest in the backlog is dropped for it."""
         if self._no_stream and time.monotonic() < self._hold_off_until:

@@ -132,7 +132,7 @@ class Bus:
     async def _farewell(self) -> None:
         await self._move()
         # Leave time to close: a connection that is cut loses what it has not sent.
-        while self._session and self._events.waiting and time.monotonic() < self._deadline - CLOSE_S:  # noqa: ASYNC110
+        while self._session and self._events.hopeful and time.monotonic() < self._deadline - CLOSE_S:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         if lost := self._events.waiting:
             self._log.warning("bus.events_lost_at_stop", events=lost)

@@ -14,7 +14,7 @@ from collections import deque
 from statistics import median
 from typing import Any, Final
 
-import structlog
+
 from ulid import ULID
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -26,6 +26,7 @@ from coxswain.schemas import status as st
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.service.bus import Bus
 from coxswain.service.config import Settings
+from coxswain.service.logs import get_logger
 from coxswain.service.port import (
     AnswerOut,
     CommandIn,
@@ -36,7 +37,7 @@ from coxswain.service.port import (
     QueryIn,
     ReplyOut,
 )
-from coxswain.service.request_id import parse
+from coxswain.service.request_id import parse, read_key
 from coxswain.service.scheduler import compat
 from coxswain.service.scheduler.adapter import SteeredRequestQueue
 from coxswain.service.scheduler.core import SteeringCore
@@ -45,7 +46,7 @@ from coxswain.service.scheduler.report import Gauges, Identity, Reporter
 from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.verbs import Commands
 
-log = structlog.get_logger("coxswain.scheduler")
+log = get_logger()
 
 MAX_DRAIN: Final = 256
 """Commands and queries applied before one step; the rest wait for the next."""
@@ -53,7 +54,7 @@ CLASS_STRIDE: Final = 2**33
 """vLLM picks a victim by `Request.priority`; we write class and priority into it, class first."""
 
 
-class SteeredScheduler(AsyncScheduler):  # type: ignore[misc]
+class SteeredScheduler(AsyncScheduler):
     """vLLM's scheduler, steered from outside.
 
     Configured by the environment alone (`COX_NATS_URL`, `COX_FLEET`, `COX_WORKER`, …): see docs/protocol.md.
@@ -70,27 +71,33 @@ class SteeredScheduler(AsyncScheduler):  # type: ignore[misc]
         parallel = self.parallel_config
         dp_rank = parallel.data_parallel_index
         self.settings = Settings.from_env(
-            os.environ, dp_rank=dp_rank, dp_size=max(parallel.data_parallel_size, dp_rank + 1),
+            os.environ,
+            dp_rank=dp_rank,
+            dp_size=max(parallel.data_parallel_size, dp_rank + 1),
         )
         self.incarnation = str(ULID())
         self.port = Port()
         self.core = SteeringCore(self, self._emit, leader_lease_s=self.settings.leader_lease_s)
         self.commands = Commands(self.core, self.settings.worker, self.incarnation)
         identity = Identity(
-            self.settings.worker, self.incarnation, str(self.vllm_config.model_config.served_model_name or self.vllm_config.model_config.model), compat.version(),
+            self.settings.worker,
+            self.incarnation,
+            str(self.vllm_config.model_config.served_model_name or self.vllm_config.model_config.model),
+            compat.version(),
         )
         self.reporter = Reporter(self.core, identity, self.settings.head)
         # Order is the core's; victims of vLLM's own preemption follow class and priority whatever the flag says.
         self.policy = SchedulingPolicy.PRIORITY
         self.waiting = SteeredRequestQueue(self.core)
         self.kv_holding_waiting = PriorityRequestQueue()
-        self._active_slots = self.max_num_active_reqs
-        self._identity_key = bytes.fromhex(os.environ.get("COX_IDENTITY_KEY", "")) or None
+        self._active_slots: int = self.max_num_active_reqs
+        self._identity_key = read_key(os.environ)
         # One clock for leases, charges and events: Unix time that no clock jump can move.
         self._clock_offset = time.time() - time.monotonic()
         self._tick_at = float("inf")
         self._frame_at = 0.0
         self._full_at = 0.0
+        self._said_idle = False
         self._event_seq = 0
         self._events_dropped = 0
         self._step_began = 0.0
@@ -101,12 +108,14 @@ class SteeredScheduler(AsyncScheduler):  # type: ignore[misc]
         self.bus: Bus | None = None
         if self.settings.enabled:
             self.bus = Bus(
-                self.settings, self.port, incarnation=self.incarnation,
+                self.settings,
+                self.port,
+                incarnation=self.incarnation,
                 hello={"model": identity.model, "vllm": identity.vllm_version},
             )
             self.bus.start()
         log.info(
-            "steering", worker=self.settings.worker, incarnation=self.incarnation,
+            "scheduler.steered", worker=self.settings.worker, incarnation=self.incarnation,
             nats="on" if self.bus else "off: set COX_NATS_URL to steer this worker",
             identity="signed ids" if self._identity_key else "none: everything is tenant default",
         )  # fmt: skip
@@ -321,7 +330,7 @@ class SteeredScheduler(AsyncScheduler):  # type: ignore[misc]
         """The engine goes to sleep: say everything that is unsaid, and when to wake."""
         self._step_began = 0.0
         due = self._tick_at
-        if self.core.changed and self.port.connected:
+        if (self.core.changed or not self._said_idle) and self.port.connected:
             if now >= self._frame_at:
                 self._publish(now, idle=True)
             else:
@@ -338,9 +347,14 @@ class SteeredScheduler(AsyncScheduler):  # type: ignore[misc]
             self._full_at = now + self.settings.full_interval_s
         commands = self.commands
         frame = self.reporter.frame(
-            now, self._gauges(), full=full, applied=commands.applied_total, rejected=commands.rejected_total,
+            now,
+            self._gauges(),
+            full=full,
+            applied=commands.applied_total,
+            rejected=commands.rejected_total,
         )
         self.port.put(FrameOut(frame, idle))
+        self._said_idle = idle
 
     def _gauges(self) -> Gauges:
         pool = self.kv_cache_manager.block_pool
@@ -357,12 +371,16 @@ class SteeredScheduler(AsyncScheduler):  # type: ignore[misc]
             queue_depth=self.port.pending(), events_dropped=self._events_dropped + self.port.events_dropped,
         )  # fmt: skip
 
-    def _answer(self, now: float, item: QueryIn) -> st.QueuePage | st.RequestReport | st.Config | st.Frame | RefusedError:
+    def _answer(
+        self, now: float, item: QueryIn
+    ) -> st.QueuePage | st.RequestReport | st.Config | st.Frame | RefusedError:
         try:
             if isinstance(item.query, st.RequestQuery):
                 return self.reporter.request(item.query.request)
             if item.what == "queue":
-                return self.reporter.page(item.query if isinstance(item.query, st.QueueQuery) else st.QueueQuery())
+                return self.reporter.page(
+                    item.query if isinstance(item.query, st.QueueQuery) else st.QueueQuery()
+                )
             if item.what == "status":
                 commands = self.commands
                 return self.reporter.frame(
@@ -398,5 +416,3 @@ class SteeredScheduler(AsyncScheduler):  # type: ignore[misc]
         )  # fmt: skip
         if not self.port.put(EventOut(event)):
             self._events_dropped += 1
-
-

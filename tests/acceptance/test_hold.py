@@ -1,0 +1,215 @@
+"""Hold, drop, continue and abort on real vLLM through real HTTP: the same tokens, and nothing left behind."""
+
+import asyncio
+import time
+
+import httpx
+import pytest
+
+from coxswain.schemas.events import Event
+from coxswain.schemas.status import Frame
+from tests.support.serving import WORKER, Api, Served, Stream
+from tests.support.steered import Steer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.nats, pytest.mark.slow]
+
+PROMPT = "The wind turned in the night and the boat"
+TOKENS = 300
+
+
+async def frame(cox: Steer) -> Frame:
+    """The worker's status, now."""
+    (found,) = await cox.client.query(WORKER, "status")
+    return found
+
+
+async def empty(cox: Steer, within_s: float = 10) -> None:
+    """Nothing runs, waits or is held, and no block is in use."""
+    async with asyncio.timeout(within_s):
+        while True:
+            now = await frame(cox)
+            if not (now.queued or now.running or now.held):
+                break
+            await asyncio.sleep(0.05)
+    assert now.kv_blocks.used == 0
+
+
+async def undisturbed(api: Api, prompt: str = PROMPT, tokens: int = TOKENS) -> list[int]:
+    """What the prompt gives when nobody steers."""
+    return await api.stream(prompt, tenant="acme", tokens=tokens).end()
+
+
+async def held_after(api: Api, cox: Steer, tokens: int, kv: str) -> Stream:
+    """A request that is held once it has at least so many tokens; again if it ended before the command came."""
+    for _ in range(5):
+        stream = api.stream(PROMPT, tenant="acme", tokens=TOKENS)
+        await stream.until(tokens)
+        reply = await cox("preempt", stream.request, kv=kv)
+        if reply.outcome == "applied":
+            await asyncio.sleep(0.05)
+            return stream
+        assert (reply.code, len(await stream.end())) == (404, TOKENS), reply
+    raise AssertionError("the machine is too busy: five requests in a row ended before they could be held")
+
+
+async def test_held_and_dropped_requests_say_the_same(api: Api, cox: Steer) -> None:
+    """Held or dropped after any number of tokens and continued, a request says what it would have said."""
+    expected = await undisturbed(api)
+    assert len(set(expected)) > 20, "the model must not repeat itself, or the comparison shows nothing"
+    before = (await frame(cox)).recomputed_tokens_total
+    for kv in ("keep", "drop"):
+        for after in (1, 2, 3, 5, 8, 13, 21, 31, 32, 33, 55, 64, 89):
+            stream = await held_after(api, cox, after, kv)
+            held = len(stream.tokens)
+            await asyncio.sleep(0.1)
+            assert len(stream.tokens) == held < TOKENS
+            assert (await cox("continue", stream.request)).outcome == "applied"
+            assert await stream.end() == expected, f"{kv} after {after} tokens"
+        if kv == "keep":
+            assert (await frame(cox)).recomputed_tokens_total == before
+    assert (await frame(cox)).recomputed_tokens_total > before
+    await empty(cox)
+
+
+async def test_many_at_once(api: Api, cox: Steer) -> None:
+    """Requests that are held and continued in turns among others that run all say what they would have said."""
+    prompts = [f"{PROMPT} number {index}" for index in range(4)]
+    expected = [await undisturbed(api, prompt) for prompt in prompts]
+    for kv in ("keep", "drop"):
+        streams = [api.stream(prompt, tenant="acme", tokens=TOKENS) for prompt in prompts]
+        await asyncio.gather(*(stream.until(10) for stream in streams))
+        for stream in streams:
+            await cox("preempt", stream.request, kv=kv)
+            await asyncio.sleep(0.1)
+            await cox("continue", stream.request)
+        assert [await stream.end() for stream in streams] == expected
+    await empty(cox)
+
+
+async def test_stop_token_after_a_hold(api: Api, cox: Steer) -> None:
+    """A request that is held just before its stop token stops at it when it goes on."""
+    expected = await undisturbed(api)
+    place = next(i for i in range(40, TOKENS) if expected[i] not in expected[:i])
+    for after in (place - 2, place - 1, place):
+        stream = api.stream(PROMPT, tenant="acme", tokens=TOKENS, stop_token_ids=[expected[place]])
+        await stream.until(after)
+        if (await cox("preempt", stream.request)).code is None:
+            await asyncio.sleep(0.05)
+            await cox("continue", stream.request)
+        assert await stream.end() == expected[: place + 1]
+        assert stream.finish == "stop"
+    await empty(cox)
+
+
+@pytest.mark.parametrize("kv", ["keep", "drop"])
+async def test_abort_while_held(api: Api, cox: Steer, kv: str) -> None:
+    """The client of a held request that is aborted is told at once."""
+    stream = api.stream(PROMPT, tenant="acme", tokens=1_000)
+    await stream.until(5)
+    await cox("preempt", stream.request, kv=kv)
+    await cox("abort", stream.request, reason="test")
+    await stream.end(within_s=5)
+    assert stream.finish == "abort"
+    await empty(cox)
+
+
+@pytest.mark.parametrize("kv", ["keep", "drop"])
+async def test_client_leaves_while_held(api: Api, cox: Steer, kv: str) -> None:
+    """A client that disconnects while its request is held leaves nothing behind."""
+    stream = api.stream(PROMPT, tenant="acme", tokens=1_000)
+    await stream.until(5)
+    await cox("preempt", stream.request, kv=kv)
+    stream.task.cancel()
+    await asyncio.wait([stream.task])
+    await empty(cox)
+
+
+async def test_only_held_requests_use_no_cpu(api: Api, cox: Steer, served: Served) -> None:
+    """An engine with only held requests sleeps; it wakes for a continue at once, and at a lease's end by itself."""
+    expected = await undisturbed(api)
+    stream = api.stream(PROMPT, tenant="acme", tokens=TOKENS)
+    await stream.until(20)
+    await cox("preempt", stream.request)
+    await asyncio.sleep(0.5)
+    # vLLM's device worker, another process, polls its queue whether or not anything is there: not ours to judge.
+    engine = served.engine()
+    step, used = (await frame(cox)).step, sum(engine.cpu_times()[:2])
+    await asyncio.sleep(3)
+    assert sum(engine.cpu_times()[:2]) - used < 0.1, "3 s of holding may cost the engine 3 % of a core"
+    assert (await frame(cox)).step == step
+    await cox("preempt", stream.request, lease_s=1.0)
+    before, began = len(stream.tokens), time.monotonic()
+    await stream.until(before + 1)
+    assert 0.9 < time.monotonic() - began < 1.6
+    await cox("preempt", stream.request)
+    await asyncio.sleep(0.2)
+    before, began = len(stream.tokens), time.monotonic()
+    await cox("continue", stream.request)
+    await stream.until(before + 1)
+    assert time.monotonic() - began < 0.5
+    assert await stream.end() == expected
+    await empty(cox)
+
+
+async def test_the_log_says_what_happened(api: Api, cox: Steer) -> None:
+    """The event log has the whole life of a held request: no token in between, nothing recomputed."""
+    stream = api.stream(PROMPT, tenant="globex", tokens=TOKENS)
+    await stream.until(30)
+    await cox("preempt", stream.request, issuer="acceptance")
+    await asyncio.sleep(0.3)
+    await cox("continue", stream.body_id)
+    await stream.end()
+    events: dict[str, Event] = {}
+    async with asyncio.timeout(10):
+        async for event in cox.client.events(start="all", request=stream.request):
+            assert isinstance(event, Event)
+            events[str(event.__struct_config__.tag)] = event
+            if "finished" in events:
+                break
+    assert list(events) == ["queued", "admitted", "first_token", "held", "continued", "finished"]
+    assert {event.tenant for event in events.values()} == {"globex"}
+    assert events["held"].output_tokens == events["continued"].output_tokens
+    assert events["finished"].recomputed_tokens == 0
+    assert events["finished"].output_tokens == TOKENS
+    assert events["finished"].held_s == pytest.approx(0.3, abs=0.2)
+
+
+async def test_children_are_one_request(api: Api, cox: Steer, served: Served) -> None:
+    """With n > 1 and a list of prompts a command covers every child, by the id in the header or in the body."""
+    headers = {"Authorization": f"Bearer {served.keys['acme']}"}
+    body = {"model": "tiny", "prompt": [PROMPT, "Harbour"], "n": 2, "max_tokens": 300, "ignore_eos": True,
+            "temperature": 0.7, "stream": True}  # fmt: skip
+    async with (
+        httpx.AsyncClient(base_url=served.http, timeout=60) as client,
+        client.stream("POST", "/v1/completions", json=body, headers=headers) as response,
+    ):
+        lines = response.aiter_lines()
+        await anext(lines)
+        request = response.headers["x-request-id"]
+        assert (await cox("preempt", request)).counts == {"applied": 4}
+        held = [row.child for row in (await frame(cox)).requests if row.state == "held"]
+        assert sorted(held) == [0, 1, 2, 3]
+        assert (await cox("continue", f"cmpl-{request}")).counts == {"applied": 4}
+        async for _ in lines:
+            pass
+    await empty(cox)
+
+
+async def test_nats_lost_and_back(api: Api, cox: Steer, served: Served) -> None:
+    """With NATS gone requests are served to their end; when it is back the worker is steered again."""
+    expected = await undisturbed(api)
+    served.nats.kill()
+    assert await undisturbed(api) == expected
+    served.nats.start()
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                if (await cox("preempt", "nobody")).code == 404:
+                    break
+            except Exception:  # noqa: BLE001 - not connected yet, or nobody there yet
+                await asyncio.sleep(0.2)
+    stream = api.stream(PROMPT, tenant="acme", tokens=TOKENS)
+    await stream.until(10)
+    await cox("preempt", stream.request)
+    await cox("continue", stream.request)
+    assert await stream.end() == expected
