@@ -302,6 +302,20 @@ def test_tokens_in_flight_are_told_and_charged_to_the_held_request() -> None:
     assert record.account.charged == 40 + 2 * 2
 
 
+def test_settling_forgets_a_loss_once_it_is_made_good() -> None:
+    """A request that has recomputed what it lost costs a step no more than one that never lost anything."""
+    engine, record = held(OPERATOR)
+    engine.core.drop_held(engine.now, "room")
+    engine.core.release(engine.now, record, [OPERATOR], OPERATOR, "command")
+    engine.admit()
+    engine.compute(record)
+    engine.core.settle_all()
+    assert record.recomputed_tokens == 8
+    engine.core.settle = lambda record: pytest.fail(f"looked at {record}")  # type: ignore[method-assign]
+    engine.compute(record)
+    engine.core.settle_all()
+
+
 def test_settling_costs_nothing_for_what_has_no_slot() -> None:
     """Ten thousand held requests that never ran are not looked at when a step begins."""
     engine, kept = held(OPERATOR)

@@ -134,6 +134,17 @@ def test_delta_has_recomputed_totals() -> None:
     assert row.recomputed_tokens_total == 20
 
 
+def test_delta_has_the_new_prompt_of_a_session() -> None:
+    """A streaming session's next turn is news, though nothing of it was delivered yet."""
+    reported = Reported()
+    record = reported.engine.submit(prompt=10)
+    reported.engine.admit()
+    reported.frame()
+    reported.engine.core.next_turn_begins(record)
+    reported.engine.core.next_turn(record, 15)
+    assert [row.prompt_tokens for row in reported.frame().requests] == [15]
+
+
 def test_name_that_is_used_again_at_once_is_not_gone() -> None:
     """A client that repeats its id right after the first request ended has a request that is there."""
     reported = Reported()
