@@ -22,12 +22,14 @@ from coxswain.control.demo import fairness, hold, priority
 from coxswain.control.demo.processes import Crew, DemoError, tail
 from coxswain.control.demo.report import Claim, Context, Report, claims
 from coxswain.control.demo.screen import Screen
-from coxswain.control.demo.stack import Scene, blamed, run_stack
+from coxswain.control.demo.stack import Scene, run_stack
+from coxswain.control.errors import ControlError
+from coxswain.schemas.errors import RefusedError
 
 SECONDS: Final = 30.0
 LEAST_SECONDS: Final = 8.0
-SEEN, NOT_SEEN, FAILED, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: all claims hold, some do not, it could not be shown, Ctrl-C."""
+SEEN, FAILED, INTERRUPTED = 0, 1, 130
+"""Exit codes: all claims hold; some do not, or could not be shown; Ctrl-C."""
 
 NEXT_STEPS: Final = """\
 Where to go from here
@@ -111,7 +113,7 @@ async def _show(screen: Screen, crew: Crew, folder: Path, options: argparse.Name
         _conclude(screen, seen, options.report)
         if options.keep:
             await _stay(scene)
-    return SEEN if all(claim.holds for claim in seen) else NOT_SEEN
+    return SEEN if all(claim.holds for claim in seen) else FAILED
 
 
 async def _acts(scene: Scene, seconds: float) -> tuple[Report, Context]:
@@ -203,13 +205,15 @@ async def _stay(scene: Scene) -> None:
 
 def _tell(screen: Screen, crew: Crew, error: Exception) -> None:
     """Say what went wrong, and show the end of the log that explains it."""
-    message, log = blamed(error)
+    known = isinstance(error, DemoError | ControlError | RefusedError)
+    message = str(error) if known else f"unexpected {type(error).__name__}: {error} (COX_DEBUG=1 shows where)"
+    log = (error.log if isinstance(error, DemoError) else None) or crew.logs / "worker.log"
     try:
         crew.check()
     except DemoError as death:
         # A process that died is the reason for whatever we noticed of it.
-        message, log = f"{death} ({message})", death.log
-    screen.failure(f"\nThe demo failed: {message}", tail(log) if log else ())
+        message, log = f"{death} ({message})", death.log or log
+    screen.failure(f"\nThe demo failed: {message}", tail(log))
 
 
 def _tidy(screen: Screen, folder: Path, *, keep_logs: bool) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from coxswain.control.demo import metrics
 from coxswain.control.demo.load import BUSY, FLOOD, POLITE, TENANTS, Ask, Closed, asks, moments
-from coxswain.control.demo.processes import DemoError
+from coxswain.control.demo.processes import DemoError, first_error
 from coxswain.control.demo.report import Fairness
 from coxswain.control.demo.screen import View
 from coxswain.control.demo.stack import Scene, new_id
@@ -39,6 +39,8 @@ class Round:
     """Unix s."""
     before: dict[str, int] = field(default_factory=dict)
     """Output tokens of each tenant when the turn began."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Output tokens of each tenant in the measured time; empty until it is over."""
     polite: list[Stream] = field(default_factory=list)
     samples: list[metrics.Sample] = field(default_factory=list)
     stopped: bool = False
@@ -87,10 +89,9 @@ async def play(scene: Scene, policy: str, order: str, seconds: float) -> tuple[R
     await scene.start_controller(policy, order)
     turn = Round(policy, seconds)
     turn.before = {name: row.output_tokens_total for name, row in _rows(scene).items()}
-    tokens: dict[str, int] = {}
     scene.watch.samples = turn.samples
     turn.began_at = time.time()
-    try:
+    with first_error():
         async with scene.screen.show(_view(turn, scene)), asyncio.TaskGroup() as group:
             for load in (FLOOD, BUSY):
                 stock = asks(load.tenant, load.sizes, SEED)
@@ -100,15 +101,13 @@ async def play(scene: Scene, policy: str, order: str, seconds: float) -> tuple[R
                 group.create_task(_ask_later(scene, turn, at, ask)) for at, ask in _polite_plan(seconds)
             ]
             await asyncio.sleep(max(0.0, turn.began_at + seconds - time.time()))
-            tokens = turn.output(_rows(scene))
+            turn.tokens = turn.output(_rows(scene))
             # The others keep up their load until the last polite request was answered: no wait is cut short.
             await asyncio.wait(polite, timeout=LAST_POLITE_S)
             turn.stopped = True
             await scene.command(
                 "abort", Abort(id=new_id(), targets=Targets(all=True), reason="end of the act")
             )
-    except* DemoError as errors:
-        raise errors.exceptions[0] from None
     await scene.idle()
     gap, ttfts = turn.gap(), turn.ttfts()
     if gap is None or not ttfts:
@@ -116,7 +115,7 @@ async def play(scene: Scene, policy: str, order: str, seconds: float) -> tuple[R
     return turn, Fairness(
         polite_ttft_p50_s=round(metrics.percentile(ttfts, 50), 4),
         polite_ttft_p95_s=round(metrics.percentile(ttfts, 95), 4),
-        output_tokens=tokens,
+        output_tokens=turn.tokens,
         service_gap_tokens=gap.largest,
     )
 
@@ -165,7 +164,7 @@ def _view(turn: Round, scene: Scene) -> View:
                 heading, justify="right" if heading in ("waiting", "running", "output tokens") else "left"
             )
         rows = _rows(scene)
-        output = turn.output(rows)
+        output = turn.tokens or turn.output(rows)
         for tenant in TENANTS:
             row = rows.get(tenant)
             share = turn.share(tenant)

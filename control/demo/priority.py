@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coxswain.control.demo.load import BUSY, FLOOD, POLITE, Ask, Sizes, asks
-from coxswain.control.demo.processes import DemoError
+from coxswain.control.demo.processes import DemoError, first_error
 from coxswain.control.demo.report import Priority
 from coxswain.control.demo.screen import View
 from coxswain.control.demo.stack import NIGHT, SLOTS, Scene, new_id
@@ -38,7 +38,7 @@ async def play(scene: Scene) -> Priority:
         lambda config: CLASS in config.classes and NIGHT in config.tenants, f"class {CLASS} is in force"
     )
     waiting: list[Stream] = []
-    try:
+    with first_error():
         async with scene.screen.show(_view(waiting)), asyncio.TaskGroup() as group:
             await _fill_slots(scene, group)
             for ask in _some(NIGHT, WAITING_SIZES, WAITING):
@@ -54,8 +54,6 @@ async def play(scene: Scene) -> Priority:
                 Prioritize(id=new_id(), targets=Targets(requests=(chosen.request,)), priority=FRONT),
             )
             after = await _position(scene, chosen)
-    except* DemoError as errors:
-        raise errors.exceptions[0] from None
     await scene.idle()
     return Priority(
         waiting_position_before=before,

@@ -68,7 +68,7 @@ class Screen:
         if not self.console.is_terminal:
             async with _beside(self._print_lines(view)):
                 yield
-            self.console.print(Text(f"  {view.line()}"))
+            self._print_line(view)
             return
         with Live(view.table(), console=self.console, auto_refresh=False) as live:
             async with _beside(self._refresh(view, live)):
@@ -95,7 +95,11 @@ class Screen:
     async def _print_lines(self, view: View) -> None:
         while True:
             await asyncio.sleep(LINE_EVERY_S)
-            self.console.print(Text(f"  {view.line()}"))
+            self._print_line(view)
+
+    def _print_line(self, view: View) -> None:
+        # Where there is no terminal nobody sees a line's width: one state, one line.
+        self.console.print(Text(f"  {view.line()}"), soft_wrap=True)
 
 
 @asynccontextmanager

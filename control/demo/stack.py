@@ -7,6 +7,7 @@ its tools (the tiny model, the keys) are run as programs too.
 
 import asyncio
 import os
+import re
 import shutil
 import socket
 import sys
@@ -15,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rich.spinner import Spinner
 from rich.table import Table
@@ -28,10 +29,8 @@ from coxswain.control.demo.processes import Crew, DemoError, Process, run_once, 
 from coxswain.control.demo.screen import Screen, View
 from coxswain.control.demo.streams import MODEL, Endpoint
 from coxswain.control.demo.watch import Watch
-from coxswain.control.errors import ControlError
 from coxswain.schemas.commands import Command, Reply
 from coxswain.schemas.connection import Connection
-from coxswain.schemas.errors import RefusedError
 from coxswain.schemas.status import Config
 
 FLEET: Final = "demo"
@@ -44,6 +43,9 @@ SHAPE: Final = ("--hidden", "512", "--layers", "12")
 """Of the model: 30 million weights, so that a step takes 10 to 20 ms and the engine, not HTTP, is scarce."""
 WORKER_START_S: Final = 180.0
 SETTLE_S: Final = 20.0
+SAID_CHARS: Final = 44
+_LOG_PREFIX: Final = re.compile(r"^\(\w+ pid=\d+\)( \w+ [\d-]+ [\d:]+ \[\S+\])?")
+"""What vLLM writes before each message: process, level, time, place."""
 
 # `cox` of this very environment, whatever is on the PATH.
 COX: Final = (sys.executable, "-c", "from coxswain.control.cli import main; main()")
@@ -153,7 +155,7 @@ class Checklist:
 
     def _said(self) -> str:
         lines = [line for line in tail(self._log) if line.strip()] if self._log else []
-        return lines[-1].strip()[:70] if lines else ""
+        return _LOG_PREFIX.sub("", lines[-1]).strip()[:SAID_CHARS] if lines else ""
 
 
 @asynccontextmanager
@@ -283,12 +285,3 @@ def free_port() -> int:
 def new_id() -> str:
     """A fresh command id."""
     return str(ULID())
-
-
-def blamed(error: Exception) -> tuple[str, Any]:
-    """The words for an error and the log to look at, if it names one."""
-    if isinstance(error, DemoError):
-        return str(error), error.log
-    if isinstance(error, ControlError | RefusedError):
-        return str(error), None
-    return f"unexpected {type(error).__name__}: {error}", None
