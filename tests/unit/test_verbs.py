@@ -108,6 +108,16 @@ def test_controllers_continue_says_who_holds_on(steered: Steered) -> None:
     assert record.holds.keys() == {OPERATOR}
 
 
+def test_operators_continue_ends_the_controllers_hold_too(steered: Steered) -> None:
+    """An operator who continues a request sees it run, whoever held it."""
+    record = steered.engine.submit()
+    steered.controller("preempt", record, lease_s=50.0)
+    steered("preempt", record)
+    reply = steered("continue", record)
+    assert (reply.counts, reply.results) == ({"applied": 1}, ())
+    assert record.state is State.QUEUED
+
+
 def test_abort_ends_requests_and_tells_clients(steered: Steered) -> None:
     """Aborted requests are gone at once, wherever they were, and their clients are told."""
     engine = steered.engine
