@@ -77,7 +77,12 @@ def demo(
     cox: Cox,
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DEMO-ARGUMENT", show_default=False, help="Passed on to the demo."),
+        typer.Argument(
+            metavar="DEMO-ARGUMENT",
+            show_default=False,
+            help="--report PATH writes what was measured as JSON, --seconds N is how long act 1 measures each "
+            "policy, --keep leaves all of it running until Ctrl-C.",
+        ),
     ] = None,
 ) -> int:
     """Show what steering does: a small real model, a real NATS server, three acts, under 4 minutes."""

@@ -121,8 +121,8 @@ async def _acts(scene: Scene, seconds: float) -> tuple[Report, Context]:
     screen.act(
         1,
         "fairness",
-        "Three tenants share one engine that runs 4 requests at a time: flood keeps 16 requests",
-        "outstanding, busy 8, polite sends one short request now and then. The same load runs twice: first",
+        "Three tenants share one engine that runs 4 requests at a time: flood keeps 24 requests",
+        "outstanding, busy 12, polite sends one short request now and then. The same load runs twice: first",
         "come, first served (what vLLM does), then VTC, a policy that shares service fairly. Only the",
         "controller changes.",
     )

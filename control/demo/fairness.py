@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coxswain.control.demo import metrics
-from coxswain.control.demo.load import BUSY, FLOOD, POLITE, TENANTS, Ask, Closed, asks, moments
+from coxswain.control.demo.load import BUSY, FLOOD, POLITE, TENANTS, Ask, Closed, asks, moments, starts
 from coxswain.control.demo.processes import DemoError, first_error
 from coxswain.control.demo.report import Fairness
 from coxswain.control.demo.screen import View
@@ -25,6 +25,8 @@ from coxswain.schemas.policy import TenantRank
 from coxswain.schemas.status import TenantStatus
 
 SEED: Final = 1
+RAMP_S: Final = 2.0
+"""From the first request to the measured time: the queue builds up."""
 LAST_POLITE_S: Final = 20.0
 """How long the last polite requests may take after the measured time; then what they waited so far counts."""
 
@@ -36,9 +38,9 @@ class Round:
     policy: str
     seconds: float
     began_at: float = 0.0
-    """Unix s."""
+    """When the measured time begins, Unix s."""
     before: dict[str, int] = field(default_factory=dict)
-    """Output tokens of each tenant when the turn began."""
+    """Output tokens of each tenant when the measured time began."""
     tokens: dict[str, int] = field(default_factory=dict)
     """Output tokens of each tenant in the measured time; empty until it is over."""
     polite: list[Stream] = field(default_factory=list)
@@ -62,7 +64,8 @@ class Round:
 
     def window(self) -> list[metrics.Sample]:
         """Samples of the measured time."""
-        return [sample for sample in self.samples if sample.at <= self.began_at + self.seconds]
+        end = self.began_at + self.seconds
+        return [sample for sample in self.samples if self.began_at <= sample.at <= end]
 
     def gap(self) -> metrics.Gap | None:
         """The service gap so far."""
@@ -87,19 +90,20 @@ async def play(scene: Scene, policy: str, order: str, seconds: float) -> tuple[R
     await scene.stop_controller()
     await _level(scene)
     await scene.start_controller(policy, order)
-    turn = Round(policy, seconds)
-    turn.before = {name: row.output_tokens_total for name, row in _rows(scene).items()}
+    turn = Round(policy, seconds, before=_output(scene))
     scene.watch.samples = turn.samples
-    turn.began_at = time.time()
+    turn.began_at = time.time() + RAMP_S
     with first_error():
         async with scene.screen.show(_view(turn, scene)), asyncio.TaskGroup() as group:
             for load in (FLOOD, BUSY):
                 stock = asks(load.tenant, load.sizes, SEED)
-                for _ in range(load.outstanding):
-                    group.create_task(_keep_asking(scene, turn, load, stock))
+                for wait_s in starts(load, RAMP_S / 2):
+                    group.create_task(_keep_asking(scene, turn, load, stock, wait_s))
             polite = [
                 group.create_task(_ask_later(scene, turn, at, ask)) for at, ask in _polite_plan(seconds)
             ]
+            await asyncio.sleep(RAMP_S)
+            turn.before = _output(scene)
             await asyncio.sleep(max(0.0, turn.began_at + seconds - time.time()))
             turn.tokens = turn.output(_rows(scene))
             # The others keep up their load until the last polite request was answered: no wait is cut short.
@@ -125,8 +129,9 @@ def _polite_plan(seconds: float) -> list[tuple[float, Ask]]:
     return list(zip(moments(POLITE, seconds, SEED), asks(POLITE.tenant, POLITE.sizes, SEED), strict=False))
 
 
-async def _keep_asking(scene: Scene, turn: Round, load: Closed, stock: Iterator[Ask]) -> None:
+async def _keep_asking(scene: Scene, turn: Round, load: Closed, stock: Iterator[Ask], wait_s: float) -> None:
     """One of a tenant's outstanding requests: the next follows when it ends."""
+    await asyncio.sleep(wait_s)
     while not turn.stopped:
         await scene.endpoint.run(Stream(load.tenant, next(stock)))
 
@@ -154,6 +159,11 @@ async def _level(scene: Scene) -> None:
 
 def _rows(scene: Scene) -> dict[str, TenantStatus]:
     return dict(scene.watch.view.tenants) if scene.watch.view is not None else {}
+
+
+def _output(scene: Scene) -> dict[str, int]:
+    """Output tokens of each tenant since the worker started."""
+    return {name: row.output_tokens_total for name, row in _rows(scene).items()}
 
 
 def _view(turn: Round, scene: Scene) -> View:

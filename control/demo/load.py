@@ -46,12 +46,17 @@ class Spaced(NamedTuple):
     sizes: Sizes
 
 
-FLOOD: Final = Closed("flood", 16, Sizes((16, 48), (40, 80)))
-BUSY: Final = Closed("busy", 8, Sizes((16, 48), (40, 80)))
-"""Half as much as flood, and still twice what all running places hold."""
+FLOOD: Final = Closed("flood", 24, Sizes((16, 48), (30, 60)))
+BUSY: Final = Closed("busy", 12, Sizes((16, 48), (30, 60)))
+"""Half as much as flood, and so much more than runs at once (4) that some always wait, however they clump."""
 POLITE: Final = Spaced("polite", 1.25, Sizes((8, 16), (12, 20)))
 """A fifth or so of an equal share, on the machines that this was made on; the summary says what it was."""
 TENANTS: Final = (FLOOD.tenant, BUSY.tenant, POLITE.tenant)
+
+
+def starts(load: Closed, over_s: float) -> list[float]:
+    """When each of a tenant's outstanding requests begins, in s: spread evenly, so that tenants interleave."""
+    return [over_s * (number + 0.5) / load.outstanding for number in range(load.outstanding)]
 
 
 def asks(tenant: str, sizes: Sizes, seed: int) -> Iterator[Ask]:

@@ -11,6 +11,8 @@ BETTER: Final = 0.5
 """Under vtc, polite's p95 wait and the service gap must be below this share of what they are under fcfs."""
 POLITE_SHARE: Final = 1 / 3
 """Of all service: the polite tenant must stay below an equal share, else it is not polite."""
+BACKLOGGED: Final = 0.5
+"""Of the measured time: flood and busy must be backlogged together for at least this share."""
 LEAST_AHEAD: Final = 5
 """Requests that must wait ahead of the one that is moved to the front."""
 
@@ -86,7 +88,7 @@ def claims(report: Report, context: Context) -> list[Claim]:
     fcfs, vtc, hold, priority = report.fcfs, report.vtc, report.hold, report.priority
     return [
         Claim(
-            context.polite_share < POLITE_SHARE and context.backlogged_s >= 0.8 * context.wanted_s,
+            context.polite_share < POLITE_SHARE and context.backlogged_s >= BACKLOGGED * context.wanted_s,
             "The load was what act 1 needs: flood and busy always waiting, polite below its share",
             f"both backlogged for {context.backlogged_s:.0f} of {context.wanted_s:.0f} s, polite used "
             f"{context.polite_share:.0%} of the service (an equal share is 33%)",

@@ -135,6 +135,13 @@ class TestLoad:
         assert load.BUSY.outstanding * 2 == load.FLOOD.outstanding
         assert load.BUSY.outstanding > stack.SLOTS
 
+    def test_closed_tenants_start_interleaved(self):
+        """Every third of the first requests is busy's, so that neither begins with a block of its own."""
+        flood, busy = load.starts(load.FLOOD, 1.0), load.starts(load.BUSY, 1.0)
+        merged = [name for _, name in sorted([(at, "f") for at in flood] + [(at, "b") for at in busy])]
+        assert merged == ["f", "b", "f"] * load.BUSY.outstanding
+        assert max(flood) < 1.0
+
 
 class TestClaims:
     """What decides the exit code."""
@@ -165,7 +172,7 @@ class TestClaims:
         assert [claim.holds for claim in found].count(False) == 1
 
     @pytest.mark.parametrize(
-        "change", [{"polite_share": 0.4}, {"backlogged_s": 20.0}, {"others_while_held": 0}]
+        "change", [{"polite_share": 0.4}, {"backlogged_s": 14.0}, {"others_while_held": 0}]
     )
     def test_a_load_that_shows_nothing_fails(self, change: dict[str, float]):
         """Numbers taken under a load that was not what the act needs are no evidence."""
