@@ -313,7 +313,9 @@ class SteeringCore:
 
     # Holds
 
-    def hold(self, now: float, record: Record, role: str, kv: str, lease_until: float | None, reason: str) -> bool:
+    def hold(
+        self, now: float, record: Record, role: str, kv: str, lease_until: float | None, reason: str
+    ) -> bool:
         """Put or replace one role's hold; False if that changed nothing. `kv` only moves from keep to drop."""
         old = record.holds.get(role)
         if old is not None and old.kv == "drop":
@@ -368,7 +370,9 @@ class SteeringCore:
 
     def drop_held(self, now: float, reason: str) -> None:
         """Free the KV of everything that is held."""
-        for record in [record for record in self.held if record.state in (State.HELD_KEPT, State.HELD_PARKED)]:
+        for record in [
+            record for record in self.held if record.state in (State.HELD_KEPT, State.HELD_PARKED)
+        ]:
             self._drop(now, record, reason)
             self._touch(record)
 
@@ -389,7 +393,9 @@ class SteeringCore:
         else:
             record.queued_since = now
             self.engine.enqueue(record)
-        self.tell(now, record, ev.Continued, by=by, reason=reason, held_s=held_s, output_tokens=len(record.outputs))
+        self.tell(
+            now, record, ev.Continued, by=by, reason=reason, held_s=held_s, output_tokens=len(record.outputs)
+        )
         return True
 
     def tick(self, now: float) -> None:
@@ -408,7 +414,9 @@ class SteeringCore:
 
     def deadline(self) -> float | None:
         """When `tick` must be called at the latest, or None."""
-        while self._leases and self._leases[0][2].holds.get(self._leases[0][3].role) is not self._leases[0][3]:
+        while (
+            self._leases and self._leases[0][2].holds.get(self._leases[0][3].role) is not self._leases[0][3]
+        ):
             heapq.heappop(self._leases)
         times = [self._leases[0][0]] if self._leases else []
         if not self._leader_silent and self.leader_heard_at is not None:
@@ -428,7 +436,13 @@ class SteeringCore:
         self._leader_silent = False
         if changed:
             self.changed = True
-            self.tell(now, None, ev.LeaderChanged, epoch=lead.epoch, reason=f"{lead.controller} leads with {lead.policy}")
+            self.tell(
+                now,
+                None,
+                ev.LeaderChanged,
+                epoch=lead.epoch,
+                reason=f"{lead.controller} leads with {lead.policy}",
+            )
 
     def obeyed(self, now: float, epoch: Epoch) -> None:
         """A controller's command came with this epoch, which is not lower than the highest seen.
@@ -529,7 +543,9 @@ class SteeringCore:
         self.touched[record] = None
         self.changed = True
 
-    def reprioritize(self, now: float, record: Record, priority: int | None, class_: str | None, by: str) -> bool:
+    def reprioritize(
+        self, now: float, record: Record, priority: int | None, class_: str | None, by: str
+    ) -> bool:
         """Change priority, class or both; False if that changed nothing."""
         old_priority, old_class = record.priority, record.class_
         new_priority = old_priority if priority is None else priority
@@ -583,4 +599,3 @@ class SteeringCore:
         assert len(self._leases) <= 2 * LEASES_EACH * len(self.held) + 64
         assert sum(len(family) for family in self.families.values()) == len(self.records)
         assert self.families.keys() == self._children.keys()
-

@@ -70,7 +70,7 @@ class Record:
         self.priority = priority
         self.arrived_at = arrived_at
         self.prompt_tokens = prompt_tokens
-        self.payload = payload
+        self.payload: Any = payload
         self.outputs = outputs
         """vLLM's own list of delivered output tokens: its length is how many."""
         self.state = State.QUEUED

@@ -60,7 +60,14 @@ class Reporter:
         """Requests in the last frame, with the output tokens and the place that it gave them."""
 
     def frame(
-        self, now: float, gauges: Gauges, *, full: bool, applied: int, rejected: dict[str, int], peek: bool = False,
+        self,
+        now: float,
+        gauges: Gauges,
+        *,
+        full: bool,
+        applied: int,
+        rejected: dict[str, int],
+        peek: bool = False,
     ) -> st.Frame:
         """The next frame; the bus fills `seq`, `part`, `parts` and `sent_at`.
 
@@ -86,7 +93,9 @@ class Reporter:
                 if last.get(record) != said or record in touched
             ]
             gone = self._gone(listed.keys())
-            accounts = [account for account in core.tenants.accounts.values() if account.dirty and account.seen]
+            accounts = [
+                account for account in core.tenants.accounts.values() if account.dirty and account.seen
+            ]
         if not peek:
             self._listed = listed
             core.touched.clear()
@@ -161,7 +170,8 @@ class Reporter:
         return st.RequestReport(
             request=next(iter(family)).request,
             children=tuple(
-                st.Child(status=row(core, record, core.queue.position(record)), story=record.told()) for record in family
+                st.Child(status=row(core, record, core.queue.position(record)), story=record.told())
+                for record in family
             ),
         )
 

@@ -52,7 +52,9 @@ class Commands:
             "configure": self._configure,
         }
 
-    def apply(self, now: float, role: str, verb: str, command: c.Command, ignored: tuple[str, ...] = ()) -> c.Reply:
+    def apply(
+        self, now: float, role: str, verb: str, command: c.Command, ignored: tuple[str, ...] = ()
+    ) -> c.Reply:
         """Apply a command now; the reply says what became of it. Never raises for what a command contains."""
         remembered = self._remembered(now, command.id)
         if remembered is not None:
@@ -81,7 +83,9 @@ class Commands:
             raise RefusedError(Code.NOT_BUILT, f"{verb} {BUILT_LATER}")
         if command.expires_at is not None and command.expires_at < now:
             late = now - command.expires_at
-            raise RefusedError(Code.EXPIRED, f"expired {late:.3f} s ago by this worker's clock: send it again")
+            raise RefusedError(
+                Code.EXPIRED, f"expired {late:.3f} s ago by this worker's clock: send it again"
+            )
         if role == CONTROLLER:
             self._check_epoch(now, command)
         if verb == "rank" and isinstance(command, c.Rank) and command.incarnation != self.incarnation:
@@ -98,7 +102,8 @@ class Commands:
             raise RefusedError(Code.STALE, "this worker has not heard a leader yet: publish `lead` first")
         if command.epoch < core.epoch:
             raise RefusedError(
-                Code.STALE, f"epoch {list(command.epoch)} is older than {list(core.epoch)}: another controller leads",
+                Code.STALE,
+                f"epoch {list(command.epoch)} is older than {list(core.epoch)}: another controller leads",
             )
         core.obeyed(now, command.epoch)
 
@@ -142,14 +147,18 @@ class Commands:
         return list(found), missing
 
     def _each(
-        self, command: c.Targeted, act: Callable[[Record], Outcome],
+        self,
+        command: c.Targeted,
+        act: Callable[[Record], Outcome],
     ) -> list[tuple[Record | str, Outcome]]:
         records, results = self._resolve(command.targets)
         results.extend((record, act(record)) for record in records)
         failed = [outcome for _, outcome in results if outcome[0] in ("not_found", "not_possible")]
         if failed and len(failed) == len(results):
             code = Code.NOT_FOUND if all(kind == "not_found" for kind, _, _ in failed) else Code.NOT_POSSIBLE
-            names = ", ".join(target if isinstance(target, str) else target.request for target, _ in results[:3])
+            names = ", ".join(
+                target if isinstance(target, str) else target.request for target, _ in results[:3]
+            )
             detail = next((text for kind, text, _ in failed if kind == "not_possible"), failed[0][1])
             more = f" and {len(results) - 3} more" if len(results) > 3 else ""
             raise RefusedError(code, f"{detail} ({names}{more})")
@@ -241,7 +250,11 @@ class Commands:
     # Replies
 
     def _reply(
-        self, now: float, command: c.Command, results: list[tuple[Record | str, Outcome]], ignored: tuple[str, ...],
+        self,
+        now: float,
+        command: c.Command,
+        results: list[tuple[Record | str, Outcome]],
+        ignored: tuple[str, ...],
     ) -> c.Reply:
         counts: dict[str, int] = {}
         told = []
@@ -251,7 +264,11 @@ class Commands:
                 named = (target, None) if isinstance(target, str) else (target.request, target.child)
                 told.append(
                     c.TargetResult(
-                        request=named[0], child=named[1], outcome=outcome, detail=detail, in_flight_tokens=in_flight,
+                        request=named[0],
+                        child=named[1],
+                        outcome=outcome,
+                        detail=detail,
+                        in_flight_tokens=in_flight,
                     ),
                 )
         failing = counts.get("not_found", 0) + counts.get("not_possible", 0)
@@ -262,7 +279,13 @@ class Commands:
         )  # fmt: skip
 
     def _refused(
-        self, now: float, role: str, verb: str, command: c.Command, refusal: RefusedError, ignored: tuple[str, ...],
+        self,
+        now: float,
+        role: str,
+        verb: str,
+        command: c.Command,
+        refusal: RefusedError,
+        ignored: tuple[str, ...],
     ) -> c.Reply:
         code = str(int(refusal.code))
         self.rejected_total[code] = self.rejected_total.get(code, 0) + 1
@@ -276,5 +299,3 @@ class Commands:
             id=command.id, worker=self.worker, incarnation=self.incarnation, worker_now=now,
             step=self.core.step + 1, outcome="rejected", ignored=ignored, code=int(refusal.code), error=refusal.message,
         )  # fmt: skip
-
-
