@@ -14,7 +14,7 @@ from tests.support.steered import Steer
 pytestmark = [pytest.mark.vllm, pytest.mark.nats, pytest.mark.slow]
 
 PROMPT = "The wind turned in the night and the boat"
-TOKENS = 300
+TOKENS = 150
 
 
 async def frame(cox: Steer) -> Frame:
@@ -177,7 +177,7 @@ async def test_the_log_says_what_happened(api: Api, cox: Steer) -> None:
 async def test_children_are_one_request(api: Api, cox: Steer, served: Served) -> None:
     """With n > 1 and a list of prompts a command covers every child, by the id in the header or in the body."""
     headers = {"Authorization": f"Bearer {served.keys['acme']}"}
-    body = {"model": "tiny", "prompt": [PROMPT, "Harbour"], "n": 2, "max_tokens": 300, "ignore_eos": True,
+    body = {"model": "tiny", "prompt": [PROMPT, "Harbour"], "n": 2, "max_tokens": 200, "ignore_eos": True,
             "temperature": 0.7, "stream": True}  # fmt: skip
     async with (
         httpx.AsyncClient(base_url=served.http, timeout=60) as client,

@@ -63,14 +63,18 @@ def serving(folder: Path, *arguments: str, tenants: tuple[str, ...] = ()) -> Ite
     asyncio.run(_init(nats.url))
     model = folder / "model"
     python = [sys.executable, "-m"]
-    subprocess.run([*python, "coxswain.service.tiny", str(model)], check=True, stdout=subprocess.DEVNULL)
+    # Some 10 ms a step: slow enough that the HTTP server keeps up on a busy machine.
+    shape = ["--hidden", "384", "--layers", "8"]
+    subprocess.run(
+        [*python, "coxswain.service.tiny", str(model), *shape], check=True, stdout=subprocess.DEVNULL
+    )
     keys = {}
     env = {
         **os.environ,
         "COX_NATS_URL": nats.url,
         "COX_FLEET": FLEET,
         "COX_WORKER": WORKER,
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
     }
     for tenant in tenants:
         path = folder / "keys.json"
