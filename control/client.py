@@ -21,7 +21,7 @@ from coxswain.control.transport import Notice, open_link
 from coxswain.schemas import commands, status
 from coxswain.schemas.commands import Command, Reply
 from coxswain.schemas.connection import Connection
-from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, Code, RefusedError
+from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, UNREADABLE, Code, RefusedError
 from coxswain.schemas.events import Event, decode_event
 from coxswain.schemas.names import ALL, check_token, tenant_key, tenant_of_key
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
@@ -164,7 +164,7 @@ class Client:
             async for message in subscription.messages:
                 try:
                     yield status.decode_frame(message.data)
-                except msgspec.MsgspecError:
+                except UNREADABLE:
                     continue
         finally:
             await _unsubscribe(subscription)
@@ -200,7 +200,7 @@ class Client:
             async for message in messages:
                 try:
                     event = decode_event(message.data)
-                except msgspec.MsgspecError:
+                except UNREADABLE:
                     continue
                 if _about(event, request, tenant):
                     yield event
@@ -298,7 +298,7 @@ def _refusal(message: Msg) -> RefusedError | None:
 def _decode(decoder: Any, message: Msg) -> Any:
     try:
         return decoder(message.data)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         if refusal := _refusal(message):
             raise refusal from error
         raise ControlError(

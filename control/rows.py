@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.names import NameRefusedError
 from coxswain.schemas.policy import TenantPolicy
 
@@ -52,7 +53,7 @@ class Rows(Generic[Row]):
             return
         try:
             self.good[name] = check(self._decode(value))
-        except (ValueError, msgspec.MsgspecError) as error:
+        except (ValueError, *UNREADABLE) as error:
             kept = "its last good row stays" if name in self.good else "it has no good row"
             self.refused[name] = f"{error}; {kept}"
 

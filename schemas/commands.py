@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from coxswain.schemas.errors import Code, RefusedError
+from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
 from coxswain.schemas.names import NameRefusedError, TenantName, Token, check_tenant
 from coxswain.schemas.policy import (
     NOT_BUILT_CLASS,
@@ -191,7 +191,7 @@ def decode(verb: str, payload: bytes) -> tuple[Command, tuple[str, ...]]:
         command: Command = msgspec.convert(raw, struct)
         for tenant in _tenants_named(command):
             check_tenant(tenant)
-    except (msgspec.MsgspecError, NameRefusedError, RecursionError) as error:
+    except (*UNREADABLE, NameRefusedError) as error:
         raise RefusedError(Code.MALFORMED, f"{verb}: {error}") from error
     if isinstance(command, Targeted):
         count = command.targets.count

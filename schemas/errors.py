@@ -1,13 +1,20 @@
-"""Refusals: the numeric codes that a reply can carry, and the one exception that carries them.
+"""Refusals: the numeric codes that a reply can carry, the one exception that carries them, and `UNREADABLE`.
 
 A refused command changes nothing. The code also travels in the header `Nats-Service-Error-Code` and the
 text in `Nats-Service-Error`, as NATS services do (ADR-32), so that any NATS tool shows them.
 """
 
 from enum import IntEnum
+from typing import Final
+
+import msgspec
 
 ERROR_HEADER = "Nats-Service-Error"
 CODE_HEADER = "Nats-Service-Error-Code"
+
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding a stranger's bytes can raise. msgspec has no error of its own for text that is no UTF-8, and
+none for brackets nested too deep: who catches `MsgspecError` alone dies of either."""
 
 
 class Code(IntEnum):

@@ -165,12 +165,9 @@ def decode_event(payload: bytes) -> Event | dict[str, Any]:
     """The event in a payload; a kind of a later version comes as a plain dict.
 
     Raises:
-        msgspec.MsgspecError: if the payload is not JSON or does not fit its kind.
+        errors.UNREADABLE: if the payload is not JSON or does not fit its kind.
     """
-    try:
-        raw = _any.decode(payload)
-    except RecursionError as error:
-        raise msgspec.DecodeError(str(error)) from error
+    raw = _any.decode(payload)
     if not isinstance(raw, dict):
         raise msgspec.ValidationError(f"Expected `object`, got `{type(raw).__name__}`")
     kind = raw.get("kind")

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
+from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.names import DEFAULT, NameRefusedError, check_tenant, check_token
 from coxswain.schemas.policy import INT32_MAX, INT32_MIN, Int32
 from coxswain.service.logs import get_logger
@@ -97,7 +98,7 @@ def load(path: Path) -> dict[str, Key]:
             rows = _decode(file.read()).keys
     except OSError as error:
         raise KeysRefusedError(f"keys file {path} cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise KeysRefusedError(f"keys file {path}: {error}") from error
     for row in rows:
         _check(path, row)

@@ -17,6 +17,7 @@ from nats.aio.msg import Msg
 from nats.errors import MaxPayloadError
 
 from coxswain.schemas.commands import encode
+from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.events import Event
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.port import Port
@@ -154,7 +155,7 @@ class EventLog:
         del self._flight[number]
         try:
             error = _decode_ack(msg.data).error
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             error = _Error(description="acknowledgement is not JSON")
         if error is None:
             self._accepted()

@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from coxswain.schemas.commands import MAX_AHEAD_S, NOT_BUILT, Command, Preempt, Rank, Reply, decode
-from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, Code, RefusedError
+from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, UNREADABLE, Code, RefusedError
 from coxswain.schemas.names import ALL
 from coxswain.schemas.policy import Lead
 from coxswain.schemas.status import QueueQuery, RequestQuery
@@ -87,7 +87,7 @@ def query(what: str, payload: bytes) -> QueueQuery | RequestQuery | None:
                 )
             return asked
         return _decode_request(payload or b"{}") if what == "request" else None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise RefusedError(Code.MALFORMED, f"{what}: {error}") from error
 
 
@@ -97,7 +97,7 @@ def lead(payload: bytes) -> Lead | None:
         return None
     try:
         return _decode_lead(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return None
 
 
@@ -133,7 +133,7 @@ def _named(payload: bytes) -> str:
         return ""
     try:
         return _decode_named(payload).id[:64]
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return ""
 
 
@@ -155,7 +155,7 @@ def _check_deadline(role: str, asked: Command, now: float) -> None:
     if ahead_s > MAX_AHEAD_S + AHEAD_GRACE_S:
         raise RefusedError(
             Code.MALFORMED,
-            f"expires_at is {ahead_s:.1f} s ahead of this worker's clock (see worker_now), "
+            f"expires_at is {ahead_s:.6g} s ahead of this worker's clock (see worker_now), "
             f"at most {MAX_AHEAD_S:g} s are allowed",
         )
     if ahead_s < 0:

@@ -19,7 +19,7 @@ from nats.errors import Error as NatsError
 
 from coxswain import __version__
 from coxswain.schemas.commands import encode
-from coxswain.schemas.errors import Code, RefusedError
+from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
 from coxswain.schemas.status import Frame
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import intake
@@ -254,7 +254,7 @@ class Session:
     async def _on_own_name(self, msg: Msg) -> None:
         try:
             other = _decode_origin(msg.data).incarnation
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             return
         # Ours can come back from a connection that we gave up.
         if (

@@ -13,7 +13,15 @@ def test_the_last_good_row_stays_when_a_bad_one_comes() -> None:
     """A row that does not decode, or contradicts itself, is refused with a reason and changes nothing."""
     rows, key = _rows(), tenant_key("acme")
     rows.put(key, b'{"weight": 2}')
-    for bad in (b'{"weight": -1}', b"not json", b"\xff", b'{"priority_min": 5, "priority_max": 1}', b"[]"):
+    for bad in (
+        b'{"weight": -1}',
+        b"not json",
+        b"\xff",
+        b'{"class": "\xff"}',
+        b'{"a":' * 50_000,
+        b'{"priority_min": 5, "priority_max": 1}',
+        b"[]",
+    ):
         rows.put(key, bad)
         assert rows.good["acme"].weight == 2.0
         assert "last good row stays" in rows.refused["acme"]
