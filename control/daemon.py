@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, Final, Generic
 
-import msgspec
 import nats.errors
 from nats.aio.msg import Msg
 from ulid import ULID
@@ -30,7 +29,7 @@ from coxswain.control.tables import Table
 from coxswain.control.transport import public_urls
 from coxswain.schemas.commands import encode
 from coxswain.schemas.connection import Connection
-from coxswain.schemas.errors import RefusedError
+from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.names import sanitise_token
 from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy
 from coxswain.schemas.status import Frame, decode_frame
@@ -77,6 +76,8 @@ class Controller:
         self._tenants = Slot[TenantPolicy]()
         self._sending: set[asyncio.Task[None]] = set()
         self._closed = self._back = False
+        self._reachable: bool | None = None
+        """None until it was tried: changes are logged, once."""
         self._seldom = Seldom()
 
     async def run(self) -> None:
@@ -89,7 +90,8 @@ class Controller:
             try:
                 client = await Client.connect(self._connection, name=self.name, notice=self._noticed)
             except UnreachableError as error:
-                if self._seldom.may("unreachable"):
+                if self._reachable is not False:
+                    self._reachable = False
                     log.warning("waiting for NATS", reason=str(error))
                 await self._pause(random.uniform(0.2, 1.0))  # noqa: S311
                 continue
@@ -99,6 +101,7 @@ class Controller:
 
     async def _session(self, client: Client) -> None:
         """Work over one connection until it is closed for good or we are to stop."""
+        self._reachable = True
         log.info("connected to NATS", urls=public_urls(self._connection))
         client.js = client.nc.jetstream(timeout=JETSTREAM_TIMEOUT_S)
         holder = LeaseHolder(controller=self.name, policy=self.core.policy.name, since=time.time())
@@ -202,17 +205,25 @@ class Controller:
 
     async def _heard(self, message: Msg) -> None:
         try:
-            self._frames.append(decode_frame(message.data))
-        except msgspec.MsgspecError as error:
-            if self._seldom.may("frame", message.subject):
-                log.warning("status not understood", subject=message.subject, reason=str(error))
+            frame = decode_frame(message.data)
+        except UNREADABLE as error:
+            reason = str(error)
+        else:
+            # Permissions are given on subjects: nobody may speak for another worker.
+            if frame.worker == message.subject.rpartition(".")[2]:
+                self._frames.append(frame)
+                return
+            reason = f"it claims to be of worker {frame.worker[:64]!r}"
+        if self._seldom.may("frame", message.subject):
+            log.warning("status not understood", subject=message.subject, reason=reason)
 
     def _noticed(self, what: str) -> None:
         if what == "back":
-            self._back = True
+            self._back = self._reachable = True
             log.info("NATS is back")
         elif what == "lost":
-            if not self._ended:
+            if self._reachable and not self._ended:
+                self._reachable = False
                 log.warning("NATS is lost; nothing is sent until it is back, workers go on by themselves")
         elif what == "closed":
             self._closed = True

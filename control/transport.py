@@ -24,7 +24,7 @@ PING_INTERVAL_S = 5
 """A silent connection is given up after two missed pings."""
 
 Notice = Callable[[str], None]
-"""Told what happened: `lost`, `back`, `closed` or the text of an error."""
+"""Told what happened to a connection once there was one: `lost`, `back`, `closed` or the text of an error."""
 
 
 def tls_of(connection: Connection) -> ssl.SSLContext | None:
@@ -90,6 +90,13 @@ async def open_link(
             refused.set()
         return None
 
+    def say(what: str) -> Callable[[], Awaitable[None]]:
+        async def callback() -> None:
+            if open_for_good:  # closing a client that never was connected counts as a loss to nats-py
+                notice(what)
+
+        return callback
+
     options = connection.options() | {
         "name": name,
         "pending_size": 0,
@@ -97,9 +104,9 @@ async def open_link(
         "reconnect_to_server_handler": next_server,
         "ping_interval": PING_INTERVAL_S,
         "error_cb": on_error,
-        "disconnected_cb": _say(notice, "lost"),
-        "reconnected_cb": _say(notice, "back"),
-        "closed_cb": _say(notice, "closed"),
+        "disconnected_cb": say("lost"),
+        "reconnected_cb": say("back"),
+        "closed_cb": say("closed"),
         "connect_timeout": max(1, round(timeout_s)),
     }
     if context := tls_of(connection):
@@ -130,10 +137,3 @@ async def _connect(nc: Nats, options: dict[str, Any]) -> None:
         await nc.connect(**options)
     except (NatsError, OSError, ValueError) as error:
         raise UnreachableError(str(error) or type(error).__name__) from error
-
-
-def _say(notice: Notice, what: str) -> Callable[[], Awaitable[None]]:
-    async def callback() -> None:
-        notice(what)
-
-    return callback

@@ -6,6 +6,7 @@ Pure: reads a mapping, opens nothing. The shells turn it into a connection (`ser
 
 from collections.abc import Mapping
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -13,6 +14,10 @@ from coxswain.schemas.names import check_token
 
 DEFAULT_URL: Final = "nats://127.0.0.1:4222"
 DEFAULT_FLEET: Final = "main"
+
+
+class AddressRefusedError(ValueError):
+    """An address of NATS that is none; the text says which by its place, for it may hold a password."""
 
 
 class Connection(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +54,25 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
             cert=env.get("COX_NATS_CERT") or None,
             key=env.get("COX_NATS_KEY") or None,
         )
+
+    def check(self) -> "Connection":
+        """Return this, if every address can be one.
+
+        Raises:
+            AddressRefusedError: says which is not, and what one looks like.
+        """
+        for place, url in enumerate(self.urls, 1):
+            try:
+                parts = urlsplit(url if "://" in url else f"nats://{url}")
+                why = "" if parts.hostname and parts.port != 0 else "no host, or port 0"
+            except ValueError as error:
+                why = str(error)
+            if why:
+                raise AddressRefusedError(
+                    f"address {place} of {len(self.urls)} is not an address ({why}): "
+                    "use nats://host:port, several separated by commas",
+                )
+        return self
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `nats.connect`, without TLS (the caller's, from `ca`, `cert`, `key`)."""

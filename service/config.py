@@ -6,11 +6,10 @@ here, in words, before anything starts. How to reach NATS is `schemas/connection
 
 import socket
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 import msgspec
 
-from coxswain.schemas.connection import Connection
+from coxswain.schemas.connection import AddressRefusedError, Connection
 from coxswain.schemas.names import MAX_TOKEN_CHARS, NameRefusedError, check_token, sanitise_token
 
 
@@ -70,16 +69,10 @@ def _connection(env: Mapping[str, str]) -> Connection:
         connection = Connection.from_env(env)
     except NameRefusedError as error:
         raise SettingRefusedError(f"COX_FLEET: {error}") from error
-    for position, url in enumerate(connection.urls, 1):
-        try:
-            _ = urlsplit(url if "://" in url else f"nats://{url}").port
-        except ValueError as error:
-            # Not the URL itself: it may hold a password.
-            raise SettingRefusedError(
-                f"COX_NATS_URL: address {position} of {len(connection.urls)} is not an address ({error}): "
-                "use nats://host:port, several separated by commas",
-            ) from error
-    return connection
+    try:
+        return connection.check()
+    except AddressRefusedError as error:
+        raise SettingRefusedError(f"COX_NATS_URL: {error}") from error
 
 
 def _worker(env: Mapping[str, str], dp_rank: int, dp_size: int, hostname: str | None) -> str:

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from coxswain.schemas import commands, events, names, policy, status
-from coxswain.schemas.connection import DEFAULT_URL, Connection
-from coxswain.schemas.errors import Code, RefusedError
+from coxswain.schemas.connection import DEFAULT_URL, AddressRefusedError, Connection
+from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
 from coxswain.schemas.jsonschema import ROOTS, document
 from coxswain.schemas.names import NameRefusedError
 from coxswain.schemas.subjects import QUERIES, ROLES, VERBS, Subjects
@@ -86,6 +86,8 @@ MALFORMED = [
     ("preempt", b"", "truncated"),
     ("preempt", b"{", "truncated"),
     ("preempt", b"\xff\xfe", "malformed"),
+    ("preempt", b'{"id": "\xff"}', "utf-8"),
+    ("preempt", b'{"a":' * 50_000, "recursion"),
     ("preempt", b"null", "Expected `object`, got `null`"),
     ("preempt", b"[]", "Expected `object`, got `array`"),
     ("preempt", b"{}", "`id`"),
@@ -319,12 +321,13 @@ def test_an_event_of_a_later_version_is_data():
         b'{"kind": []}',
         b'{"kind": {}}',
         b'{"kind": "queued"}',
+        b'{"kind": "\xff"}',
         b"[" * 100_000,
     ],
 )
-def test_what_is_no_event_is_a_decoding_error(raw):
-    """A payload that is no event raises msgspec's error and no other."""
-    with pytest.raises(msgspec.MsgspecError):
+def test_what_is_no_event_is_unreadable(raw):
+    """A payload that is no event raises one of the errors that readers are told to expect, and no other."""
+    with pytest.raises(UNREADABLE):
         events.decode_event(raw)
 
 
@@ -441,6 +444,24 @@ def test_an_empty_environment_means_this_machine():
     """Without any variable, or with empty ones, NATS is expected where it listens by default."""
     assert Connection.from_env({}) == Connection.from_env({"COX_NATS_URL": "", "COX_FLEET": ""})
     assert Connection.from_env({}).urls == (DEFAULT_URL,)
+
+
+@pytest.mark.parametrize(
+    "url", ["::::", "nats://", "nats://host:99999", "nats://host:0", "nats://[::1", "nats://u:hunter2@host:x"]
+)
+def test_an_address_that_is_none_is_refused_by_its_place(url):
+    """What cannot be an address is refused with its place in the list, and without the secret in it."""
+    with pytest.raises(AddressRefusedError, match="address 2 of 2") as refused:
+        Connection(urls=(DEFAULT_URL, url)).check()
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["host", "host:4222", "nats://u:p@host", "tls://[::1]:4222", "ws://host:80/x"]
+)
+def test_addresses_of_every_kind_pass(url):
+    """With or without scheme, port and user; IPv6 too."""
+    assert Connection(urls=(url,)).check().urls == (url,)
 
 
 def test_the_digest_names_tables_whatever_their_order():
