@@ -20,6 +20,10 @@ class NotSetUpError(ControlError):
     """The fleet's stream or a bucket is missing: `cox init` makes them."""
 
 
+class JetStreamRefusedError(NotSetUpError):
+    """JetStream is there and refused what was asked of it; the text has its reason."""
+
+
 class RowError(ControlError):
     """A row of the tenant or class table is not valid; nothing was stored."""
 

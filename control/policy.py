@@ -92,8 +92,8 @@ def params_of(policy: PolicyType, settings: Iterable[str]) -> msgspec.Struct:
     values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals:
-            raise PolicyError(f"setting {setting!r} has no value: write key=value")
+        if not equals or not key.strip():
+            raise PolicyError(f"setting {setting!r} is not a pair: write key=value")
         values[key.strip()] = _value(text)
     known = policy.Params.__struct_encode_fields__
     if unknown := sorted(values.keys() - set(known)):

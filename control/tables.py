@@ -14,7 +14,7 @@ from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, KeyValueConfig, StorageType, StreamConfig
 from nats.js.kv import KeyValue
 
-from coxswain.control.errors import NotSetUpError, RowError, UnreachableError
+from coxswain.control.errors import JetStreamRefusedError, NotSetUpError, RowError, UnreachableError
 from coxswain.control.rows import Row, Rows, check
 from coxswain.schemas.subjects import Subjects
 
@@ -136,11 +136,12 @@ async def init(js: JetStreamContext, subjects: Subjects, limits: Limits | None =
     An event log that exists is changed only where `limits` are given and differ; buckets never are.
 
     Raises:
-        NotSetUpError: JetStream is off, or refused the limits (its own text says why).
+        NotSetUpError: JetStream is off.
+        JetStreamRefusedError: it refused the limits; its own text says why.
         UnreachableError: NATS does not answer.
     """
     wanted = limits or Limits()
-    with _explained("JetStream"):
+    with _explained(subjects.stream):
         made = [await _event_log(js, subjects, wanted, change=limits is not None)]
         for bucket, ttl_s, history in (
             (subjects.lease_bucket, LEASE_TTL_S, 1),
@@ -204,7 +205,9 @@ def _explained(what: str) -> Iterator[None]:
             f"{what} is missing or JetStream is off: start nats-server with `-js`, then run `cox init` once.",
         ) from error
     except nats.js.errors.APIError as error:
-        raise NotSetUpError(f"JetStream refused {what}: {error.description or error}") from error
+        raise JetStreamRefusedError(
+            f"JetStream refused this ({what}): {error.description or error}"
+        ) from error
     except nats.errors.Error as error:
         raise UnreachableError(
             f"NATS did not answer about {what}: {error}. Try again once it is back."

@@ -26,13 +26,14 @@ from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.words import printable
 from coxswain.control.errors import (
     ControlError,
+    JetStreamRefusedError,
     NoAnswerError,
     NotSetUpError,
     PolicyError,
     RowError,
     UnreachableError,
 )
-from coxswain.schemas.connection import DEFAULT_FLEET, DEFAULT_URL, Connection
+from coxswain.schemas.connection import DEFAULT_FLEET, DEFAULT_URL, AddressRefusedError, Connection
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.names import NameRefusedError, check_token
 
@@ -124,6 +125,7 @@ class Cox:
 
     Raises:
         NameRefusedError: if the fleet's name is not allowed.
+        AddressRefusedError: if an address of NATS is none.
     """
 
     def __init__(self, options: Options) -> None:
@@ -135,7 +137,7 @@ class Cox:
             connection = msgspec.structs.replace(connection, urls=urls or connection.urls)
         if options.fleet is not None:
             connection = msgspec.structs.replace(connection, fleet=check_token("fleet", options.fleet))
-        self.connection = connection
+        self.connection = connection.check()
         self.timeout_s = options.timeout if options.timeout is not None else TIMEOUT_S
         self.json = options.json
         self.out = _console(stderr=False)
@@ -275,6 +277,8 @@ def explain(error: Exception) -> tuple[Exit, str]:
             return error.code, error.message
         case UnreachableError():
             return Exit.UNREACHABLE, str(error)
+        case JetStreamRefusedError():
+            return Exit.REFUSED, str(error)
         case NoAnswerError() | NotSetUpError():
             return Exit.NOT_FOUND, str(error)
         case RefusedError():
@@ -282,6 +286,8 @@ def explain(error: Exception) -> tuple[Exit, str]:
             return code, f"refused ({error.code.value}): {error.message}"
         case RowError() | PolicyError() | NameRefusedError():
             return Exit.USAGE, str(error)
+        case AddressRefusedError():
+            return Exit.USAGE, f"--nats or COX_NATS_URL: {error}"
         case ControlError():
             return Exit.UNEXPECTED, str(error)
     return Exit.UNEXPECTED, f"unexpected {type(error).__name__}: {error} (COX_DEBUG=1 shows where)"

@@ -26,7 +26,7 @@ MEANING: Final[dict[Exit, str]] = {
     Exit.UNEXPECTED: "unexpected failure (COX_DEBUG=1 shows where)",
     Exit.USAGE: "wrong usage",
     Exit.UNREACHABLE: "NATS cannot be reached",
-    Exit.NOT_FOUND: "no such worker, request or class, or nobody answered",
+    Exit.NOT_FOUND: "no such worker, request or class, nobody answered, or no `cox init` yet",
     Exit.REFUSED: "refused; code and reason are shown",
     Exit.PARTIAL: "partly applied; what was not is shown",
     Exit.INTERRUPTED: "interrupted",

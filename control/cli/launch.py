@@ -52,12 +52,17 @@ async def controller(
         float,
         typer.Option(
             metavar="DURATION",
-            parser=option(parse.positive_duration_s),
-            help="Time between two decisions: 50ms, 1s.",
+            parser=option(parse.cadence_s),
+            help="Time between two decisions: 10ms to 1s.",
         ),
     ] = "50ms",  # type: ignore[assignment]
     name: Annotated[
-        str, typer.Option(metavar="NAME", help="Its name in heartbeats and logs; empty: from the host's.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            parser=option(parse.controller_name),
+            help="Its name in heartbeats and logs; empty: from the host's.",
+        ),
     ] = "",
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
@@ -68,8 +73,8 @@ async def controller(
     from coxswain.control import daemon, logs
     from coxswain.control import policy as policies
 
-    logs.set_up(json=cox.json or None, verbose=verbose)
     chosen = policies.load(policy, set or ())
+    logs.set_up(json=cox.json or None, verbose=verbose)
     await daemon.run(cox.connection, chosen, cadence_s=cadence, name=name)
 
 

@@ -14,6 +14,12 @@ from coxswain.schemas.policy import INT32_MAX, INT32_MIN
 
 MAX_REQUEST_CHARS: Final = 512
 MAX_LEASE_S: Final = 86_400.0
+MAX_DURATION_S: Final = 3_650 * 86_400.0
+"""Ten years: more is a slip of the finger, and dates and NATS's own limits end not far beyond."""
+CADENCE_S: Final = (0.01, 1.0)
+"""Between two steps of a controller. Its heartbeats go out at steps, and workers wait 5 s for one."""
+MAX_CONTROLLER_CHARS: Final = 128
+"""The `issuer` of a command is no longer."""
 _UNITS_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
 _NONE: Final = ("none", "null")
@@ -30,6 +36,8 @@ def duration_s(text: str) -> float:
             raise ValueError(f"{text!r} is no duration: write for example 250ms, 30s, 10m or 1h30m")
         total += float(match[1]) * _UNITS_S[match[2] or "s"]
         rest = rest[match.end() :]
+    if total > MAX_DURATION_S:
+        raise ValueError(f"{text!r} is longer than ten years")
     return total
 
 
@@ -38,6 +46,21 @@ def positive_duration_s(text: str) -> float:
     if not (seconds := duration_s(text)) > 0:
         raise ValueError(f"{text!r} is not more than zero")
     return seconds
+
+
+def cadence_s(text: str) -> float:
+    """A controller's cadence in seconds, 10 ms to 1 s."""
+    least, most = CADENCE_S
+    if not least <= (seconds := duration_s(text)) <= most:
+        raise ValueError(f"{text!r} is not between {1000 * least:g}ms and {most:g}s")
+    return seconds
+
+
+def controller_name(text: str) -> str:
+    """A controller's name: any short text."""
+    if len(text) > MAX_CONTROLLER_CHARS or not text.isprintable():
+        raise ValueError(f"a controller's name has at most {MAX_CONTROLLER_CHARS} printable characters")
+    return text
 
 
 def positive(text: str) -> float:

@@ -239,7 +239,10 @@ def _targets(
 
 
 def _stdin_ids() -> list[str]:
-    return [parse.request(line.strip()) for line in sys.stdin if line.strip()]
+    try:
+        return [parse.request(line.strip()) for line in sys.stdin if line.strip()]
+    except ValueError as error:  # also of bytes that are no UTF-8
+        raise CliError(Exit.USAGE, f"stdin: {error}") from error
 
 
 def _pairs(values: list[Any] | None) -> list[tuple[str, float]]:

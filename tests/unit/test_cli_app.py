@@ -17,6 +17,7 @@ from coxswain.control.cli.app import Cox, Options, boundary, command, explain, r
 from coxswain.control.cli.exits import MEANING, CliError, Exit
 from coxswain.control.errors import (
     ControlError,
+    JetStreamRefusedError,
     NoAnswerError,
     NotSetUpError,
     PolicyError,
@@ -87,6 +88,14 @@ def test_every_command_has_help_and_an_example(path: tuple[str, ...]) -> None:
         ("requests", "--state", "sleeping"),
         ("ps", "--timeout", "0s"),
         ("ps", "--fleet", "Not.A.Token"),
+        ("ps", "--nats", "nats://host:99999"),
+        ("controller", "--nats", "::::"),
+        ("controller", "--cadence", "2s"),
+        ("controller", "--cadence", "1ms"),
+        ("controller", "--name", "x" * 129),
+        ("controller", "--set", "=2"),
+        ("events", "--since", "99999999d"),
+        ("init", "--max-age", "99999999d"),
         ("controller", "--policy", "nonsense"),
         ("controller", "--policy", "vtc", "--set", "nonsense=1"),
         ("worker",),
@@ -101,6 +110,14 @@ def test_wrong_usage_exits_2_and_says_why_on_stderr(arguments: tuple[str, ...]) 
     assert result.stdout == ""
     assert result.stderr.strip()
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("stdin", [b"x" * 513, b"\xff\xfe"])
+def test_ids_from_stdin_that_are_none_are_wrong_usage(stdin: bytes) -> None:
+    """A line that cannot be a request id is refused like one on the command line."""
+    result = CliRunner().invoke(app, ["hold", "-", "--nats", NOWHERE], input=stdin, prog_name="cox")
+    assert result.exit_code == Exit.USAGE
+    assert "stdin: " in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -122,6 +139,7 @@ def test_nats_out_of_reach_exits_3(arguments: tuple[str, ...]) -> None:
         (UnreachableError("x"), Exit.UNREACHABLE),
         (NoAnswerError("x"), Exit.NOT_FOUND),
         (NotSetUpError("x"), Exit.NOT_FOUND),
+        (JetStreamRefusedError("x"), Exit.REFUSED),
         (RefusedError(Code.NOT_FOUND, "x"), Exit.NOT_FOUND),
         (RefusedError(Code.STALE, "x"), Exit.REFUSED),
         (RowError("x"), Exit.USAGE),
