@@ -78,7 +78,9 @@ class Controller:
         self._closed = self._back = False
         self._reachable: bool | None = None
         """None until it was tried: changes are logged, once."""
-        self._seldom = Seldom()
+        self._refused: dict[str, dict[str, str]] = {}
+        """Per bucket, the rows that were reported and why."""
+        self._seldom = Seldom(every_s=60.0)
 
     async def run(self) -> None:
         """Control the fleet until `stopping` is set, through every loss of NATS."""
@@ -199,9 +201,12 @@ class Controller:
             await self._pause(SET_UP_RETRY_S * random.uniform(0.5, 1.0))  # noqa: S311
 
     def _tell_refused(self, bucket: str, rows: Rows[Any]) -> None:
+        """Log what is newly wrong: not again at every edit of another row, nor after a reconnection."""
+        known = self._refused.get(bucket, {})
         for name, reason in rows.refused.items():
-            if self._seldom.may("row", bucket, name, reason):
+            if known.get(name) != reason:
                 log.warning("table row refused", bucket=bucket, row=name, reason=reason)
+        self._refused[bucket] = dict(rows.refused)
 
     async def _heard(self, message: Msg) -> None:
         try:

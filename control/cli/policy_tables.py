@@ -13,6 +13,7 @@ from rich.text import Text
 from coxswain.control.cli import parse, view_tables
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
+from coxswain.control.cli.words import printable
 from coxswain.schemas.policy import (
     NOT_BUILT_CLASS,
     NOT_BUILT_TENANT,
@@ -197,7 +198,7 @@ async def _list(cox: Cox, table: "Table[Row]", view: Callable[[Mapping[str, Row]
     cox.emit({"rows": rows.good, "refused": rows.refused})
     cox.say(view(rows.good, cox.out.width))
     for name, why in sorted(rows.refused.items()):
-        cox.warn(f"cox: the row of {name} is not valid and not in force: {why}")
+        cox.warn(f"cox: the row of {printable(name)} is not valid and not in force: {why}")
     return Exit.DONE
 
 
