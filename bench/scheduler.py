@@ -141,7 +141,7 @@ def operations(running: int, waiting: int, tenants: int, repeats: int) -> dict[s
 
     ours, stock = build("quiet", running, waiting, tenants), build("priority", running, waiting, tenants)
     core = ours.scheduler.core
-    waiting_ours = [record for record in core.records.values() if record in core.queue]
+    waiting_ours = [record for record in core.roster.records.values() if record in core.queue]
     source = random.Random(0)
     found: dict[str, Any] = {"running": running, "waiting": waiting, "tenants": tenants}
 

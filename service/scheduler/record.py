@@ -7,7 +7,7 @@ reads two growing numbers and nothing else.
 from typing import Any, Final, Protocol
 
 from coxswain.schemas.events import Event
-from coxswain.schemas.status import StoryLine
+from coxswain.schemas.status import RequestStatus, StoryLine
 from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.tenants import Account
 
@@ -42,7 +42,7 @@ class Record:
         "account", "admitted_at", "arrived_at", "asked_class", "cached_tokens", "charged_input", "child", "class_",
         "first_token_at", "held_s", "held_since", "holds", "id", "lost_mark", "outputs", "payload",
         "priority", "prompt_tokens", "queued_s", "queued_since", "recomputed_tokens", "request", "resumed_at",
-        "set_class", "settled", "settled_recompute", "state", "story", "ticket", "uncached_tokens",
+        "row", "set_class", "settled", "settled_recompute", "state", "story", "ticket", "uncached_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -94,6 +94,8 @@ class Record:
         self.queued_s = 0.0
         self.held_since = 0.0
         self.held_s = 0.0
+        self.row: RequestStatus | None = None
+        """Its row as the last status frame had it; None if that did not list it."""
         self.story: list[tuple[float, int, type[Event], dict[str, Any]]] = []
 
     def __repr__(self) -> str:

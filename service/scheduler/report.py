@@ -4,7 +4,6 @@ A delta holds what changed since the last frame, in absolute values; a full fram
 Called at most every `COX_STATUS_INTERVAL_S`, so that its cost does not grow with the step rate.
 """
 
-from collections.abc import Set
 from itertools import islice
 from typing import NamedTuple
 
@@ -13,9 +12,7 @@ from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import Epoch
 from coxswain.service.request_id import normalise
 from coxswain.service.scheduler.core import SteeringCore
-from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.states import HELD, KV, State
-from coxswain.service.scheduler.tenants import Account
+from coxswain.service.scheduler.rows import RequestRows, TenantRows, row
 
 MAX_PAGE = 1_000
 
@@ -55,9 +52,8 @@ class Reporter:
     def __init__(self, core: SteeringCore, identity: Identity, head: int) -> None:
         self.core = core
         self.identity = identity
-        self.head = head
-        self._listed: dict[Record, tuple[int, int | None]] = {}
-        """Requests in the last frame, with the output tokens and the place that it gave them."""
+        self._requests = RequestRows(core, head)
+        self._tenants = TenantRows(core.tenants)
 
     def frame(
         self,
@@ -73,59 +69,35 @@ class Reporter:
 
         `peek` builds a full frame without taking note of it, for a query.
         """
-        core = self.core
-        core.settle_all()
-        places = {record: place for place, record in enumerate(islice(core.queue.walk(), self.head))}
-        listed = {
-            record: (len(record.outputs), places.get(record))
-            for group in (core.running, core.held, places)
-            for record in group
-        }
+        core, roster = self.core, self.core.roster
+        core.ledger.settle_all()
+        gone: tuple[st.Gone, ...] = ()
         if full:
-            rows = [row(core, record, places.get(record)) for record in listed]
-            gone: tuple[st.Gone, ...] = ()
-            accounts = [account for account in core.tenants.accounts.values() if account.seen]
+            requests = self._requests.full(peek=peek)
+            tenants = self._tenants.full(now, peek=peek)
         else:
-            last, touched = self._listed, core.touched
-            rows = [
-                row(core, record, said[1])
-                for record, said in listed.items()
-                if last.get(record) != said or record in touched
-            ]
-            gone = self._gone(listed.keys())
-            accounts = [
-                account for account in core.tenants.accounts.values() if account.dirty and account.seen
-            ]
+            requests, gone = self._requests.delta()
+            tenants = self._tenants.delta(now)
         if not peek:
-            self._listed = listed
-            core.touched.clear()
-            core.changed = False
-            for account in accounts:
-                account.dirty = False
+            roster.changed = False
         identity = self.identity
-        queued = len(core.records) - len(core.running) - len(core.held)
+        queued = len(roster.records) - len(roster.running) - len(roster.held)
         return st.Frame(
             worker=identity.worker, incarnation=identity.incarnation, seq=0, full=full, part=0, parts=1, sent_at=now,
             step=core.step, model=identity.model, vllm_version=identity.vllm_version, state=gauges.state,
             slots=st.Slots(
                 active=gauges.active_slots, total=gauges.total_slots,
-                running=len(core.running), held=len(core.kept),
+                running=len(roster.running), held=len(roster.kept),
             ),
             kv_blocks=st.KvBlocks(total=gauges.total_blocks, used=gauges.used_blocks, held=gauges.held_blocks),
-            step_s=gauges.step_s, queued=queued, running=len(core.running), held=len(core.held),
-            preempted_total=core.preempted_total, recomputed_tokens_total=core.recomputed_total,
-            commands=st.CommandStats(applied_total=applied, rejected_total=dict(rejected), queue_depth=gauges.queue_depth),
+            step_s=gauges.step_s, queued=queued, running=len(roster.running), held=len(roster.held),
+            preempted_total=core.ledger.preempted_total, recomputed_tokens_total=core.ledger.recomputed_total,
+            commands=st.CommandStats(
+                applied_total=applied, rejected_total=dict(rejected), queue_depth=gauges.queue_depth,
+            ),
             leader=self.leader(now), config=core.digest, events_dropped_total=gauges.events_dropped,
-            tenants=tuple(tenant_row(now, account) for account in accounts),
-            requests=tuple(rows), gone=gone,
+            tenants=tenants, requests=tuple(requests), gone=gone,
         )  # fmt: skip
-
-    def _gone(self, listed: Set[Record]) -> tuple[st.Gone, ...]:
-        """What the last frame listed and this one does not; never a name that another request has by now."""
-        gone = {(record.request, record.child) for record in self._listed.keys() - listed}
-        if gone:
-            gone -= {(record.request, record.child) for record in listed}
-        return tuple(st.Gone(request=request, child=child) for request, child in gone)
 
     def leader(self, now: float) -> st.Leader:
         """The leader this worker last heard."""
@@ -163,8 +135,8 @@ class Reporter:
         Raises:
             RefusedError: 404 if there is none.
         """
-        core = self.core
-        family = core.families.get(name) or core.families.get(normalise(name))
+        core, families = self.core, self.core.roster.families
+        family = families.get(name) or families.get(normalise(name))
         if not family:
             raise RefusedError(Code.NOT_FOUND, f"no request {name!r} here: finished, aborted, or never here")
         return st.RequestReport(
@@ -174,34 +146,3 @@ class Reporter:
                 for record in family
             ),
         )
-
-
-def row(core: SteeringCore, record: Record, place: int | None) -> st.RequestStatus:
-    """A request as status shows it."""
-    state = record.state
-    slo_s = core.classes[record.class_].slo_s
-    return st.RequestStatus(
-        request=record.request, child=record.child, tenant=record.account.name, class_=record.class_,
-        priority=record.priority,
-        state="running" if state is State.RUNNING else "held" if state in HELD else "queued",
-        kv=KV.get(state, "none"), arrived_at=record.arrived_at, prompt_tokens=record.prompt_tokens,
-        cached_tokens=record.cached_tokens, output_tokens=len(record.outputs),
-        deadline_s=None if slo_s is None else record.arrived_at + slo_s,
-        held_by=tuple(record.holds), position=place,
-    )  # fmt: skip
-
-
-def tenant_row(now: float, account: Account) -> st.TenantStatus:
-    """A tenant as status shows it."""
-    oldest = next(iter(account.waiting), None)
-    return st.TenantStatus(
-        tenant=account.name, class_=account.policy.class_,
-        queued=account.queued, running=account.running, held=account.held,
-        oldest_queued_s=0.0 if oldest is None else max(0.0, now - oldest.queued_since),
-        virtual_time=account.virtual_time, base=account.base, charged=account.charged, lift=account.lift,
-        weight=account.weight,
-        uncached_input_tokens_total=account.uncached_input_tokens,
-        cached_input_tokens_total=account.cached_input_tokens,
-        output_tokens_total=account.output_tokens, recomputed_tokens_total=account.recomputed_tokens,
-        finished_total=account.finished,
-    )  # fmt: skip

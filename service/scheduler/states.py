@@ -11,7 +11,7 @@
     any state ── finish ──▶ FINISHED
 
 `evict` is vLLM's own preemption for want of KV blocks. HELD_NONE is a request that was held while it waited
-and had no KV to keep. An event that the table does not list for a state is illegal: it raises and changes nothing.
+and had no KV to keep. A transition that the table does not list for a state is illegal: it raises and changes nothing.
 """
 
 from enum import StrEnum
@@ -30,8 +30,8 @@ class State(StrEnum):
     FINISHED = "finished"
 
 
-class Event(StrEnum):
-    """What can happen to it."""
+class Transition(StrEnum):
+    """What can happen to it (events of the wire are `schemas.events`)."""
 
     ADMIT = "admit"
     EVICT = "evict"
@@ -43,32 +43,32 @@ class Event(StrEnum):
     FINISH = "finish"
 
 
-TRANSITIONS: Final[dict[State, dict[Event, State]]] = {
+TRANSITIONS: Final[dict[State, dict[Transition, State]]] = {
     State.QUEUED: {
-        Event.ADMIT: State.RUNNING,
-        Event.HOLD_KEEP: State.HELD_NONE,
-        Event.HOLD_DROP: State.HELD_NONE,
-        Event.FINISH: State.FINISHED,
+        Transition.ADMIT: State.RUNNING,
+        Transition.HOLD_KEEP: State.HELD_NONE,
+        Transition.HOLD_DROP: State.HELD_NONE,
+        Transition.FINISH: State.FINISHED,
     },
     State.RUNNING: {
-        Event.EVICT: State.QUEUED,
-        Event.HOLD_KEEP: State.HELD_KEPT,
-        Event.HOLD_DROP: State.HELD_DROPPED,
-        Event.FINISH: State.FINISHED,
+        Transition.EVICT: State.QUEUED,
+        Transition.HOLD_KEEP: State.HELD_KEPT,
+        Transition.HOLD_DROP: State.HELD_DROPPED,
+        Transition.FINISH: State.FINISHED,
     },
-    State.HELD_NONE: {Event.RELEASE: State.QUEUED, Event.FINISH: State.FINISHED},
+    State.HELD_NONE: {Transition.RELEASE: State.QUEUED, Transition.FINISH: State.FINISHED},
     State.HELD_KEPT: {
-        Event.RELEASE: State.RUNNING,
-        Event.PARK: State.HELD_PARKED,
-        Event.DROP: State.HELD_DROPPED,
-        Event.FINISH: State.FINISHED,
+        Transition.RELEASE: State.RUNNING,
+        Transition.PARK: State.HELD_PARKED,
+        Transition.DROP: State.HELD_DROPPED,
+        Transition.FINISH: State.FINISHED,
     },
     State.HELD_PARKED: {
-        Event.RELEASE: State.QUEUED,
-        Event.DROP: State.HELD_DROPPED,
-        Event.FINISH: State.FINISHED,
+        Transition.RELEASE: State.QUEUED,
+        Transition.DROP: State.HELD_DROPPED,
+        Transition.FINISH: State.FINISHED,
     },
-    State.HELD_DROPPED: {Event.RELEASE: State.QUEUED, Event.FINISH: State.FINISHED},
+    State.HELD_DROPPED: {Transition.RELEASE: State.QUEUED, Transition.FINISH: State.FINISHED},
     State.FINISHED: {},
 }
 
@@ -84,16 +84,16 @@ KV: Final[dict[State, Kv]] = {
 
 
 class IllegalTransitionError(RuntimeError):
-    """An event that the table does not list for the state; nothing was changed."""
+    """A transition that the table does not list for the state; nothing was changed."""
 
 
-def after(state: State, event: Event) -> State:
+def after(state: State, transition: Transition) -> State:
     """The state that follows.
 
     Raises:
         IllegalTransitionError: if the table has no such row.
     """
-    following = TRANSITIONS[state].get(event)
+    following = TRANSITIONS[state].get(transition)
     if following is None:
-        raise IllegalTransitionError(f"a request that is {state} cannot {event}")
+        raise IllegalTransitionError(f"a request that is {state} cannot {transition}")
     return following

@@ -150,7 +150,7 @@ class SteeredScheduler(AsyncScheduler):
             self._tick(now)
         core = self.core
         if core.queue and len(self.running) < self.max_num_active_reqs:
-            core.settle_all()
+            core.ledger.settle_all()
         output = super().schedule(*args, **kwargs)
         core.step = self.port.step = self.current_step
         if output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
@@ -168,9 +168,9 @@ class SteeredScheduler(AsyncScheduler):
         """Let vLLM process a step's output; note first tokens."""
         outputs = super().update_from_output(*args, **kwargs)
         core = self.core
-        if core.awaiting_first:
+        if core.roster.awaiting_first:
             now = self.now()
-            for record in [record for record in core.awaiting_first if record.outputs]:
+            for record in [record for record in core.roster.awaiting_first if record.outputs]:
                 core.first_token(now, record)
         self.port.flush()
         return outputs
@@ -194,12 +194,12 @@ class SteeredScheduler(AsyncScheduler):
         if self.finished_req_ids or self.connector is None:
             return bool(self.finished_req_ids)
         running, waiting = self.get_request_counts()
-        return len(self.requests) > running + waiting + len(self.core.held)
+        return len(self.requests) > running + waiting + len(self.core.roster.held)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As vLLM, but held requests give up their KV first when running ones must."""
         if reset_running_requests:
-            self.core.drop_held(self.now(), "prefix cache reset")
+            self.core.holds.drop_held(self.now(), "prefix cache reset")
         return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
 
     def shutdown(self) -> None:
@@ -297,14 +297,14 @@ class SteeredScheduler(AsyncScheduler):
 
     def _fit_slots(self) -> None:
         """Held requests keep their model-runner slot: fewer others may be active when spare slots run out."""
-        kept = sum(record.state is State.HELD_KEPT for record in self.core.held)
+        kept = sum(record.state is State.HELD_KEPT for record in self.core.roster.held)
         self.max_num_active_reqs = max(0, min(self._active_slots, self.max_num_running_reqs - kept))
 
     def _note_admitted(self, now: float, output: Any) -> None:
         scheduled = output.num_scheduled_tokens
         ids = [data.req_id for data in output.scheduled_new_reqs]
         for request_id in (*ids, *output.scheduled_cached_reqs.resumed_req_ids):
-            record = self.core.records[request_id]
+            record = self.core.roster.records[request_id]
             self.core.admitted(now, record, record.payload.num_computed_tokens - scheduled[request_id])
 
     def _drain(self, now: float) -> None:
@@ -330,7 +330,7 @@ class SteeredScheduler(AsyncScheduler):
         """The engine goes to sleep: say everything that is unsaid, and when to wake."""
         self._step_began = 0.0
         due = self._tick_at
-        if (self.core.changed or not self._said_idle) and self.port.connected:
+        if (self.core.roster.changed or not self._said_idle) and self.port.connected:
             if now >= self._frame_at:
                 self._publish(now, idle=True)
             else:
@@ -359,7 +359,7 @@ class SteeredScheduler(AsyncScheduler):
     def _gauges(self) -> Gauges:
         pool = self.kv_cache_manager.block_pool
         held_blocks = 0
-        for record in self.core.held:
+        for record in self.core.roster.held:
             if record.state is State.HELD_KEPT:
                 held_blocks += sum(len(group) for group in self.kv_cache_manager.get_blocks(record.id).blocks)
         return Gauges(

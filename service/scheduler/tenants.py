@@ -7,7 +7,9 @@ is done here; `lift` grows when a tenant returns from idle (VTC's counter lift, 
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from math import isfinite
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from coxswain.schemas.policy import Prices, TenantPolicy
@@ -18,18 +20,26 @@ if TYPE_CHECKING:
 MAX_TENANTS: Final = 65_536
 """Accounts kept; the requests of tenants beyond share the account `OVERFLOW`."""
 OVERFLOW: Final = "other"
+MANY_GREW: Final = 8
+"""Members with old keys that a walk through a small `RankHeap` puts up with; of a large one, an eighth more."""
 
 
 class Account:
-    """One tenant's counts and totals since this incarnation began."""
+    """One tenant's counts and totals since this incarnation began.
+
+    Args:
+        name: the tenant.
+        policy: its row of the table in force.
+        touched: where it notes itself when it changes; shared by all accounts of a worker.
+    """
 
     __slots__ = (
-        "base", "cached_input_tokens", "charged", "dirty", "finished", "held", "lift", "name",
-        "output_tokens", "policy", "recomputed_tokens", "running", "seen", "uncached_input_tokens",
+        "base", "cached_input_tokens", "charged", "finished", "held", "lift", "name",
+        "output_tokens", "policy", "recomputed_tokens", "running", "seen", "touched", "uncached_input_tokens",
         "virtual_time", "waiting", "weight",
     )  # fmt: skip
 
-    def __init__(self, name: str, policy: TenantPolicy) -> None:
+    def __init__(self, name: str, policy: TenantPolicy, touched: "dict[Account, None]") -> None:
         self.name = name
         self.policy = policy
         self.weight = policy.weight
@@ -44,8 +54,7 @@ class Account:
         self.output_tokens = self.recomputed_tokens = self.finished = 0
         self.seen = False
         """Whether it ever had a request here: only those are listed in status."""
-        self.dirty = False
-        """Whether it changed since the last status frame."""
+        self.touched = touched
 
     def __repr__(self) -> str:
         return (
@@ -76,7 +85,11 @@ class Account:
 
     def _sum(self) -> None:
         self.virtual_time = self.base + self.charged + self.lift
-        self.dirty = True
+        self.touched[self] = None
+
+    def touch(self) -> None:
+        """Something changed that its row in status shows."""
+        self.touched[self] = None
 
 
 class Tenants:
@@ -86,8 +99,15 @@ class Tenants:
         self.prices = Prices()
         self.table: dict[str, TenantPolicy] = {}
         self.accounts: dict[str, Account] = {}
+        self.touched: dict[Account, None] = {}
+        """Changed since the last status frame, ages apart."""
         self._active: RankHeap[Account] = RankHeap()
         self._last_left: Account | None = None
+
+    @property
+    def active(self) -> Iterable[Account]:
+        """Those with anything queued, in no order."""
+        return self._active
 
     def policy_of(self, name: str) -> TenantPolicy:
         """The tenant's row; without one, that of tenant `default`; without that, the built-in defaults."""
@@ -99,7 +119,7 @@ class Tenants:
         if found is None:
             if len(self.accounts) >= MAX_TENANTS and name != OVERFLOW:
                 return self.account(OVERFLOW)
-            found = self.accounts[name] = Account(name, self.policy_of(name))
+            found = self.accounts[name] = Account(name, self.policy_of(name), self.touched)
         return found
 
     def arriving(self, account: Account) -> None:
@@ -120,14 +140,14 @@ class Tenants:
     def joined(self, account: Account, record: "Record") -> None:
         """One more of its requests waits."""
         account.waiting[record] = None
-        account.dirty = True
+        account.touch()
         if len(account.waiting) == 1:
             self._active.push(account)
 
     def left(self, account: Account, record: "Record") -> None:
         """One of its requests waits no more."""
         del account.waiting[record]
-        account.dirty = True
+        account.touch()
         if not account.waiting:
             self._active.discard(account)
             self._last_left = account
@@ -147,6 +167,10 @@ class Tenants:
         self._active.validate()
         assert set(self._active) == {account for account in self.accounts.values() if account.waiting}
         assert len(self.accounts) <= MAX_TENANTS + 1
+        assert self.touched.keys() <= set(self.accounts.values())
+        for account in self.accounts.values():
+            assert account.virtual_time == account.base + account.charged + account.lift, account
+            assert isfinite(account.virtual_time), account
 
 
 class Ranked(Protocol):
@@ -199,8 +223,12 @@ class RankHeap(Generic[R]):
 
     def _compact(self) -> None:
         if len(self._heap) > 2 * len(self._serials) + 64:
-            self._heap = [(i.virtual_time, i.name, s, i) for i, s in self._serials.items()]
-            heapq.heapify(self._heap)
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Every member once, with the key that it has now."""
+        self._heap = [(i.virtual_time, i.name, s, i) for i, s in self._serials.items()]
+        heapq.heapify(self._heap)
 
     def least(self) -> R | None:
         """The member that comes first, or None."""
@@ -219,10 +247,12 @@ class RankHeap(Generic[R]):
         """Members in order, lazily: the first k cost O(k log k), whatever the number, where few have grown.
 
         Best first through the heap, whose stored keys are never too large: a member that grew is put off
-        until its own key is reached (its index is then negative: its children have been seen).
+        until its own key is reached (its index is then negative: its children have been seen). When many
+        have grown, it is cheaper to rebuild the heap and go on behind what was already given.
         """
         heap = self._heap
         frontier = [(*heap[0][:3], 0)] if heap else []
+        given = grown = 0
         while frontier:
             key, name, serial, index = heapq.heappop(frontier)
             item = heap[index if index >= 0 else ~index][3]
@@ -232,8 +262,14 @@ class RankHeap(Generic[R]):
                 if self._serials.get(item) != serial:
                     continue
                 if item.virtual_time > key:
+                    grown += 1
+                    if grown > MANY_GREW + len(heap) // 8:
+                        self._rebuild()
+                        yield from islice(self.walk(), given, None)
+                        return
                     heapq.heappush(frontier, (item.virtual_time, name, serial, ~index))
                     continue
+            given += 1
             yield item
 
     def validate(self) -> None:

@@ -67,7 +67,7 @@ class Commands:
         reply = self._reply(now, command, results, ignored)
         self.applied_total += 1
         self._remember(now, command, reply)
-        self.core.changed = True
+        self.core.roster.changed = True
         # A rank comes many times a second: the log of commands is for what people and programs decide.
         if verb != "rank":
             self.core.tell(
@@ -129,7 +129,7 @@ class Commands:
         found: dict[Record, None] = {}
         missing: list[tuple[Record | str, Outcome]] = []
         for name in targets.requests:
-            family = core.families.get(name) or core.families.get(normalise(name))
+            family = core.roster.families.get(name) or core.roster.families.get(normalise(name))
             if family:
                 found.update(family)
             else:
@@ -138,10 +138,10 @@ class Commands:
             if name not in core.classes:
                 missing.append((name, ("not_found", "no such class", 0)))
         if targets.all:
-            found.update(dict.fromkeys(core.records.values()))
+            found.update(dict.fromkeys(core.roster.records.values()))
         elif targets.tenants or targets.classes:
             tenants, classes = set(targets.tenants), set(targets.classes)
-            for record in core.records.values():
+            for record in core.roster.records.values():
                 if record.account.name in tenants or record.class_ in classes:
                     found[record] = None
         return list(found), missing
@@ -193,7 +193,7 @@ class Commands:
                 if obstacle:
                     return "not_possible", obstacle, 0
             in_flight = core.engine.in_flight(record)
-            done = core.hold(now, record, role, command.kv, lease_until, command.issuer)
+            done = core.holds.hold(now, record, role, command.kv, lease_until, command.issuer)
             return "applied" if done else "unchanged", "", in_flight
 
         return self._each(command, act)
@@ -203,7 +203,7 @@ class Commands:
 
         def act(record: Record) -> Outcome:
             roles = list(record.holds) if role == OPERATOR else [role]
-            done = self.core.release(now, record, roles, role, "command")
+            done = self.core.holds.release(now, record, roles, role, "command")
             if not done:
                 return "unchanged", "not held" if not record.holds else f"not held by {role}", 0
             if record.holds:
@@ -230,7 +230,7 @@ class Commands:
         new = sum(name not in core.tenants.accounts for name in command.tenants)
         if len(core.tenants.accounts) + new > MAX_TENANTS:
             raise RefusedError(Code.TOO_LARGE, f"{new} new tenants: a worker keeps at most {MAX_TENANTS}")
-        core.settle_all()
+        core.ledger.settle_all()
         if command.prices is not None:
             core.tenants.prices = command.prices
         for name, rank in command.tenants.items():
@@ -289,7 +289,7 @@ class Commands:
     ) -> c.Reply:
         code = str(int(refusal.code))
         self.rejected_total[code] = self.rejected_total.get(code, 0) + 1
-        self.core.changed = True
+        self.core.roster.changed = True
         if verb != "rank":
             self.core.tell(
                 now, None, ev.CommandSeen, command=command.id, verb=verb, role=role, issuer=command.issuer,

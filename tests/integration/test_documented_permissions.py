@@ -82,7 +82,7 @@ async def test_every_role_can_do_its_work(server: NatsServer) -> None:
                 public = public_id("acme")
                 rig.submit(engine_id(public), tokens=50)
                 targets = Targets(requests=(public,))
-                await eventually(lambda: core.families.get(public))
+                await eventually(lambda: core.roster.families.get(public))
                 await operator.command("w1", "abort", Abort(id="a1", targets=targets))
                 async with await Client.connect(at(server, "dashboard")) as dashboard:
                     assert (await anext(dashboard.frames())).worker == "w1"

@@ -29,7 +29,7 @@ async def test_the_example_holds_a_request_and_continues_it(nats_server: NatsSer
             sys.executable, str(PROGRAM), WORKER, public, env=env,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
-        await eventually(lambda: rig.scheduler.core.held)
+        await eventually(lambda: rig.scheduler.core.roster.held)
         held_at = len(rig.outputs[name])
         await asyncio.sleep(1.0)
         assert len(rig.outputs[name]) == held_at < TOKENS

@@ -111,7 +111,7 @@ class FakeEngine:
         """Output tokens reach the client."""
         record.outputs.extend([7] * tokens)
         self._owe(record, tokens * self.core.tenants.prices.output)
-        if record in self.core.awaiting_first:
+        if record in self.core.roster.awaiting_first:
             self.core.first_token(self.now, record)
 
     def step(self) -> None:
@@ -119,7 +119,7 @@ class FakeEngine:
         self.now += 0.1
         self.core.step += 1
         self.core.tick(self.now)
-        self.core.settle_all()
+        self.core.ledger.settle_all()
         while self.core.queue and len(self.running) < self.slots:
             self.admit()
         for record in list(self.running):
@@ -152,7 +152,7 @@ class FakeEngine:
 
     # The port `Engine`
 
-    def obstacle(self, record: Record, kv: str) -> str | None:  # noqa: ARG002 - the port's shape
+    def obstacle(self, record: Record, kv: str) -> str | None:
         """Why the request cannot be held: what the test said."""
         return record.payload.obstacle
 
@@ -208,9 +208,9 @@ class FakeEngine:
         """The core and this engine agree on who is where, and every invariant holds."""
         core = self.core
         core.validate()
-        assert self.running.keys() == core.running.keys()
-        assert self.kv.keys() == core.running.keys() | core.kept.keys()
-        states = {record: record.state for record in core.records.values()}
+        assert self.running.keys() == core.roster.running.keys()
+        assert self.kv.keys() == core.roster.running.keys() | core.roster.kept.keys()
+        states = {record: record.state for record in core.roster.records.values()}
         assert self.waiting.keys() == {record for record, state in states.items() if state is State.QUEUED}
         assert set(core.queue.walk()) == self.waiting.keys()
 
@@ -221,13 +221,15 @@ class FakeEngine:
 
 def picture(core: SteeringCore) -> dict[str, Any]:
     """All that steering knows, as plain values: equal pictures mean that nothing changed."""
-    groups = (core.running, core.held, core.kept, core.awaiting_first)
+    groups = (core.roster.running, core.roster.held, core.roster.kept, core.roster.awaiting_first)
     return {
-        "records": {record.id: _slots(record, "payload", "account") for record in core.records.values()},
+        "records": {
+            record.id: _slots(record, "payload", "account") for record in core.roster.records.values()
+        },
         "accounts": {name: _slots(account) for name, account in core.tenants.accounts.items()},
         "queue": [record.id for record in core.queue.walk()],
         "sets": [[record.id for record in group] for group in groups],
-        "totals": (core.preempted_total, core.recomputed_total),
+        "totals": (core.ledger.preempted_total, core.ledger.recomputed_total),
         "tables": (core.digest, dict(core.classes), dict(core.tenants.table), core.tenants.prices),
         "leader": (core.epoch, core.leader, core.leader_heard_at),
     }

@@ -18,14 +18,14 @@ TABLES: tuple[tuple[dict[str, ClassPolicy], dict[str, TenantPolicy]], ...] = (
 
 def rank(engine: FakeEngine, tenant: str, **fields: float) -> None:
     """Set base and weight, as the verb does."""
-    engine.core.settle_all()
+    engine.core.ledger.settle_all()
     engine.core.rank(tenant, TenantRank(**fields))
 
 
 def act(engine: FakeEngine, operation: int, choice: int, value: int) -> None:
     """One thing that can happen, chosen by three numbers."""
     core, now = engine.core, engine.now
-    records = list(core.records.values())
+    records = list(core.roster.records.values())
     record = records[choice % len(records)] if records else None
     if operation == 0 or record is None:
         shared = {"request": f"x{choice % 3}"} if value == 6 else {}  # a client that gives one id to several
@@ -34,11 +34,11 @@ def act(engine: FakeEngine, operation: int, choice: int, value: int) -> None:
         engine.step()
     elif operation == 3:
         lease = None if value == 0 else now + value
-        core.hold(now, record, ROLES[choice % 3], "drop" if value == 1 else "keep", lease, "why")
+        core.holds.hold(now, record, ROLES[choice % 3], "drop" if value == 1 else "keep", lease, "why")
     elif operation == 4:
-        core.release(now, record, [ROLES[value % 3]], ROLES[value % 3], "command")
+        core.holds.release(now, record, [ROLES[value % 3]], ROLES[value % 3], "command")
     elif operation == 5:
-        core.release(now, record, list(record.holds), "operator", "command")
+        core.holds.release(now, record, list(record.holds), "operator", "command")
     elif operation == 6:
         engine.wait(value / 2)
     elif operation == 7:
@@ -58,9 +58,9 @@ def act(engine: FakeEngine, operation: int, choice: int, value: int) -> None:
     elif operation == 13:
         engine.lead(revision=value)
     elif operation == 14:
-        core.drop_held(now, "cache reset")
+        core.holds.drop_held(now, "cache reset")
     elif operation == 15:
-        core.settle_all()
+        core.ledger.settle_all()
         core.tenants.prices = Prices(input=value, cached=value / 2, output=3)
 
 

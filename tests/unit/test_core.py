@@ -27,21 +27,21 @@ def test_no_order_of_events_breaks_the_core(operations: list[tuple[int, int, int
     for operation in operations:
         act(engine, *operation)
         engine.check()
-        engine.core.settle_all()
+        engine.core.ledger.settle_all()
         for name, account in engine.core.tenants.accounts.items():
             assert account.charged == pytest.approx(engine.owed[name], abs=1e-6)
             assert account.lift >= lifts.get(name, 0.0)
             lifts[name] = account.lift
-        for record in engine.core.records.values():
+        for record in engine.core.roster.records.values():
             assert record.recomputed_tokens == engine.recomputed[record]
-    for record in list(engine.core.records.values()):
+    for record in list(engine.core.roster.records.values()):
         engine.finish(record)
     engine.check()
     core = engine.core
-    assert not core.records
-    assert not core.held
+    assert not core.roster.records
+    assert not core.roster.held
     assert core.deadline() is None or core.leader is not None
-    assert core.recomputed_total == sum(engine.recomputed.values())
+    assert core.ledger.recomputed_total == sum(engine.recomputed.values())
     assert sum(account.finished for account in core.tenants.accounts.values()) == engine.made
 
 
@@ -59,7 +59,7 @@ def test_charge_is_tokens_times_price_over_weight_of_the_moment() -> None:
     rank(engine, "a", weight=4.0)
     assert account.charged == 6 + 5 * 2
     engine.deliver(record, 2)
-    engine.core.settle_all()
+    engine.core.ledger.settle_all()
     engine.core.tenants.prices = Prices(input=9, cached=9, output=8)
     assert account.charged == 16 + 2 * 2 / 4
     engine.deliver(record, 1)
@@ -116,7 +116,7 @@ def test_recomputed_input_is_not_charged_again() -> None:
     charged = record.account.charged
     engine.evict(record)
     engine.admit()
-    engine.core.settle_all()
+    engine.core.ledger.settle_all()
     assert record.account.charged == charged + 2  # the token that had been delivered
 
 
@@ -133,11 +133,11 @@ def test_recompute_is_counted_over_repeated_drops() -> None:
         engine.evict(record)
         engine.admit(cached=kept_by_cache)
         engine.compute(record, computed)
-    engine.core.settle_all()
+    engine.core.ledger.settle_all()
     assert record.recomputed_tokens == 40 + 30 + 100
-    assert engine.recomputed[record] == record.recomputed_tokens == engine.core.recomputed_total
+    assert engine.recomputed[record] == record.recomputed_tokens == engine.core.ledger.recomputed_total
     assert record.account.recomputed_tokens == record.recomputed_tokens
-    assert engine.core.preempted_total == 3
+    assert engine.core.ledger.preempted_total == 3
 
 
 def test_hold_with_kept_kv_recomputes_nothing() -> None:
@@ -146,12 +146,12 @@ def test_hold_with_kept_kv_recomputes_nothing() -> None:
     record = engine.submit(prompt=20, tokens=40)
     for _ in range(10):
         engine.step()
-        engine.core.hold(engine.now, record, "operator", "keep", None, "")
+        engine.core.holds.hold(engine.now, record, "operator", "keep", None, "")
         engine.step()
-        engine.core.release(engine.now, record, ["operator"], "operator", "command")
+        engine.core.holds.release(engine.now, record, ["operator"], "operator", "command")
     engine.finish(record)
-    assert engine.core.recomputed_total == 0
-    assert engine.core.preempted_total == 0
+    assert engine.core.ledger.recomputed_total == 0
+    assert engine.core.ledger.preempted_total == 0
 
 
 # Life
@@ -165,13 +165,13 @@ def test_times_of_a_request_add_up() -> None:
     engine.admit()
     engine.wait(2)
     engine.deliver(record)
-    engine.core.hold(engine.now, record, "operator", "keep", None, "")
+    engine.core.holds.hold(engine.now, record, "operator", "keep", None, "")
     engine.wait(5)
-    engine.core.release(engine.now, record, ["operator"], "operator", "command")
+    engine.core.holds.release(engine.now, record, ["operator"], "operator", "command")
     engine.wait(1)
     engine.evict(record)
     engine.wait(4)
-    engine.core.hold(engine.now, record, "operator", "keep", None, "")
+    engine.core.holds.hold(engine.now, record, "operator", "keep", None, "")
     engine.wait(6)
     engine.finish(record, "abort")
     (told,) = engine.seen(ev.Finished)
@@ -191,15 +191,15 @@ def test_request_may_finish_in_any_state(state: State) -> None:
         engine.compute(record)
     if state.value.startswith("held"):
         kv = "drop" if state is State.HELD_DROPPED else "keep"
-        engine.core.hold(engine.now, record, "operator", kv, engine.now + 9, "")
+        engine.core.holds.hold(engine.now, record, "operator", kv, engine.now + 9, "")
     assert record.state is state
     engine.finish(record)
     engine.check()
     assert engine.core.deadline() is None
-    assert not engine.core.families
+    assert not engine.core.roster.families
     account = record.account
     assert (account.queued, account.running, account.held, account.finished) == (0, 0, 0, 1)
-    assert record.id not in engine.core.records
+    assert record.id not in engine.core.roster.records
 
 
 def test_first_token_is_told_once_and_also_of_a_request_that_ends_with_it() -> None:
@@ -219,7 +219,7 @@ def test_children_are_numbered_and_go_one_by_one() -> None:
     children = [engine.submit(id=f"{i}_cmpl-x", request="x") for i in range(3)]
     assert [record.child for record in children] == [0, 1, 2]
     engine.finish(children[1])
-    assert list(engine.core.families["x"]) == [children[0], children[2]]
+    assert list(engine.core.roster.families["x"]) == [children[0], children[2]]
     assert engine.submit(id="3_cmpl-x", request="x").child == 3
     engine.check()
 
@@ -250,7 +250,7 @@ def test_session_that_waits_for_input_is_queued_with_its_kv() -> None:
     assert (record.state, record.account.queued) == (State.QUEUED, 1)
     engine.core.admitting(record, 0)
     engine.core.admitted(engine.now, record, 10)
-    engine.core.settle_all()
+    engine.core.ledger.settle_all()
     assert record.recomputed_tokens == 0
     engine.core.validate()
 

@@ -43,12 +43,12 @@ class Trial:
     def hold(self, role: str, lease_s: float | None = None) -> None:
         """One role holds, or replaces its hold."""
         until = None if lease_s is None else self.engine.now + lease_s
-        self.engine.core.hold(self.engine.now, self.record, role, "keep", until, "")
+        self.engine.core.holds.hold(self.engine.now, self.record, role, "keep", until, "")
         self.holds[role] = until
 
     def release(self, roles: Iterable[str], by: str) -> None:
         """End the holds of some roles."""
-        done = self.engine.core.release(self.engine.now, self.record, roles, by, "command")
+        done = self.engine.core.holds.release(self.engine.now, self.record, roles, by, "command")
         assert done == bool(self.holds.keys() & set(roles))
         self.holds = {role: until for role, until in self.holds.items() if role not in roles}
 
@@ -90,7 +90,7 @@ def held(*roles: str, **fields: float) -> tuple[FakeEngine, Record]:
     engine.admit()
     engine.compute(record)
     for role in roles:
-        engine.core.hold(engine.now, record, role, "keep", None, "")
+        engine.core.holds.hold(engine.now, record, role, "keep", None, "")
     return engine, record
 
 
@@ -101,7 +101,7 @@ def test_replaced_lease_does_not_end_the_new_hold() -> None:
     """An old lease's end says nothing of the hold that replaced it, longer or without end."""
     engine, record = held()
     for until in (engine.now + 2, engine.now + 4, None):
-        engine.core.hold(engine.now, record, CONTROLLER, "keep", until, "")
+        engine.core.holds.hold(engine.now, record, CONTROLLER, "keep", until, "")
     engine.wait(10)
     assert record.state is State.HELD_KEPT
     assert engine.core.deadline() is None
@@ -111,7 +111,7 @@ def test_lease_can_be_shortened() -> None:
     """The latest lease counts, also when it ends earlier than the one before."""
     engine, record = held()
     for seconds in (60, 3):
-        engine.core.hold(engine.now, record, CONTROLLER, "keep", engine.now + seconds, "")
+        engine.core.holds.hold(engine.now, record, CONTROLLER, "keep", engine.now + seconds, "")
     assert engine.core.deadline() == engine.now + 3
     engine.wait(3)
     assert record.state is State.RUNNING
@@ -121,9 +121,9 @@ def test_lease_can_be_shortened() -> None:
 def test_lease_of_a_hold_that_was_taken_again_is_the_new_one() -> None:
     """Held, continued and held again by the same role: the first lease does not end the second hold."""
     engine, record = held()
-    engine.core.hold(engine.now, record, CONTROLLER, "keep", engine.now + 2, "")
-    engine.core.release(engine.now, record, [CONTROLLER], CONTROLLER, "command")
-    engine.core.hold(engine.now, record, CONTROLLER, "keep", engine.now + 9, "")
+    engine.core.holds.hold(engine.now, record, CONTROLLER, "keep", engine.now + 2, "")
+    engine.core.holds.release(engine.now, record, [CONTROLLER], CONTROLLER, "command")
+    engine.core.holds.hold(engine.now, record, CONTROLLER, "keep", engine.now + 9, "")
     engine.wait(5)
     assert record.state is State.HELD_KEPT
 
@@ -134,7 +134,7 @@ def test_deadline_is_the_earliest_thing_to_end() -> None:
     assert engine.core.deadline() is None
     engine.lead()
     assert engine.core.deadline() == engine.now + 5
-    engine.core.hold(engine.now, record, OPERATOR, "keep", engine.now + 2, "")
+    engine.core.holds.hold(engine.now, record, OPERATOR, "keep", engine.now + 2, "")
     assert engine.core.deadline() == engine.now + 2
     engine.finish(record)
     assert engine.core.deadline() == engine.now + 5
@@ -148,10 +148,10 @@ def test_leases_renewed_for_ever_leave_nothing_behind() -> None:
     second = engine.submit()
     for i in range(20_000):
         for each in (record, second):
-            engine.core.hold(engine.now, each, CONTROLLER, "keep", engine.now + 80_000 + i, "")
+            engine.core.holds.hold(engine.now, each, CONTROLLER, "keep", engine.now + 80_000 + i, "")
         if i % 1_000 == 0:
             engine.check()
-    assert len(engine.core._leases) < 100
+    assert len(engine.core.holds._leases) < 100
     engine.finish(record)
     engine.finish(second)
     engine.check()
@@ -162,7 +162,7 @@ def test_many_leases_that_end_at_once_end_in_one_tick() -> None:
     engine = FakeEngine()
     records = [engine.submit(f"t{i % 10}") for i in range(10_000)]
     for record in records:
-        engine.core.hold(engine.now, record, OPERATOR, "keep", engine.now + 1, "")
+        engine.core.holds.hold(engine.now, record, OPERATOR, "keep", engine.now + 1, "")
     assert not engine.core.queue
     engine.wait(1)
     assert len(engine.core.queue) == 10_000
@@ -175,7 +175,7 @@ def test_many_leases_that_end_at_once_end_in_one_tick() -> None:
 def test_operator_ends_every_hold() -> None:
     """An operator's continue clears the holds of all roles at once."""
     engine, record = held(OPERATOR, CONTROLLER, ENGINE)
-    assert engine.core.release(engine.now, record, list(record.holds), OPERATOR, "command")
+    assert engine.core.holds.release(engine.now, record, list(record.holds), OPERATOR, "command")
     assert (record.state, record.holds) == (State.RUNNING, {})
     assert [fields["by"] for fields in engine.seen(ev.Continued)] == [OPERATOR]
 
@@ -184,7 +184,7 @@ def test_operator_ends_every_hold() -> None:
 def test_other_roles_end_their_own(role: str) -> None:
     """A role's continue leaves the holds of others in force."""
     engine, record = held(OPERATOR, CONTROLLER, ENGINE)
-    assert engine.core.release(engine.now, record, [role], role, "command")
+    assert engine.core.holds.release(engine.now, record, [role], role, "command")
     assert role not in record.holds
     assert record.state is State.HELD_KEPT
     assert not engine.seen(ev.Continued)
@@ -194,7 +194,7 @@ def test_continue_of_what_is_not_held_changes_nothing() -> None:
     """Ending a hold that is not there says so and changes nothing."""
     engine, record = held(OPERATOR)
     before = picture(engine.core)
-    assert not engine.core.release(engine.now, record, [CONTROLLER], CONTROLLER, "command")
+    assert not engine.core.holds.release(engine.now, record, [CONTROLLER], CONTROLLER, "command")
     assert picture(engine.core) == before
 
 
@@ -202,7 +202,7 @@ def test_failover_ends_controllers_holds_only() -> None:
     """When the leader falls silent its holds end; operators and the engine hold on."""
     engine, record = held(OPERATOR, CONTROLLER, leader_lease_s=5.0)
     other = engine.submit()
-    engine.core.hold(engine.now, other, CONTROLLER, "drop", engine.now + 500, "")
+    engine.core.holds.hold(engine.now, other, CONTROLLER, "drop", engine.now + 500, "")
     engine.lead()
     engine.wait(4.9)
     assert CONTROLLER in record.holds
@@ -235,10 +235,10 @@ def test_new_leader_inherits_the_holds_of_its_predecessor() -> None:
 def test_kv_only_moves_from_keep_to_drop() -> None:
     """A hold that dropped the KV cannot claim later to have kept it; one that kept it can still drop it."""
     engine, record = held(OPERATOR)
-    assert engine.core.hold(engine.now, record, OPERATOR, "drop", None, "")
+    assert engine.core.holds.hold(engine.now, record, OPERATOR, "drop", None, "")
     assert (record.state, record.holds[OPERATOR].kv) == (State.HELD_DROPPED, "drop")
-    assert not engine.core.hold(engine.now, record, OPERATOR, "keep", None, "")
-    assert engine.core.hold(engine.now, record, OPERATOR, "keep", engine.now + 5, "")
+    assert not engine.core.holds.hold(engine.now, record, OPERATOR, "keep", None, "")
+    assert engine.core.holds.hold(engine.now, record, OPERATOR, "keep", engine.now + 5, "")
     assert (record.state, record.holds[OPERATOR].kv) == (State.HELD_DROPPED, "drop")
     assert len(engine.seen(ev.Dropped)) == 1
     engine.check()
@@ -247,11 +247,11 @@ def test_kv_only_moves_from_keep_to_drop() -> None:
 def test_drop_by_one_role_drops_for_all() -> None:
     """Blocks are there or not: one role's drop frees them while another role's hold goes on."""
     engine, record = held(OPERATOR)
-    engine.core.hold(engine.now, record, CONTROLLER, "drop", engine.now + 3, "")
+    engine.core.holds.hold(engine.now, record, CONTROLLER, "drop", engine.now + 3, "")
     assert record not in engine.kv
     engine.wait(3)
     assert record.state is State.HELD_DROPPED
-    engine.core.release(engine.now, record, [OPERATOR], OPERATOR, "command")
+    engine.core.holds.release(engine.now, record, [OPERATOR], OPERATOR, "command")
     assert record.state is State.QUEUED
     engine.check()
 
@@ -260,12 +260,12 @@ def test_hold_of_a_waiting_request_has_no_kv_to_drop() -> None:
     """Held while it waits, a request has nothing to keep or lose, and goes back to its place."""
     engine = FakeEngine()
     first, second = engine.submit(), engine.submit()
-    engine.core.hold(engine.now, first, OPERATOR, "drop", None, "")
+    engine.core.holds.hold(engine.now, first, OPERATOR, "drop", None, "")
     assert first.state is State.HELD_NONE
     assert list(engine.core.queue.walk()) == [second]
-    engine.core.release(engine.now, first, [OPERATOR], OPERATOR, "command")
+    engine.core.holds.release(engine.now, first, [OPERATOR], OPERATOR, "command")
     assert list(engine.core.queue.walk()) == [first, second]
-    assert engine.core.preempted_total == 0
+    assert engine.core.ledger.preempted_total == 0
     engine.check()
 
 
@@ -273,9 +273,9 @@ def test_cache_reset_drops_what_is_kept_and_nothing_else() -> None:
     """When the prefix cache is reset, held requests lose their KV and stay held."""
     engine, record = held(OPERATOR)
     waiting = engine.submit()
-    engine.core.hold(engine.now, waiting, OPERATOR, "keep", None, "")
-    engine.core.drop_held(engine.now, "prefix cache reset")
-    engine.core.drop_held(engine.now, "prefix cache reset")
+    engine.core.holds.hold(engine.now, waiting, OPERATOR, "keep", None, "")
+    engine.core.holds.drop_held(engine.now, "prefix cache reset")
+    engine.core.holds.drop_held(engine.now, "prefix cache reset")
     assert (record.state, waiting.state) == (State.HELD_DROPPED, State.HELD_NONE)
     assert [fields["computed_tokens"] for fields in engine.seen(ev.Dropped)] == [8]
     engine.check()
@@ -285,7 +285,7 @@ def test_same_hold_again_changes_nothing() -> None:
     """A hold without end that is asked for again is not applied, told or counted twice."""
     engine, record = held(OPERATOR)
     before, told = picture(engine.core), len(engine.events)
-    assert not engine.core.hold(engine.now, record, OPERATOR, "keep", None, "again")
+    assert not engine.core.holds.hold(engine.now, record, OPERATOR, "keep", None, "again")
     assert picture(engine.core) == before
     assert len(engine.events) == told
 
@@ -294,9 +294,9 @@ def test_tokens_in_flight_are_told_and_charged_to_the_held_request() -> None:
     """What was in flight when a hold began still arrives, is counted, and costs what it costs."""
     engine, record = held()
     engine.flying[record] = 2
-    engine.core.hold(engine.now, record, OPERATOR, "keep", None, "")
+    engine.core.holds.hold(engine.now, record, OPERATOR, "keep", None, "")
     engine.deliver(record, 2)
-    engine.core.settle_all()
+    engine.core.ledger.settle_all()
     assert engine.seen(ev.Held)[-1]["in_flight_tokens"] == 2
     assert record.account.output_tokens == 2
     assert record.account.charged == 40 + 2 * 2
@@ -305,15 +305,15 @@ def test_tokens_in_flight_are_told_and_charged_to_the_held_request() -> None:
 def test_settling_forgets_a_loss_once_it_is_made_good() -> None:
     """A request that has recomputed what it lost costs a step no more than one that never lost anything."""
     engine, record = held(OPERATOR)
-    engine.core.drop_held(engine.now, "room")
-    engine.core.release(engine.now, record, [OPERATOR], OPERATOR, "command")
+    engine.core.holds.drop_held(engine.now, "room")
+    engine.core.holds.release(engine.now, record, [OPERATOR], OPERATOR, "command")
     engine.admit()
     engine.compute(record)
-    engine.core.settle_all()
+    engine.core.ledger.settle_all()
     assert record.recomputed_tokens == 8
-    engine.core.settle = lambda record: pytest.fail(f"looked at {record}")  # type: ignore[method-assign]
+    engine.core.ledger.settle = lambda record: pytest.fail(f"looked at {record}")  # type: ignore[method-assign]
     engine.compute(record)
-    engine.core.settle_all()
+    engine.core.ledger.settle_all()
 
 
 class Watched(list[int]):
@@ -331,9 +331,9 @@ def test_settling_costs_nothing_for_what_has_no_slot() -> None:
     engine, kept = held(OPERATOR)
     waiting = [engine.submit() for _ in range(100)]
     for record in waiting:
-        engine.core.hold(engine.now, record, OPERATOR, "keep", None, "")
+        engine.core.holds.hold(engine.now, record, OPERATOR, "keep", None, "")
     for record in (*waiting, kept):
         record.outputs = Watched(record.outputs)
-    engine.core.settle_all()
+    engine.core.ledger.settle_all()
     assert [record.outputs.asked for record in waiting] == [0] * 100
     assert kept.outputs.asked > 0

@@ -38,7 +38,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.queue = SteeredQueue()
-        self.accounts = [Account(name, TenantPolicy()) for name in TENANTS]
+        self.accounts = [Account(name, TenantPolicy(), {}) for name in TENANTS]
         self.members: dict[Record, None] = {}
         self.table = TABLES[0]
         self.queue.set_classes(self.table)
@@ -148,7 +148,7 @@ def test_empty_queue_has_no_head() -> None:
     for ask in (queue.peek, queue.pop):
         with pytest.raises(IndexError):
             ask()
-    absent = make_record(Account("a", TenantPolicy()), "r")
+    absent = make_record(Account("a", TenantPolicy(), {}), "r")
     assert queue.position(absent) is None
     assert absent not in queue
     assert list(queue.walk(5)) == []
@@ -158,7 +158,7 @@ def test_request_cannot_be_queued_twice() -> None:
     """A second add of the same request is a bug of the caller and is not believed."""
     queue = SteeredQueue()
     queue.set_classes(TABLES[0])
-    record = make_record(Account("a", TenantPolicy()), "r")
+    record = make_record(Account("a", TenantPolicy(), {}), "r")
     queue.add(record)
     with pytest.raises(AssertionError, match="already queued"):
         queue.add(record)
@@ -188,7 +188,7 @@ def crowd(count: int, tenants: int = 1, order: str = "fair") -> tuple[SteeredQue
     """A queue of `count` requests with counted priorities."""
     queue = SteeredQueue()
     queue.set_classes({"default": ClassPolicy(order=order)})
-    accounts = [Account(f"t{i}", TenantPolicy()) for i in range(tenants)]
+    accounts = [Account(f"t{i}", TenantPolicy(), {}) for i in range(tenants)]
     records = [
         make_record(accounts[i % tenants], f"r{i}", priority=Counted(i * 7_919 % 10_007))
         for i in range(count)

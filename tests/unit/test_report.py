@@ -10,7 +10,9 @@ from msgspec.structs import replace
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import Frame, QueueQuery, RequestStatus, TenantStatus
+from coxswain.service.scheduler import rows as module
 from coxswain.service.scheduler.report import MAX_PAGE, Gauges, Identity, Reporter
+from coxswain.service.scheduler.rows import row, tenant_row
 from tests.support.fake_engine import FakeEngine, picture
 from tests.support.happenings import OPERATIONS, act, rank
 
@@ -25,6 +27,7 @@ class Reported:
 
     def __init__(self, head: int = 64, slots: int = 3) -> None:
         self.engine = FakeEngine(slots=slots)
+        self.head = head
         self.reporter = Reporter(self.engine.core, Identity("w1", "01INC", "m", "0.32.0"), head)
 
     def frame(self, *, full: bool = False, peek: bool = False) -> Frame:
@@ -62,6 +65,19 @@ class Listener:
             row.tenant: timeless(row) for row in frame.tenants
         }
 
+    def knows_the_truth(self, reported: "Reported") -> None:
+        """Everything that rows made from scratch, with nothing remembered, would say."""
+        core = reported.engine.core
+        waiting = list(core.queue.walk())[: reported.head]
+        places = {record: place for place, record in enumerate(waiting)}
+        listed = [*core.roster.running, *core.roster.held, *waiting]
+        expected = [row(core, record, places.get(record)) for record in listed]
+        assert self.requests == {(each.request, each.child): each for each in expected}
+        seen = [account for account in core.tenants.accounts.values() if account.seen]
+        assert {name: timeless(each) for name, each in self.tenants.items()} == {
+            account.name: timeless(tenant_row(0.0, account)) for account in seen
+        }
+
 
 def timeless(row: TenantStatus) -> TenantStatus:
     """The row without the age of the oldest request."""
@@ -87,8 +103,10 @@ def test_deltas_add_up_to_the_full_frame(
             reported.frame(full=True, peek=True)
         elif kind:
             listener.apply(reported.frame(full=kind == "full"))
+            listener.knows_the_truth(reported)
             listener.knows(reported.frame(full=True, peek=True))
     listener.apply(reported.frame())
+    listener.knows_the_truth(reported)
     listener.knows(reported.frame(full=True, peek=True))
 
 
@@ -134,6 +152,64 @@ def test_delta_has_recomputed_totals() -> None:
     assert row.recomputed_tokens_total == 20
 
 
+def test_what_was_in_flight_of_a_dropped_request_is_in_the_next_full_frame() -> None:
+    """Tokens that arrive after the KV was freed touch nothing: deltas may miss them, a full frame does not."""
+    reported = Reported()
+    record = reported.engine.submit()
+    reported.engine.admit()
+    reported.engine.core.holds.hold(reported.engine.now, record, "operator", "drop", None, "")
+    reported.frame(full=True)
+    reported.engine.deliver(record, 2)
+    assert [each.output_tokens for each in reported.frame(full=True).requests] == [2]
+
+
+def test_tenants_age_grows_in_full_frames_without_other_news() -> None:
+    """How long a tenant's oldest request waits is as of now in every full frame, and no news by itself."""
+    reported = Reported()
+    reported.engine.submit("a")
+    reported.frame(full=True)
+    reported.engine.wait(3)
+    assert reported.frame().tenants == ()
+    assert [each.oldest_queued_s for each in reported.frame(full=True).tenants] == [3]
+
+
+def test_frame_builds_only_the_rows_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands held and thousands of tenants, a frame after one change makes one row of each, full or not."""
+    reported = Reported(head=8)
+    engine = reported.engine
+    for i in range(2_000):
+        record = engine.submit(f"t{i}")
+        engine.core.holds.hold(engine.now, record, "operator", "keep", None, "")
+    reported.frame(full=True)
+    made: list[str] = []
+    for name in ("row", "tenant_row"):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, name=name, real=real: (made.append(name), real(*args))[1]
+        )
+    for full in (False, True):
+        engine.core.reprioritize(engine.now, record, 1 + full, None, "operator")
+        record.account.charge(1)
+        made.clear()
+        frame = reported.frame(full=full)
+        assert sorted(made) == ["row", "tenant_row"]
+        assert len(frame.requests) == len(frame.tenants) == (2_000 if full else 1)
+
+
+def test_request_that_ends_between_frames_leaves_nothing_behind() -> None:
+    """Without frames, as when NATS is away, requests that come and go are not remembered for the next one."""
+    reported = Reported()
+    engine = reported.engine
+    listed = engine.submit()
+    reported.frame()
+    engine.finish(listed)
+    for _ in range(1_000):
+        engine.finish(engine.submit())
+    assert list(engine.core.roster.touched) == [listed]
+    assert [each.request for each in reported.frame().gone] == [listed.request]
+    assert not engine.core.roster.touched
+
+
 def test_delta_has_the_new_prompt_of_a_session() -> None:
     """A streaming session's next turn is news, though nothing of it was delivered yet."""
     reported = Reported()
@@ -175,7 +251,7 @@ def test_frame_lists_who_runs_who_is_held_and_the_first_k_waiting(head: int) -> 
     for i in range(20):
         engine.submit("ab"[i % 2])
     held = engine.submit()
-    engine.core.hold(engine.now, held, "operator", "keep", None, "")
+    engine.core.holds.hold(engine.now, held, "operator", "keep", None, "")
     running = [engine.admit() for _ in range(3)]
     frame = reported.frame(full=True)
     waiting = list(engine.core.queue.walk())
@@ -195,7 +271,7 @@ def test_row_says_what_is_known_of_a_request() -> None:
     record = engine.submit(prompt=10, priority=3)
     engine.admit(cached=4)
     engine.compute(record)
-    engine.core.hold(engine.now, record, "operator", "keep", None, "")
+    engine.core.holds.hold(engine.now, record, "operator", "keep", None, "")
     (row,) = reported.frame(full=True).requests
     assert row == RequestStatus(
         request="r1", child=0, tenant="a", class_="chat", priority=3, state="held", kv="kept",
@@ -280,7 +356,7 @@ def test_request_is_told_with_its_place_and_story() -> None:
     engine.submit()
     child = engine.submit(request="x")
     engine.submit(request="x")
-    engine.core.hold(engine.now, child, "operator", "keep", engine.now + 5, "")
+    engine.core.holds.hold(engine.now, child, "operator", "keep", engine.now + 5, "")
     report = reported.reporter.request("chatcmpl-x")
     assert report.request == "x"
     assert [(each.status.state, each.status.position) for each in report.children] == [

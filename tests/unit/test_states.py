@@ -11,15 +11,15 @@ from coxswain.service.scheduler.states import (
     HELD,
     KV,
     TRANSITIONS,
-    Event,
     IllegalTransitionError,
     State,
+    Transition,
     after,
 )
 from tests.support.fake_engine import FakeEngine, picture
 
 LEGAL = {(state, event) for state, row in TRANSITIONS.items() for event in row}
-ILLEGAL = sorted(set(product(State, Event)) - LEGAL)
+ILLEGAL = sorted(set(product(State, Transition)) - LEGAL)
 
 
 def test_every_state_has_a_row() -> None:
@@ -28,14 +28,14 @@ def test_every_state_has_a_row() -> None:
 
 
 @pytest.mark.parametrize(("state", "event"), sorted(LEGAL))
-def test_legal_event_leads_where_the_table_says(state: State, event: Event) -> None:
+def test_legal_event_leads_where_the_table_says(state: State, event: Transition) -> None:
     """What follows is a state of the table, and never the state itself."""
     assert after(state, event) is TRANSITIONS[state][event]
     assert after(state, event) is not state
 
 
 @pytest.mark.parametrize(("state", "event"), ILLEGAL)
-def test_illegal_event_is_named(state: State, event: Event) -> None:
+def test_illegal_event_is_named(state: State, event: Transition) -> None:
     """An event that the table does not list raises an error that names state and event."""
     with pytest.raises(IllegalTransitionError, match=re.escape(f"{state} cannot {event}")):
         after(state, event)
@@ -57,22 +57,22 @@ def test_every_state_can_be_reached_and_can_end() -> None:
 def test_lost_kv_never_comes_back_without_waiting() -> None:
     """What was dropped or given up returns through the queue only; only a kept request runs on at once."""
     for state in HELD:
-        assert (after(state, Event.RELEASE) is State.RUNNING) == (KV.get(state) == "kept")
+        assert (after(state, Transition.RELEASE) is State.RUNNING) == (KV.get(state) == "kept")
     assert not HELD & set(TRANSITIONS[State.HELD_DROPPED].values())
 
 
 # The same table, through the core
 
-CALLS: dict[Event, Callable[[FakeEngine, Record], object]] = {
-    Event.ADMIT: lambda engine, record: engine.core.admitting(record, 0),
-    Event.EVICT: lambda engine, record: engine.core.evicted(engine.now, record),
-    Event.HOLD_KEEP: lambda engine, record: engine.core.hold(
+CALLS: dict[Transition, Callable[[FakeEngine, Record], object]] = {
+    Transition.ADMIT: lambda engine, record: engine.core.admitting(record, 0),
+    Transition.EVICT: lambda engine, record: engine.core.evicted(engine.now, record),
+    Transition.HOLD_KEEP: lambda engine, record: engine.core.holds.hold(
         engine.now, record, "operator", "keep", None, ""
     ),
-    Event.HOLD_DROP: lambda engine, record: engine.core.hold(
+    Transition.HOLD_DROP: lambda engine, record: engine.core.holds.hold(
         engine.now, record, "operator", "drop", None, ""
     ),
-    Event.FINISH: lambda engine, record: engine.core.finished(engine.now, record, "stop"),
+    Transition.FINISH: lambda engine, record: engine.core.finished(engine.now, record, "stop"),
 }
 """What the shell calls for an event. (`hold` on a held one adds a hold, `release` without one says False.)"""
 
@@ -84,7 +84,7 @@ def in_state(engine: FakeEngine, state: State) -> Record:
         engine.admit()
         engine.compute(record)
     if state in HELD:
-        engine.core.hold(
+        engine.core.holds.hold(
             engine.now, record, "engine", "drop" if state is State.HELD_DROPPED else "keep", None, ""
         )
     elif state is State.FINISHED:
@@ -100,10 +100,10 @@ def in_state(engine: FakeEngine, state: State) -> Record:
         for state, event in ILLEGAL
         if event in CALLS
         and state is not State.HELD_PARKED  # nothing parks in this version
-        and not (state in HELD and event in (Event.HOLD_KEEP, Event.HOLD_DROP))
+        and not (state in HELD and event in (Transition.HOLD_KEEP, Transition.HOLD_DROP))
     ],
 )
-def test_illegal_event_changes_nothing_in_the_core(state: State, event: Event) -> None:
+def test_illegal_event_changes_nothing_in_the_core(state: State, event: Transition) -> None:
     """An illegal call raises before anything was changed, counted, charged or told."""
     engine = FakeEngine()
     other = engine.submit("b")

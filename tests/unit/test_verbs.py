@@ -127,7 +127,7 @@ def test_abort_ends_requests_and_tells_clients(steered: Steered) -> None:
     reply = steered("abort", to=Targets(all=True))
     assert reply.counts == {"applied": 3}
     assert engine.told == [running.id, held.id, waiting.id]
-    assert not engine.core.records
+    assert not engine.core.roster.records
     engine.check()
 
 

@@ -1,0 +1,178 @@
+"""Holds and their leases: who keeps a request from running, until when, and whether it keeps its KV. Pure.
+
+A request has at most one hold per role and goes on when none remains. Called by commands (`verbs.py`), by the
+core as time passes, and by the vLLM shell when held KV must go. Acts on the engine through the port `Engine`.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from coxswain.schemas import events as ev
+from coxswain.schemas.subjects import CONTROLLER, ENGINE, ROLES
+from coxswain.service.scheduler.engine import Engine
+from coxswain.service.scheduler.ledger import Ledger
+from coxswain.service.scheduler.queue import SteeredQueue
+from coxswain.service.scheduler.record import Hold, Record
+from coxswain.service.scheduler.roster import Roster
+from coxswain.service.scheduler.states import HELD, KV, State, Transition
+
+LEASES_EACH: Final = len({*ROLES, ENGINE})
+"""Leases that one request can have: one per role."""
+WITH_KV: Final = (State.HELD_KEPT, State.HELD_PARKED)
+"""Held states that have KV to lose."""
+
+
+class Holds:
+    """All holds on one engine.
+
+    Args:
+        engine: who stops and resumes requests.
+        roster: where requests are.
+        ledger: told when KV is lost.
+        queue: what a held request leaves.
+        tell: the core's way to say what happened.
+    """
+
+    def __init__(
+        self, engine: Engine, roster: Roster, ledger: Ledger, queue: SteeredQueue, tell: Callable[..., None]
+    ) -> None:
+        self._engine = engine
+        self._roster = roster
+        self._ledger = ledger
+        self._queue = queue
+        self._tell = tell
+        self._leases: list[tuple[float, int, Record, Hold]] = []
+        self._serial = 0
+
+    # Begin
+
+    def hold(
+        self, now: float, record: Record, role: str, kv: str, lease_until: float | None, reason: str
+    ) -> bool:
+        """Put or replace one role's hold; False if that changed nothing. `kv` only moves from keep to drop."""
+        old = record.holds.get(role)
+        if old is not None and old.kv == "drop":
+            kv = "drop"
+        if old is not None and old.lease_until is None and lease_until is None and old.kv == kv:
+            return False
+        in_flight = self._engine.in_flight(record)
+        if record.state not in HELD:
+            self._begin(now, record, kv)
+        elif kv == "drop" and record.state in WITH_KV:
+            self._drop(now, record, reason)
+        hold = Hold(role, kv, old.since if old else now, lease_until, reason)
+        record.holds[role] = hold
+        if lease_until is not None:
+            self._serial += 1
+            heapq.heappush(self._leases, (lease_until, self._serial, record, hold))
+            self.tidy()
+        self._roster.touch(record)
+        self._tell(
+            now, record, ev.Held, by=role, kv=KV.get(record.state, "none"), reason=reason,
+            lease_s=None if lease_until is None else lease_until - now,
+            in_flight_tokens=in_flight, output_tokens=len(record.outputs),
+        )  # fmt: skip
+        return True
+
+    def _begin(self, now: float, record: Record, kv: str) -> None:
+        was = record.state
+        self._roster.move(record, Transition.HOLD_DROP if kv == "drop" else Transition.HOLD_KEEP)
+        self._ledger.settle(record)
+        record.held_since = now
+        if was is State.QUEUED:
+            record.queued_s += now - record.queued_since
+            self._engine.dequeue(record)
+            self._queue.remove(record)
+        elif kv == "drop":
+            self._ledger.lose_kv(record)
+            self._engine.drop(record)
+        else:
+            self._engine.hold(record)
+
+    # Lose the KV, go on being held
+
+    def drop_held(self, now: float, reason: str) -> None:
+        """Free the KV of everything that is held."""
+        for record in [record for record in self._roster.held if record.state in WITH_KV]:
+            self._drop(now, record, reason)
+            self._roster.touch(record)
+
+    def _drop(self, now: float, record: Record, reason: str) -> None:
+        self._roster.move(record, Transition.DROP)
+        self._ledger.lose_kv(record)
+        self._engine.drop(record)
+        self._tell(now, record, ev.Dropped, reason=reason, computed_tokens=record.lost_mark)
+
+    # End
+
+    def release(self, now: float, record: Record, roles: Iterable[str], by: str, reason: str) -> bool:
+        """End the holds of `roles`; the request goes on when none is left. False if there was none to end."""
+        ended = [role for role in roles if record.holds.pop(role, None)]
+        if not ended:
+            return False
+        self._roster.touch(record)
+        if not record.holds:
+            self._go_on(now, record, by, reason)
+        return True
+
+    def _go_on(self, now: float, record: Record, by: str, reason: str) -> None:
+        was = record.state
+        held_s = now - record.held_since
+        record.held_s += held_s
+        # No counter lift here: a tenant whose requests were all held was kept from its share, it did not idle.
+        self._roster.move(record, Transition.RELEASE)
+        self.tidy()
+        if was is State.HELD_KEPT:
+            self._engine.resume(record)
+        else:
+            record.queued_since = now
+            self._engine.enqueue(record)
+        self._tell(
+            now, record, ev.Continued, by=by, reason=reason, held_s=held_s, output_tokens=len(record.outputs)
+        )
+
+    def end_leases(self, now: float) -> None:
+        """End the holds whose lease is over."""
+        while self._leases and self._leases[0][0] <= now:
+            _, _, record, hold = heapq.heappop(self._leases)
+            if record.holds.get(hold.role) is hold:
+                self.release(now, record, (hold.role,), hold.role, "lease")
+
+    def fail_over(self, now: float) -> None:
+        """The leader is silent: end the holds of controllers, whatever their leases."""
+        for record in [record for record in self._roster.held if CONTROLLER in record.holds]:
+            self.release(now, record, (CONTROLLER,), CONTROLLER, "failover")
+
+    def deadline(self) -> float | None:
+        """When the next lease ends, or None."""
+        leases = self._leases
+        while leases and not _in_force(leases[0]):
+            heapq.heappop(leases)
+        return leases[0][0] if leases else None
+
+    def tidy(self) -> None:
+        """Holds that were replaced or ended leave their entries behind: these go when they outnumber the rest.
+
+        Call after a request is no longer held.
+        """
+        if len(self._leases) > self._most():
+            self._leases = [entry for entry in self._leases if _in_force(entry)]
+            heapq.heapify(self._leases)
+
+    def _most(self) -> int:
+        return 2 * LEASES_EACH * len(self._roster.held) + 64
+
+    def validate(self) -> None:
+        """Check every invariant; for tests."""
+        assert len(self._leases) <= self._most()
+        leased = {hold for _, _, _, hold in self._leases}
+        for record in self._roster.held:
+            for role, hold in record.holds.items():
+                assert hold.role == role
+                assert hold.lease_until is None or hold in leased, record
+
+
+def _in_force(entry: tuple[float, int, Record, Hold]) -> bool:
+    _, _, record, hold = entry
+    return record.holds.get(hold.role) is hold

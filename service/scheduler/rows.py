@@ -1,0 +1,165 @@
+"""Rows of status: a request's, a tenant's, and which of them have changed since the last frame. Pure.
+
+A frame costs what changed, not what is there: a row is kept until something touches its request or tenant.
+Called by `report.py` only.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import chain, islice
+
+from msgspec.structs import replace
+
+from coxswain.schemas import status as st
+from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.record import Record
+from coxswain.service.scheduler.states import HELD, KV, State
+from coxswain.service.scheduler.tenants import Account, Tenants
+
+
+class RequestRows:
+    """Rows of what a frame lists: all running and held requests and the first that wait.
+
+    Args:
+        core: whose requests.
+        head: how many waiting requests are listed.
+    """
+
+    def __init__(self, core: SteeringCore, head: int) -> None:
+        self._core = core
+        self._head = head
+        self._places: Mapping[Record, int] = {}
+        """The waiting requests that the last frame listed."""
+
+    def full(self, *, peek: bool) -> list[st.RequestStatus]:
+        """All rows. `peek` takes no note of them: the next delta is what it would have been."""
+        places = self._first()
+        roster = self._core.roster
+        rows = {
+            record: self._row(record, places.get(record))
+            for record in chain(roster.running, roster.held, places)
+        }
+        if not peek:
+            for record, new in rows.items():
+                record.row = new
+            self._drop_unlisted(places)
+        return list(rows.values())
+
+    def delta(self) -> tuple[list[st.RequestStatus], tuple[st.Gone, ...]]:
+        """Rows that the last frame did not have, or had otherwise, and what it had that is no longer listed."""
+        places = self._first()
+        roster = self._core.roster
+        # Without being touched, only what has a slot changes, by its tokens. (What was in flight when a request
+        # lost its KV arrives later: the next full frame has it.)
+        touched = [record for record in roster.touched if record in roster.held and record not in roster.kept]
+        rows = []
+        for record in chain(roster.running, roster.kept, touched, places):
+            old, new = record.row, self._row(record, places.get(record))
+            if new is not old and new != old:
+                record.row = new
+                rows.append(new)
+        return rows, self._gone(self._drop_unlisted(places))
+
+    def _first(self) -> Mapping[Record, int]:
+        return {record: place for place, record in enumerate(islice(self._core.queue.walk(), self._head))}
+
+    def _row(self, record: Record, place: int | None) -> st.RequestStatus:
+        """The request's row as of now: the last one if that still says what is the case."""
+        old = record.row
+        if old is None or record in self._core.roster.touched:
+            return row(self._core, record, place)
+        tokens = len(record.outputs)
+        if old.output_tokens != tokens or old.position != place:
+            return replace(old, output_tokens=tokens, position=place)
+        return old
+
+    def _drop_unlisted(self, places: Mapping[Record, int]) -> list[Record]:
+        """Forget the rows of what is no longer listed; begin a new account of what is touched."""
+        touched = self._core.roster.touched
+        dropped = []
+        for record in chain(touched, self._places):
+            listed = record in places or record.state not in (State.QUEUED, State.FINISHED)
+            if record.row is not None and not listed:
+                record.row = None
+                dropped.append(record)
+        touched.clear()
+        self._places = places
+        return dropped
+
+    def _gone(self, dropped: Iterable[Record]) -> tuple[st.Gone, ...]:
+        """Their names, without those that another listed request has by now."""
+        names = {(record.request, record.child) for record in dropped}
+        families = self._core.roster.families
+        again = {
+            (record.request, record.child)
+            for request in {request for request, _ in names}
+            for record in families.get(request, ())
+            if record.row is not None
+        }
+        return tuple(st.Gone(request=request, child=child) for request, child in names - again)
+
+
+class TenantRows:
+    """Rows of all tenants that ever had a request here."""
+
+    def __init__(self, tenants: Tenants) -> None:
+        self._tenants = tenants
+        seen = (account for account in tenants.accounts.values() if account.seen)
+        self._rows = {account: tenant_row(0.0, account) for account in seen}
+
+    def full(self, now: float, *, peek: bool) -> tuple[st.TenantStatus, ...]:
+        """All rows. `peek` takes no note of them: the next delta is what it would have been."""
+        touched = self._tenants.touched
+        rows = self._rows
+        for account in touched:
+            if account.seen:
+                rows[account] = tenant_row(now, account)
+        for account in self._tenants.active:  # only ages grow by themselves
+            if account not in touched:
+                rows[account] = replace(rows[account], oldest_queued_s=oldest_queued_s(now, account))
+        if not peek:
+            touched.clear()
+        return tuple(rows.values())
+
+    def delta(self, now: float) -> tuple[st.TenantStatus, ...]:
+        """Rows of those that changed since the last frame, their ages apart."""
+        touched = self._tenants.touched
+        news = {account: tenant_row(now, account) for account in touched if account.seen}
+        self._rows |= news
+        touched.clear()
+        return tuple(news.values())
+
+
+def row(core: SteeringCore, record: Record, place: int | None) -> st.RequestStatus:
+    """A request as status shows it."""
+    state = record.state
+    slo_s = core.classes[record.class_].slo_s
+    return st.RequestStatus(
+        request=record.request, child=record.child, tenant=record.account.name, class_=record.class_,
+        priority=record.priority,
+        state="running" if state is State.RUNNING else "held" if state in HELD else "queued",
+        kv=KV.get(state, "none"), arrived_at=record.arrived_at, prompt_tokens=record.prompt_tokens,
+        cached_tokens=record.cached_tokens, output_tokens=len(record.outputs),
+        deadline_s=None if slo_s is None else record.arrived_at + slo_s,
+        held_by=tuple(record.holds), position=place,
+    )  # fmt: skip
+
+
+def oldest_queued_s(now: float, account: Account) -> float:
+    """How long its longest waiting request has waited; 0 if none waits."""
+    oldest = next(iter(account.waiting), None)
+    return 0.0 if oldest is None else max(0.0, now - oldest.queued_since)
+
+
+def tenant_row(now: float, account: Account) -> st.TenantStatus:
+    """A tenant as status shows it."""
+    return st.TenantStatus(
+        tenant=account.name, class_=account.policy.class_,
+        queued=account.queued, running=account.running, held=account.held,
+        oldest_queued_s=oldest_queued_s(now, account),
+        virtual_time=account.virtual_time, base=account.base, charged=account.charged, lift=account.lift,
+        weight=account.weight,
+        uncached_input_tokens_total=account.uncached_input_tokens,
+        cached_input_tokens_total=account.cached_input_tokens,
+        output_tokens_total=account.output_tokens, recomputed_tokens_total=account.recomputed_tokens,
+        finished_total=account.finished,
+    )  # fmt: skip
