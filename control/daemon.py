@@ -80,7 +80,7 @@ class Controller:
         """None until it was tried: changes are logged, once."""
         self._refused: dict[str, dict[str, str]] = {}
         """Per bucket, the rows that were reported and why."""
-        self._seldom = Seldom(every_s=60.0)
+        self._seldom = Seldom()
 
     async def run(self) -> None:
         """Control the fleet until `stopping` is set, through every loss of NATS."""
@@ -181,7 +181,7 @@ class Controller:
         except (ControlError, RefusedError) as error:
             why = str(error)
         self._answers.append(Answer(send.worker, send.verb, ok=ok))
-        if not ok and self._seldom.may(send.worker, send.verb, code):
+        if not ok and self._seldom.may("command", send.worker, send.verb, code):
             log.warning("command not accepted", worker=send.worker, verb=send.verb, code=code, reason=why)
 
     async def _follow(self, table: Table[Row], slot: Slot[Row]) -> None:

@@ -55,7 +55,7 @@ class Lease:
         self._quiet_until = 0.0
         self._unsure = False
         self._closed = False
-        self._seldom = Seldom(every_s=30.0)
+        self._seldom = Seldom()
 
     @property
     def epoch(self) -> Epoch | None:

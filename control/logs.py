@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import structlog
 
@@ -28,19 +28,25 @@ def set_up(*, json: bool | None = None, verbose: bool = False) -> None:
 
 
 class Seldom:
-    """Says whether something may be logged again: the same key once per `every_s`, with a bound on keys."""
+    """Says whether something may be logged again: each thing once per `every_s`, and `most` things of a kind.
 
-    def __init__(self, every_s: float = 10.0, max_keys: int = 1_024) -> None:
+    What strangers cause at will (a worker's name, a subject) goes into `what`: they can invent those without end.
+    """
+
+    def __init__(
+        self, every_s: float = 60.0, most: int = 20, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._every_s = every_s
-        self._max_keys = max_keys
-        self._said: dict[Hashable, float] = {}
+        self._most = most
+        self._clock = clock
+        self._said: dict[str, dict[Hashable, float]] = {}
 
-    def may(self, *key: Hashable) -> bool:
-        """True if `key` was not said for `every_s`; it counts as said now."""
-        now = time.monotonic()
-        if now - self._said.get(key, float("-inf")) < self._every_s:
-            return False
-        if len(self._said) >= self._max_keys:
-            self._said.clear()
-        self._said[key] = now
-        return True
+    def may(self, kind: str, *what: Hashable) -> bool:
+        """True if this was not said for `every_s`, nor too much else of its `kind`; it counts as said now."""
+        now = self._clock()
+        said = {it: at for it, at in self._said.get(kind, {}).items() if now - at < self._every_s}
+        may = what not in said and len(said) < self._most
+        if may:
+            said[what] = now
+        self._said[kind] = said
+        return may
