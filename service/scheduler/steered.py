@@ -11,9 +11,9 @@ processed as usual. A drop is vLLM's own preemption, except that the request goe
 import os
 import time
 from collections import deque
+from functools import partial
 from statistics import median
 from typing import Any, Final
-
 
 from ulid import ULID
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -22,25 +22,24 @@ from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPol
 from vllm.v1.request import RequestStatus
 
 from coxswain.schemas import events as ev
-from coxswain.schemas import status as st
-from coxswain.schemas.errors import Code, RefusedError
+from coxswain.schemas.status import Frame
 from coxswain.service.bus import Bus
 from coxswain.service.config import Settings
 from coxswain.service.logs import get_logger
 from coxswain.service.port import (
     AnswerOut,
     CommandIn,
-    EventOut,
     FrameOut,
     LeadIn,
     Port,
-    QueryIn,
     ReplyOut,
 )
 from coxswain.service.request_id import parse, read_key
 from coxswain.service.scheduler import compat
 from coxswain.service.scheduler.adapter import SteeredRequestQueue
+from coxswain.service.scheduler.answers import Answers
 from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.journal import Journal
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
 from coxswain.service.scheduler.states import State
@@ -77,6 +76,7 @@ class SteeredScheduler(AsyncScheduler):
         )
         self.incarnation = str(ULID())
         self.port = Port()
+        self.journal = Journal(self.port, self.settings.worker, self.incarnation)
         self.core = SteeringCore(self, self._emit, leader_lease_s=self.settings.leader_lease_s)
         self.commands = Commands(self.core, self.settings.worker, self.incarnation)
         identity = Identity(
@@ -86,6 +86,9 @@ class SteeredScheduler(AsyncScheduler):
             compat.version(),
         )
         self.reporter = Reporter(self.core, identity, self.settings.head)
+        self.answers = Answers(
+            self.reporter, partial(self._frame, peek=True), compat.settings(self.vllm_config)
+        )
         # Order is the core's; victims of vLLM's own preemption follow class and priority whatever the flag says.
         self.policy = SchedulingPolicy.PRIORITY
         self.waiting = SteeredRequestQueue(self.core)
@@ -98,8 +101,6 @@ class SteeredScheduler(AsyncScheduler):
         self._frame_at = 0.0
         self._full_at = 0.0
         self._said_idle = False
-        self._event_seq = 0
-        self._events_dropped = 0
         self._step_began = 0.0
         self._step_times: deque[float] = deque(maxlen=64)
         self._engine = compat.find_engine()
@@ -194,7 +195,7 @@ class SteeredScheduler(AsyncScheduler):
         if self.finished_req_ids or self.connector is None:
             return bool(self.finished_req_ids)
         running, waiting = self.get_request_counts()
-        return len(self.requests) > running + waiting + len(self.core.roster.held)
+        return bool(len(self.requests) > running + waiting + len(self.core.roster.held))
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As vLLM, but held requests give up their KV first when running ones must."""
@@ -229,6 +230,7 @@ class SteeredScheduler(AsyncScheduler):
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)
         self.core.finished(self.now(), request.steering, compat.finish_reason(request))
+        self._fit_slots()
         return result
 
     # The core calls these: the port `Engine`
@@ -297,8 +299,8 @@ class SteeredScheduler(AsyncScheduler):
 
     def _fit_slots(self) -> None:
         """Held requests keep their model-runner slot: fewer others may be active when spare slots run out."""
-        kept = sum(record.state is State.HELD_KEPT for record in self.core.roster.held)
-        self.max_num_active_reqs = max(0, min(self._active_slots, self.max_num_running_reqs - kept))
+        spare = self.max_num_running_reqs - len(self.core.roster.kept)
+        self.max_num_active_reqs = max(0, min(self._active_slots, spare))
 
     def _note_admitted(self, now: float, output: Any) -> None:
         scheduled = output.num_scheduled_tokens
@@ -319,7 +321,7 @@ class SteeredScheduler(AsyncScheduler):
             elif isinstance(item, LeadIn):
                 self.core.heard(now, item.lead)
             else:
-                self.port.put(AnswerOut(item.token, self._answer(now, item)))
+                self.port.put(AnswerOut(item.token, self.answers.answer(now, item)))
         self._tick_at = self.core.deadline() or float("inf")
 
     def _tick(self, now: float) -> None:
@@ -345,74 +347,32 @@ class SteeredScheduler(AsyncScheduler):
         self._frame_at = now + self.settings.status_interval_s
         if full:
             self._full_at = now + self.settings.full_interval_s
-        commands = self.commands
-        frame = self.reporter.frame(
-            now,
-            self._gauges(),
-            full=full,
-            applied=commands.applied_total,
-            rejected=commands.rejected_total,
-        )
-        self.port.put(FrameOut(frame, idle))
+        self.port.put(FrameOut(self._frame(now, full=full), idle))
         self._said_idle = idle
+
+    def _frame(self, now: float, *, full: bool = True, peek: bool = False) -> Frame:
+        commands = self.commands
+        return self.reporter.frame(
+            now, self._gauges(), full=full, peek=peek,
+            applied=commands.applied_total, rejected=commands.rejected_total,
+        )  # fmt: skip
 
     def _gauges(self) -> Gauges:
         pool = self.kv_cache_manager.block_pool
-        held_blocks = 0
-        for record in self.core.roster.held:
-            if record.state is State.HELD_KEPT:
-                held_blocks += sum(len(group) for group in self.kv_cache_manager.get_blocks(record.id).blocks)
+        held_blocks = sum(
+            len(group)
+            for record in self.core.roster.kept
+            for group in self.kv_cache_manager.get_blocks(record.id).blocks
+        )
         return Gauges(
             state="serving" if self.pause_state == PauseState.UNPAUSED else "paused",
             active_slots=self.max_num_active_reqs, total_slots=self.max_num_running_reqs,
             # Block 0 is vLLM's null block: never free, never used.
             total_blocks=pool.num_gpu_blocks - 1, used_blocks=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
             held_blocks=held_blocks, step_s=median(self._step_times) if self._step_times else 0.0,
-            queue_depth=self.port.pending(), events_dropped=self._events_dropped + self.port.events_dropped,
+            queue_depth=self.port.pending(), events_dropped=self.journal.dropped + self.port.events_dropped,
         )  # fmt: skip
-
-    def _answer(
-        self, now: float, item: QueryIn
-    ) -> st.QueuePage | st.RequestReport | st.Config | st.Frame | RefusedError:
-        try:
-            if isinstance(item.query, st.RequestQuery):
-                return self.reporter.request(item.query.request)
-            if item.what == "queue":
-                return self.reporter.page(
-                    item.query if isinstance(item.query, st.QueueQuery) else st.QueueQuery()
-                )
-            if item.what == "status":
-                commands = self.commands
-                return self.reporter.frame(
-                    now, self._gauges(), full=True, peek=True,
-                    applied=commands.applied_total, rejected=commands.rejected_total,
-                )  # fmt: skip
-            if item.what == "config":
-                core = self.core
-                return st.Config(
-                    worker=self.settings.worker, incarnation=self.incarnation, digest=core.digest,
-                    classes=core.classes, tenants=core.tenants.table, prices=core.tenants.prices,
-                    leader=self.reporter.leader(now), vllm_version=compat.version(),
-                    scheduler=compat.settings(self.vllm_config),
-                )  # fmt: skip
-        except RefusedError as refusal:
-            return refusal
-        return RefusedError(Code.MALFORMED, f"unknown query {item.what!r}")
 
     def _emit(self, now: float, record: Record | None, kind: type[ev.Event], fields: dict[str, Any]) -> None:
-        """Number an event and queue it for the bus."""
-        if self.bus is None:
-            return
-        self._event_seq += 1
-        seq = self._event_seq
-        if record is not None:
-            fields = {
-                "request": record.request, "child": record.child, "tenant": record.account.name,
-                "class_": record.class_, "priority": record.priority, **fields,
-            }  # fmt: skip
-        event = kind(
-            id=f"{self.settings.worker}:{self.incarnation}:{seq}", worker=self.settings.worker,
-            incarnation=self.incarnation, seq=seq, at=now, step=self.core.step, **fields,
-        )  # fmt: skip
-        if not self.port.put(EventOut(event)):
-            self._events_dropped += 1
+        if self.bus is not None:
+            self.journal.write(now, record, kind, fields)

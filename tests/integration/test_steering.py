@@ -248,7 +248,7 @@ class TestAbort:
 
     @pytest.mark.parametrize("held", [None, "keep", "drop"])
     async def test_abort(self, rig: Rig, cox: Steer, held: str | None) -> None:
-        """An aborted request ends at once for its client, held or not, and leaves no block behind."""
+        """An aborted request ends at once for its client, held or not, and leaves no block or slot behind."""
         public, name = await started(rig)
         if held:
             await cox("preempt", public, kv=held)
@@ -256,6 +256,7 @@ class TestAbort:
         await eventually(lambda: rig.aborts_sent == [name])
         frame = await status(cox)
         assert (frame.held, frame.running, frame.kv_blocks.used) == (0, 0, 0)
+        assert (frame.slots.active, frame.slots.total) == (8, 8)
         assert (await cox("abort", public)).code == 404
 
 
