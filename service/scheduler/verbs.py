@@ -21,6 +21,8 @@ from coxswain.service.scheduler.tenants import MAX_TENANTS
 
 MAX_REMEMBERED: Final = 65_536
 """Ids remembered so that a repeated command is answered, not applied; the oldest give way."""
+MAX_REMEMBERED_RESULTS: Final = 65_536
+"""Results in the replies remembered for them, all together (some 10 MB; a name may have 512 characters)."""
 BUILT_LATER: Final = "is not in this version: it comes with caps, cut-in and drain"
 
 Outcome = tuple[c.Outcome, str, int]
@@ -43,6 +45,8 @@ class Commands:
         self.applied_total = 0
         self.rejected_total: dict[str, int] = {}
         self._answered: OrderedDict[str, tuple[float, c.Reply]] = OrderedDict()
+        self._results = 0
+        """Results in all of them."""
         self._verbs: dict[str, Callable[[float, str, c.Command], list[tuple[Record | str, Outcome]]]] = {
             "prioritize": self._prioritize,
             "preempt": self._preempt,
@@ -110,16 +114,25 @@ class Commands:
     # Memory of ids
 
     def _remembered(self, now: float, command_id: str) -> c.Reply | None:
-        while self._answered:
-            oldest = next(iter(self._answered))
-            if self._answered[oldest][0] >= now and len(self._answered) <= MAX_REMEMBERED:
-                break
-            del self._answered[oldest]
         known = self._answered.get(command_id)
         return known[1] if known is not None and known[0] >= now else None
 
     def _remember(self, now: float, command: c.Command, reply: c.Reply) -> None:
+        self._forget(command.id)
         self._answered[command.id] = (command.expires_at or now + c.MAX_AHEAD_S, reply)
+        self._results += len(reply.results)
+        while self._answered:
+            oldest = next(iter(self._answered))
+            if self._answered[oldest][0] >= now and not self._is_full():
+                break
+            self._forget(oldest)
+
+    def _is_full(self) -> bool:
+        return len(self._answered) > MAX_REMEMBERED or self._results > MAX_REMEMBERED_RESULTS
+
+    def _forget(self, command_id: str) -> None:
+        if known := self._answered.pop(command_id, None):
+            self._results -= len(known[1].results)
 
     # Targets
 
@@ -134,9 +147,8 @@ class Commands:
                 found.update(family)
             else:
                 missing.append((name, ("not_found", "no such request: finished, aborted, or never here", 0)))
-        for name in targets.classes:
-            if name not in core.classes:
-                missing.append((name, ("not_found", "no such class", 0)))
+        unknown = (name for name in targets.classes if name not in core.classes)
+        missing.extend((name, ("not_found", "no such class", 0)) for name in unknown)
         if targets.all:
             found.update(dict.fromkeys(core.roster.records.values()))
         elif targets.tenants or targets.classes:
@@ -212,7 +224,7 @@ class Commands:
 
         return self._each(command, act)
 
-    def _abort(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _abort(self, _now: float, _role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
         assert isinstance(command, c.Abort)
         doomed: list[Record] = []
 
@@ -224,7 +236,7 @@ class Commands:
         self.core.engine.abort(doomed)
         return results
 
-    def _rank(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _rank(self, _now: float, _role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
         assert isinstance(command, c.Rank)
         core = self.core
         new = sum(name not in core.tenants.accounts for name in command.tenants)
@@ -237,7 +249,7 @@ class Commands:
             core.rank(name, rank)
         return []
 
-    def _configure(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _configure(self, _now: float, _role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
         assert isinstance(command, c.Configure)
         if reserved := sorted(RESERVED & command.classes.keys()):
             raise RefusedError(Code.MALFORMED, f"class name {reserved[0]!r} is reserved: choose another")

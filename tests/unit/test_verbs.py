@@ -381,6 +381,24 @@ def test_remembered_ids_are_bounded(steered: Steered, monkeypatch: pytest.Monkey
     assert steered.commands.applied_total == total + 1
 
 
+def test_results_in_remembered_replies_are_bounded(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long replies are remembered while they fit, all together; the oldest give way, short ones live longer."""
+    monkeypatch.setattr(verbs, "MAX_REMEMBERED_RESULTS", 100)
+    record = steered.engine.submit()
+    names = [f"missing{i}" for i in range(29)]
+    for i in range(50):
+        steered("prioritize", record, *names, priority=i, id=f"long{i}")
+    assert list(steered.commands._answered) == ["long47", "long48", "long49"]
+    total = steered.commands.applied_total
+    steered("prioritize", record, *names, priority=0, id="long47")
+    assert (steered.commands.applied_total, record.priority) == (total, 49)
+    for i in range(50):
+        steered("prioritize", record, priority=100 + i, id=f"short{i}")
+    assert len(steered.commands._answered) == 53
+    steered("prioritize", record, *(f"missing{i}" for i in range(150)), priority=0, id="too long")
+    assert not steered.commands._answered
+
+
 def test_command_that_is_applied_is_told(steered: Steered) -> None:
     """The log has who asked what and what became of it; ranks, many a second, stay out of it."""
     steered("preempt", steered.engine.submit(), issuer="me", id="x1")
