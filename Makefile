@@ -17,7 +17,7 @@ endif
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint format schema drift links wheel lock clean
+.PHONY: help install demo test check lint format schema states drift links wheel lock clean
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,8 +55,10 @@ lint: install ## ruff and mypy
 	$(BIN)/mypy
 	$(BIN)/mypy scripts
 
-drift: install ## docs/schema.json is what schemas/ says
+drift: install ## what is generated into docs/ and the README is what the code says
 	$(BIN)/cox schema --check docs/schema.json
+	$(BIN)/python scripts/protocol_examples.py --check
+	$(BIN)/python scripts/states.py --check
 
 links: install ## links and paths in the documents resolve
 	$(BIN)/python scripts/doc_links.py
@@ -68,8 +70,12 @@ format: install ## let ruff format the code and sort its imports
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-schema: install ## renew docs/schema.json after a change of schemas/
+schema: states ## renew what is generated: docs/schema.json, the documents' examples, docs/states.md
 	$(BIN)/cox schema --output docs/schema.json
+	$(BIN)/python scripts/protocol_examples.py --write
+
+states: install ## renew docs/states.md alone, after a change of the table of states
+	$(BIN)/python scripts/states.py
 
 lock: install ## resolve anew and pin what pip finds, in requirements/
 	$(BIN)/python scripts/lock.py --torch-index $(TORCH_INDEX)

@@ -182,6 +182,8 @@ def test_ci_runs_what_people_run():
         "ruff format --check",
         "mypy",
         "cox schema --check",
+        "protocol_examples.py --check",
+        "states.py --check",
         "doc_links.py",
         "wheel_check.py",
         "pytest",
