@@ -22,7 +22,9 @@ _LINK = re.compile(
     r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)|^\[[^\]]+\]:\s+(\S+)|\b(?:src|href)=\"([^\"]+)\"", re.MULTILINE
 )
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$", re.MULTILINE)
-_PATH = re.compile(r"(?:schemas|service|control|bench|tests|deploy|docs|examples|scripts|requirements|\.ci)/[\w./-]+")
+_PATH = re.compile(
+    r"(?:schemas|service|control|bench|tests|deploy|docs|examples|scripts|requirements|\.ci)/[\w./-]+"
+)
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 
