@@ -29,27 +29,28 @@ import msgspec
 
 SCHEDULER = "coxswain.service.scheduler.SteeredScheduler"
 FLEET, WORKER = "gpu", "gpu-0"
+WORKER_TRIES = 300
+"""Times that a worker which should be there is asked, at least 0.2 s apart."""
 
 
 @asynccontextmanager
 async def nats_server() -> AsyncIterator[str]:
     """A nats-server on a free loopback port; its URL."""
-    folder = tempfile.mkdtemp(prefix="cox-nats-")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     binary = shutil.which("nats-server") or str(Path(sys.executable).parent / "nats-server")
-    process = subprocess.Popen(
-        [binary, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", folder],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        await asyncio.sleep(0.5)
-        yield f"nats://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(10)
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="cox-nats-") as folder:
+        process = await asyncio.create_subprocess_exec(
+            binary, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", folder,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            await asyncio.sleep(0.5)
+            yield f"nats://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            await process.wait()
 
 
 def engine(model: Path, *, steered: bool, **options: Any) -> Any:
@@ -72,6 +73,8 @@ class Run:
         self.tokens: list[int] = []
         self.times: list[float] = []
         self.began = time.perf_counter()
+        self.over = False
+        self._news = asyncio.Event()
         self.task = asyncio.create_task(self._read(llm, prompt, tokens))
 
     async def _read(self, llm: Any, prompt: list[int], tokens: int) -> None:
@@ -83,16 +86,22 @@ class Run:
             max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
-        async for output in llm.generate(TokensPrompt(prompt_token_ids=prompt), params, self.name):
-            self.tokens.extend(output.outputs[0].token_ids)
-            self.times.append(time.perf_counter())
+        try:
+            async for output in llm.generate(TokensPrompt(prompt_token_ids=prompt), params, self.name):
+                self.tokens.extend(output.outputs[0].token_ids)
+                self.times.append(time.perf_counter())
+                self._news.set()
+        finally:
+            self.over = True
+            self._news.set()
 
     async def until(self, count: int) -> None:
-        """Wait until so many tokens are here."""
-        while len(self.tokens) < count and not self.task.done():
-            await asyncio.sleep(0.001)
-        if self.task.done():
-            self.task.result()
+        """Wait until so many tokens are here; raises what the request died of."""
+        while len(self.tokens) < count and not self.over:
+            self._news.clear()
+            await self._news.wait()
+        if self.over:
+            await self.task
 
 
 class Wire:
@@ -129,8 +138,12 @@ async def wire(url: str) -> AsyncIterator[Wire]:
     client = await Client.connect(Connection(urls=(url,), fleet=FLEET))
     try:
         await init(client.js, client.subjects)
-        while not await client.statuses(wait_s=1.0):
+        for _ in range(WORKER_TRIES):
+            if await client.statuses(wait_s=1.0):
+                break
             await asyncio.sleep(0.2)
+        else:
+            raise TimeoutError(f"worker {WORKER} did not answer")
         yield Wire(client)
     finally:
         await client.close()
@@ -160,7 +173,7 @@ def wipe(worker: Any) -> int:
     return len(caches)
 
 
-async def identity(count: int, tokens: int) -> dict[str, Any]:
+async def identity(model: Path, count: int, tokens: int) -> dict[str, Any]:
     """Hold and drop running requests at five points of their life; compare every token."""
     import random
 
@@ -169,9 +182,6 @@ async def identity(count: int, tokens: int) -> dict[str, Any]:
     found: dict[str, Any] = {"requests": count, "tokens": tokens, "cases": []}
     async with nats_server() as url:
         os.environ.update(COX_NATS_URL=url, COX_FLEET=FLEET, COX_WORKER=WORKER)
-        model = Path(tempfile.mkdtemp(prefix="cox-model-"))
-        # In a process of its own: an engine forked from one that has used torch hangs.
-        subprocess.run([sys.executable, "-m", "bench.gpu", "model", "--model", str(model)], check=True)
         llm = engine(model, steered=True, max_num_seqs=count + 16, max_num_active_seqs=count, max_model_len=4_096,
                      gpu_memory_utilization=0.5, enforce_eager=True, max_num_batched_tokens=2_048)  # fmt: skip
         async with wire(url) as send:
@@ -318,7 +328,10 @@ def main() -> int:
     if chosen.what == "identity":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the negative control sends a function
-        found = asyncio.run(identity(chosen.slots, chosen.tokens))
+        with tempfile.TemporaryDirectory(prefix="cox-model-") as folder:
+            # In a process of its own: an engine forked from one that has used torch hangs.
+            subprocess.run([sys.executable, "-m", "bench.gpu", "model", "--model", folder], check=True)
+            found = asyncio.run(identity(Path(folder), chosen.slots, chosen.tokens))
     elif chosen.what == "one":
         found = asyncio.run(
             throughput(
@@ -338,13 +351,15 @@ def main() -> int:
         found = []
         for index in range(2 * chosen.repeat):
             steered = bool(index % 2)
-            out = Path(tempfile.mkstemp(suffix=".json")[1])
-            subprocess.run(
-                [sys.executable, "-m", "bench.gpu", "one", "--model", str(chosen.model), "--slots", str(chosen.slots),
-                 "--seconds", str(chosen.seconds), "--json", str(out), *(["--steered"] if steered else [])],
-                check=True,
-            )  # fmt: skip
-            found.append(msgspec.json.decode(out.read_bytes()))
+            with tempfile.TemporaryDirectory(prefix="cox-gpu-") as folder:
+                out = Path(folder) / "one.json"
+                subprocess.run(
+                    [sys.executable, "-m", "bench.gpu", "one", "--model", str(chosen.model),
+                     "--slots", str(chosen.slots), "--seconds", str(chosen.seconds), "--json", str(out),
+                     *(["--steered"] if steered else [])],
+                    check=True,
+                )  # fmt: skip
+                found.append(msgspec.json.decode(out.read_bytes()))
             print(found[-1], flush=True)
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ VOCABULARY = 32_000
 def token_at(seed: int, position: int) -> int:
     """The token that a request with this seed has at this position (from 0 in its output)."""
     return 10 + (seed * 7_919 + position * 104_729) % (VOCABULARY - 10)
+
+
+@cache
+def _model() -> tempfile.TemporaryDirectory[str]:
+    """A folder that describes a small Llama: one for all rigs of a process, and it goes when that ends."""
+    folder = tempfile.TemporaryDirectory(prefix="cox-rig-")
+    description = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+        "max_position_embeddings": 131_072, "eos_token_id": EOS, "torch_dtype": "float32",
+    }  # fmt: skip
+    (Path(folder.name) / "config.json").write_text(json.dumps(description))
+    return folder
 
 
 def vllm_config(
@@ -38,19 +52,8 @@ def vllm_config(
     """A vLLM configuration of a small Llama that is never loaded."""
     from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
 
-    folder = Path(tempfile.mkdtemp(prefix="cox-rig-"))
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
-                "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
-                "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 131_072,
-                "eos_token_id": EOS, "torch_dtype": "float32",
-            },
-        ),
-    )  # fmt: skip
     model = ModelConfig(
-        model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=max_model_len, seed=0,
+        model=_model().name, skip_tokenizer_init=True, dtype="float32", max_model_len=max_model_len, seed=0,
     )  # fmt: skip
     scheduler = SchedulerConfig(
         max_num_seqs=max_num_seqs, max_num_active_seqs=max_num_active_seqs,

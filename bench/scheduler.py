@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,16 @@ def operations(running: int, waiting: int, tenants: int, repeats: int) -> dict[s
     return found
 
 
+def step_line(case: dict[str, Any]) -> str:
+    """A case of `steps` as a line of the table."""
+    sizes = " ".join(f"{case[name]:8}" for name in ("running", "waiting", "tenants"))
+    times = " ".join(f"{case['step_us'][variant]:8.0f}" for variant in ("priority", "quiet", "on"))
+    ratios = [case[f"{variant}/priority"] for variant in ("quiet", "on")]
+    return f"{sizes} | {times}    | " + " ".join(
+        f"{middle:.3f} [{low:.3f} {high:.3f}]" for middle, low, high in ratios
+    )
+
+
 def main() -> int:
     """Run the cases, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -221,25 +232,18 @@ def main() -> int:
     found: dict[str, Any] = {"steps": [], "operations": []}
     with _environment():
         print(
-            f"{'running':>8} {'waiting':>8} {'tenants':>8} | {'stock':>8} {'quiet':>8} {'on':>8} µs | quiet/stock        on/stock"
+            f"{'running':>8} {'waiting':>8} {'tenants':>8} | {'stock':>8} {'quiet':>8} {'on':>8} µs |", end=""
         )
-        for running in numbers["running"]:
-            for waiting in numbers["waiting"]:
-                for tenants in numbers["tenants"]:
-                    case = steps(running, waiting, tenants, chosen.rounds)
-                    found["steps"].append(case)
-                    us, quiet, on = case["step_us"], case["quiet/priority"], case["on/priority"]
-                    print(
-                        f"{running:8} {waiting:8} {tenants:8} | {us['priority']:8.0f} {us['quiet']:8.0f} {us['on']:8.0f}    | "
-                        f"{quiet[0]:.3f} [{quiet[1]:.3f} {quiet[2]:.3f}] {on[0]:.3f} [{on[1]:.3f} {on[2]:.3f}]",
-                        flush=True,
-                    )
+        print(" quiet/stock        on/stock")
+        for running, waiting, tenants in product(*numbers.values()):
+            case = steps(running, waiting, tenants, chosen.rounds)
+            found["steps"].append(case)
+            print(step_line(case), flush=True)
         case = operations(64, chosen.queue, 100, 500)
         found["operations"].append(case)
         for name in ("reprioritize", "rerank", "abort"):
-            print(
-                f"{name:>14} one of {chosen.queue}: ours {case[name]['ours_us']:.1f} µs, stock {case[name]['stock_us']:.1f} µs"
-            )
+            ours, stock = case[name]["ours_us"], case[name]["stock_us"]
+            print(f"{name:>14} one of {chosen.queue}: ours {ours:.1f} µs, stock {stock:.1f} µs")
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
