@@ -135,11 +135,11 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QueuePage(msgspec.Struct, frozen=True, kw_only=True):
-    """Reply to `query queue`: the queue in order, after request `after`."""
+    """Reply to `query queue`: the queue in order from `after` on, as of now; pages of one that moves may overlap."""
 
     requests: tuple[RequestStatus, ...]
     next: str | None
-    """Pass as `after` for the next page; null at the end."""
+    """An opaque cursor (a place in the queue, no request's name): pass it as `after`; null at the end."""
     total: int
 
 
@@ -147,6 +147,7 @@ class QueueQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Payload of `query queue`; an empty payload asks for the first page."""
 
     after: str | None = None
+    """What the page before gave as `next`; null for the first page."""
     limit: int = 100
     """1 to 1000."""
 

@@ -16,7 +16,7 @@ PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "states.md"
 INTRODUCTION: Final = """\
 # The life of a request
 
-Drawn by `make states` from the table in `service/scheduler/states.py`; do not edit. An event that is not in
+Drawn by `make states` from the table in `service/scheduler/states.py`; do not edit. A transition that is not in
 the table for a state is illegal there: it raises and changes nothing. A request can *finish* in every state.
 """
 
