@@ -246,9 +246,14 @@ def _listing(path: Path) -> str:
         bounds = f"{row.priority_min}..{row.priority_max}"
         admin = "yes" if row.admin else "-"
         lines.append(
-            f"{row.id:<10}{row.tenant:<24}{row.class_ or '-':<16}{asked:<24}{bounds:<26}{admin}",
+            f"{row.id:<10}{_shown(row.tenant):<24}{row.class_ or '-':<16}{asked:<24}{bounds:<26}{admin}",
         )
     return "\n".join(lines) + "\n"
+
+
+def _shown(tenant: str) -> str:
+    """A tenant as a terminal may see it: one line, no control characters."""
+    return tenant if tenant.isprintable() else ascii(tenant)
 
 
 def _parser() -> argparse.ArgumentParser:

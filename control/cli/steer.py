@@ -18,7 +18,7 @@ from coxswain.control.cli import parse
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.verdict import judge, outcome, skew_s
-from coxswain.control.cli.words import span
+from coxswain.control.cli.words import plural, span
 from coxswain.schemas import commands
 from coxswain.schemas.names import ALL
 from coxswain.schemas.policy import TenantRank
@@ -217,7 +217,8 @@ async def rank(
             for tenant in sorted(by_weight.keys() | by_base.keys())
         }
         command = commands.Rank(**_envelope(), incarnation=frame.incarnation, tenants=tenants)
-        return await _send_over(client, cox, worker, "rank", command, done="ranked", noun="tenant")
+        done = f"ranked {plural(len(tenants), 'tenant')}"
+        return await _send_over(client, cox, worker, "rank", command, done=done, noun="tenant")
 
 
 def _targets(

@@ -36,7 +36,7 @@ def judge(done: str, noun: str, targets: Targets | None, replies: Sequence[Reply
     """The exit code and the words for `replies` (at least one).
 
     Args:
-        done: the verb as a participle, "held".
+        done: the verb as a participle, "held"; for commands about no requests all that was done.
         noun: what was counted, "request".
         targets: what the command named; None for commands about no requests.
         replies: one per worker.
@@ -56,7 +56,10 @@ def judge(done: str, noun: str, targets: Targets | None, replies: Sequence[Reply
     problems = _refusals(refused)
     problems += [_failed_line(worker, result) for worker, result in failed]
     problems += _missing_lines(targets, missing, replies)
-    lines = [line for reply in accepted if (line := _done_line(done, noun, reply))]
+    if targets is None:  # then replies count nothing: who accepted did all of it
+        lines = [f"{reply.worker}: {done} from step {reply.step}" for reply in accepted]
+    else:
+        lines = [line for reply in accepted if (line := _done_line(done, noun, reply))]
     partial = bool(refused or failed or missing or _short(targets, accepted))
     return Verdict(
         code=Exit.PARTIAL if partial else Exit.DONE,

@@ -185,3 +185,13 @@ def test_command_line_refuses_a_priority_beyond_int32(file: Path, capsys: pytest
     assert keys.main(["add", "--tenant", "acme", "--priority-max", str(2**31), str(file)]) == 2
     assert "error:" in capsys.readouterr().err
     assert not file.exists()
+
+
+def test_listing_keeps_a_tenant_on_its_line(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tenant's name, which may be any text, neither breaks the table nor steers the terminal."""
+    keys.main(["add", "--tenant", "ev\nil\x1b[31m", str(file)])
+    capsys.readouterr()
+    keys.main(["list", str(file)])
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) == 2
+    assert "\x1b" not in shown
