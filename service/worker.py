@@ -20,6 +20,7 @@ from coxswain.service import keys, plugin
 from coxswain.service.config import SettingRefusedError, Settings
 from coxswain.service.edge import EdgeSettings
 from coxswain.service.logs import redact
+from coxswain.service.simulated import flags as simulated
 
 SCHEDULER: Final = "coxswain.service.scheduler.SteeredScheduler"
 MIDDLEWARE: Final = "coxswain.service.identity.Identity"
@@ -37,7 +38,7 @@ quarter of the throughput, with tokens that arrive in lumps.
 """
 MIN_SPARE: Final = 8
 
-HELP: Final = """\
+HELP: Final = f"""\
 usage: cox worker MODEL [options] [any `vllm serve` argument]
 
 Serve MODEL with vLLM, steered from outside over NATS.
@@ -50,6 +51,7 @@ options:
   --dry-run      print the command and environment instead of running it
   -h, --help     show this; `--help=all` shows vLLM's own arguments
 
+{simulated.HELP}
 Defaults, each only where you said nothing:
   --max-num-seqs N stays the number of requests that run at once: vLLM gets N as --max-num-active-seqs,
   and N plus spare slots (an eighth, at least 8) as --max-num-seqs, so that a held request keeps its place
@@ -101,9 +103,12 @@ def plan(
 
     Raises:
         WorkerRefusedError: for arguments that cannot work together.
+        FlagRefusedError: for arguments of the simulated device that cannot.
         SettingRefusedError: for a name or address that is not allowed.
     """
     own, rest = _own_parser().parse_known_args(list(argv))
+    if own.device not in {None, simulated.DEVICE}:
+        rest += ["--device", own.device]  # vLLM says what it thinks of it
     config = config or {}
     given = _Given(rest, config)
     if not rest or (rest[0].startswith("-") and "model" not in given):
@@ -114,7 +119,11 @@ def plan(
         raise WorkerRefusedError(
             "--scheduler-cls is Coxswain's own: use `vllm serve` to run another scheduler"
         )
+    preset = simulated.preset(own)
+    cpu = cpu and preset is None  # the defaults for CPUs are about computing on them
     added = _environment(own, env, cpu=cpu, cores=cores, given=given)
+    if preset is not None:
+        added |= simulated.environment(own)
     # Refused here, in words, not in a child half a minute later.
     Settings.from_env({**env, **added})
     serve = ["serve", *rest]
@@ -123,7 +132,9 @@ def plan(
     if MIDDLEWARE not in rest:
         # Last: vLLM puts the last one outermost, so that nothing runs before we know who asks.
         serve += ["--middleware", MIDDLEWARE]
-    serve += _slots(given, default_slots)
+    serve += _slots(given, default_slots if preset is None else lambda: preset.max_num_seqs)
+    if preset is not None:
+        serve += simulated.arguments(preset, given.__contains__)
     if cpu and "block-size" not in given:
         serve += ["--block-size", str(CPU_BLOCK)]
     return Launch(serve, added, own.dry_run)
@@ -136,6 +147,7 @@ def _own_parser() -> argparse.ArgumentParser:
     for name in ("--name", "--nats", "--fleet", "--keys"):
         parser.add_argument(name)
     parser.add_argument("--dry-run", action="store_true")
+    simulated.declare(parser)
     return parser
 
 
@@ -299,7 +311,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.update(launch.env)
             plugin.load()
             _check_files(os.environ)
-    except (WorkerRefusedError, SettingRefusedError, keys.KeysRefusedError) as error:
+    except (
+        WorkerRefusedError,
+        SettingRefusedError,
+        simulated.FlagRefusedError,
+        keys.KeysRefusedError,
+    ) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     if launch.dry_run:
