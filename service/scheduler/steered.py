@@ -22,6 +22,7 @@ from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPol
 from vllm.v1.request import RequestStatus
 
 from coxswain.schemas import events as ev
+from coxswain.schemas.commands import Reply
 from coxswain.schemas.status import Frame
 from coxswain.service.bus import Bus
 from coxswain.service.config import Settings
@@ -47,8 +48,8 @@ from coxswain.service.scheduler.verbs import Commands
 
 log = get_logger()
 
-MAX_DRAIN: Final = 256
-"""Commands and queries applied before one step; the rest wait for the next."""
+DRAIN_S: Final = 0.005
+"""Time for commands and queries before one step; the rest wait for the next, so that a flood cannot stop steps."""
 CLASS_STRIDE: Final = 2**33
 """vLLM picks a victim by `Request.priority`; we write class and priority into it, class first."""
 
@@ -311,18 +312,24 @@ class SteeredScheduler(AsyncScheduler):
 
     def _drain(self, now: float) -> None:
         """Apply what waits on the port, in order."""
-        for _ in range(MAX_DRAIN):
-            item = self.port.take()
-            if item is None:
-                break
+        enough = time.monotonic() + DRAIN_S
+        while (item := self.port.take()) is not None:
             if isinstance(item, CommandIn):
-                reply = self.commands.apply(now, item.role, item.verb, item.command, item.ignored)
-                self.port.put(ReplyOut(item.token, reply))
+                self.port.put(ReplyOut(item.token, self._apply(now, item)))
             elif isinstance(item, LeadIn):
                 self.core.heard(now, item.lead)
             else:
                 self.port.put(AnswerOut(item.token, self.answers.answer(now, item)))
+            if time.monotonic() > enough:
+                break
         self._tick_at = self.core.deadline() or float("inf")
+
+    def _apply(self, now: float, item: CommandIn) -> Reply:
+        try:
+            return self.commands.apply(now, item.role, item.verb, item.command, item.ignored)
+        except Exception:  # a fault of ours in one command must not end everybody's requests
+            log.exception("command.failed", verb=item.verb, command=item.command.id, role=item.role)
+            return self.commands.failed(now, item.command)
 
     def _tick(self, now: float) -> None:
         self.core.tick(now)

@@ -80,6 +80,11 @@ class Commands:
             )  # fmt: skip
         return reply
 
+    def failed(self, now: float, command: c.Command) -> c.Reply:
+        """The answer to a command that this worker broke on."""
+        text = "this worker failed on it, and perhaps half way: its log says how; ask for the request's state"
+        return self._rejection(now, command, RefusedError(Code.NOT_POSSIBLE, text), ())
+
     # Checks
 
     def _check(self, now: float, role: str, verb: str, command: c.Command) -> None:
@@ -307,6 +312,11 @@ class Commands:
                 now, None, ev.CommandSeen, command=command.id, verb=verb, role=role, issuer=command.issuer,
                 outcome="rejected", code=int(refusal.code), error=refusal.message,
             )  # fmt: skip
+        return self._rejection(now, command, refusal, ignored)
+
+    def _rejection(
+        self, now: float, command: c.Command, refusal: RefusedError, ignored: tuple[str, ...]
+    ) -> c.Reply:
         return c.Reply(
             id=command.id, worker=self.worker, incarnation=self.incarnation, worker_now=now,
             step=self.core.step + 1, outcome="rejected", ignored=ignored, code=int(refusal.code), error=refusal.message,

@@ -58,7 +58,10 @@ class SimulatedDevice:
         """When the device has finished everything that it was given (monotonic s)."""
         self._step: Step | None = None
         """Executed, not yet sampled."""
-        log.info("simulated.device", check=settings.check, model_runner="v2" if v2 else "v1")
+        log.info(
+            "simulated.device", check=settings.check, model_runner="v2" if v2 else "v1",
+            async_scheduling=config.scheduler_config.async_scheduling,
+        )  # fmt: skip
 
     # At start
 

@@ -531,6 +531,21 @@ class TestFaults:
         await ended_well(rig, name, 1_000)
         await sleeper.nc.close()
 
+    async def test_a_fault_of_ours(self, rig: Rig, cox: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A command that this worker breaks on is answered 422; requests and later commands go on."""
+        public, name = await started(rig)
+
+        def broken(*_: object) -> None:
+            raise KeyError("a bug")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rig.scheduler.core.holds, "hold", broken)
+            assert (await cox("preempt", public)).code == 422
+        assert (await cox("preempt", public)).outcome == "applied"
+        await still(rig, name)
+        await cox("continue", public)
+        await ended_well(rig, name)
+
 
 class TestStream:
     """What a worker publishes."""

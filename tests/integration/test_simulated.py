@@ -1,0 +1,202 @@
+"""The real engine on the simulated device: whatever is done to requests, the protocol holds and they say the same."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from coxswain.service.simulated.checker import ProtocolViolationError, Rule
+from coxswain.service.simulated.tokens import Vocabulary, seed_of
+from coxswain.service.tiny import make_model
+from tests.support.simulated import Engine, engine
+
+pytestmark = pytest.mark.vllm
+
+MODES = pytest.mark.parametrize(
+    ("v2", "asynchronous"),
+    [(False, False), (False, True), (True, False), (True, True)],
+    ids=["v1-sync", "v1-async", "v2-sync", "v2-async"],
+)
+REQUESTS = 180
+STEPS = 1_000
+
+
+def load(seed: int) -> dict[str, tuple[list[int], int]]:
+    """Requests by name: prompt and tokens to say. Half of them share one of two long prefixes."""
+    dice = random.Random(seed)
+    prefixes = [[dice.randrange(4_000) for _ in range(64)] for _ in range(2)]
+    requests = {}
+    for number in range(REQUESTS):
+        own = [dice.randrange(4_000) for _ in range(dice.randrange(1, 120))]
+        prompt = dice.choice(prefixes) + own if dice.random() < 0.5 else own
+        requests[f"r{number}"] = (prompt, dice.randrange(1, 80))
+    return requests
+
+
+def disturb(engine: Engine, requests: dict[str, tuple[list[int], int]], seed: int) -> set[str]:
+    """Run them with arrivals, holds, drops, continues, new priorities and aborts at random steps; who was aborted."""
+    dice = random.Random(seed)
+    waiting = list(requests)
+    live: list[str] = []
+    aborted: set[str] = set()
+    while waiting or live:
+        while waiting and len(live) < 14 and dice.random() < 0.5:
+            name = waiting.pop(0)
+            engine.add(name, *requests[name])
+            live.append(name)
+        for _ in range(dice.randrange(3)):
+            some = dice.sample(live, min(len(live), dice.randrange(1, 4)))
+            if not some:
+                break
+            verb = dice.choices(["preempt", "continue", "prioritize", "abort"], [5, 8, 3, 0.2])[0]
+            fields: dict[str, Any] = {
+                "preempt": {"kv": dice.choice(["keep", "keep", "drop"]), "lease_s": 0.05},
+                "prioritize": {"priority": dice.randrange(-5, 5)},
+            }.get(verb, {})
+            engine.command(verb, *some, **fields)
+            if verb == "abort":
+                aborted |= set(some)
+        engine.step()
+        live = [name for name in live if name not in engine.finished and name not in aborted]
+    engine.run()
+    return aborted
+
+
+@MODES
+@pytest.mark.parametrize("caching", [False, True], ids=["plain", "prefix-caching"])
+def test_disturbed_requests_say_what_undisturbed_ones_say(
+    tmp_path: Path, v2: bool, asynchronous: bool, caching: bool
+) -> None:
+    """A thousand steps under KV pressure break no rule; every token is that of stock vLLM's undisturbed run."""
+    options = {"v2": v2, "asynchronous": asynchronous, "enable_prefix_caching": caching}
+    requests = load(seed=1)
+    with engine(tmp_path, scheduler=None, num_gpu_blocks_override=400, **options) as stock:
+        for name, (prompt, tokens) in requests.items():
+            stock.add(name, prompt, tokens)
+        stock.run()
+    with engine(tmp_path, **options) as steered:
+        aborted = disturb(steered, requests, seed=2)
+        assert steered.steps >= STEPS
+        assert steered.checker.step >= STEPS
+        assert steered.checker.slots == 0
+        assert steered.core.scheduler.kv_cache_manager.usage == 0
+        outcomes = {(type(reply).__name__, reply.outcome) for reply in steered.replies}
+    assert ("Reply", "applied") in outcomes
+    assert 0 < len(aborted) < REQUESTS / 2
+    for name, (_, tokens) in requests.items():
+        said, expected = steered.outputs.get(name, []), stock.outputs[name]
+        assert len(expected) == tokens
+        assert said == (expected[: len(said)] if name in aborted else expected), name
+
+
+@MODES
+def test_stock_vllm_under_kv_pressure_breaks_no_rule(tmp_path: Path, v2: bool, asynchronous: bool) -> None:
+    """vLLM's own preemptions are in order too: the checker does not cry wolf."""
+    requests = load(seed=3)
+    with engine(
+        tmp_path, v2=v2, asynchronous=asynchronous, scheduler=None, num_gpu_blocks_override=28
+    ) as stock:
+        preempted = 0
+        for name, (prompt, tokens) in requests.items():
+            stock.add(name, prompt, tokens)
+        preempt = stock.core.scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal preempted
+            preempted += 1
+            return preempt(*args, **kwargs)
+
+        stock.core.scheduler._preempt_request = counted
+        stock.run()
+        assert preempted > 10
+    vocabulary = Vocabulary(4_000)
+    for name, (prompt, tokens) in requests.items():
+        expected = [vocabulary.token(seed_of(prompt), len(prompt) + place) for place in range(tokens)]
+        assert stock.outputs[name] == expected
+
+
+@MODES
+def test_a_scheduler_that_gives_held_kv_away_is_caught(tmp_path: Path, v2: bool, asynchronous: bool) -> None:
+    """The negative control: blocks of a held request freed behind its back end the engine, in words."""
+    with engine(
+        tmp_path, v2=v2, asynchronous=asynchronous, enable_prefix_caching=False, num_gpu_blocks_override=20
+    ) as broken:
+        broken.add("held", list(range(100)), 50)
+        for _ in range(6):
+            broken.step()
+        broken.command("preempt", "held")
+        broken.step()
+        scheduler = broken.core.scheduler
+        scheduler.kv_cache_manager.free(scheduler.requests["held"])
+        broken.add("thief", list(range(500, 700)), 50)
+        with pytest.raises(ProtocolViolationError) as caught:
+            broken.run()
+        assert caught.value.rule is Rule.WRITER
+        assert "which held has written and still has in its table" in str(caught.value)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_steps_take_the_presets_time(tmp_path: Path, asynchronous: bool) -> None:
+    """Thirty tokens one after the other take thirty steps of 4 ms, however the steps are overlapped."""
+    with engine(tmp_path, v2=True, asynchronous=asynchronous, preset="cpu") as timed:
+        timed.add("r", [1, 2, 3], 30)
+        began = time.monotonic()
+        timed.run()
+        assert 30 * 4e-3 <= time.monotonic() - began < 10 * 30 * 4e-3
+
+
+def test_worker_serves_http_in_seconds(tmp_path: Path) -> None:
+    """`cox worker --device simulated` answers over HTTP without weights, always the same, checked and async."""
+    model = make_model(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path / "worker.log"
+    with log.open("wb") as out:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "coxswain.service.worker", str(model), "--device", "simulated", "--sim-check",
+             "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)],
+            env={name: value for name, value in os.environ.items() if not name.startswith(("COX_", "VLLM_"))},
+            stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        body = {"model": "tiny", "prompt": "the river", "max_tokens": 20, "return_token_ids": True}
+        tokens = [ask(port, body, worker, log) for _ in range(2)]
+        assert len(tokens[0]) == 20
+        assert tokens[0] == tokens[1]
+        said = next(line for line in log.read_text().splitlines() if "simulated.device" in line)
+        assert '"check": true' in said
+        assert '"model_runner": "v2"' in said
+        assert '"async_scheduling": true' in said
+    finally:
+        os.killpg(worker.pid, signal.SIGTERM)
+        try:
+            worker.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait(5)
+
+
+def ask(port: int, body: dict[str, Any], worker: subprocess.Popen[bytes], log: Path) -> list[int]:
+    """The tokens of a completion, as soon as the worker is up."""
+    deadline = time.monotonic() + 90
+    while True:
+        assert worker.poll() is None, log.read_text()[-4_000:]
+        assert time.monotonic() < deadline, log.read_text()[-4_000:]
+        try:
+            response = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30)
+        except httpx.TransportError:
+            time.sleep(0.2)
+            continue
+        assert response.status_code == 200, response.text
+        tokens: list[int] = response.json()["choices"][0]["token_ids"]
+        return tokens
