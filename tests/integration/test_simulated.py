@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from coxswain.service.config import SettingRefusedError
 from coxswain.service.simulated.checker import ProtocolViolationError, Rule
 from coxswain.service.simulated.tokens import Vocabulary, seed_of
 from coxswain.service.tiny import make_model
@@ -153,8 +154,18 @@ def test_steps_take_the_presets_time(tmp_path: Path, asynchronous: bool) -> None
         assert 30 * 4e-3 <= time.monotonic() - began < 10 * 30 * 4e-3
 
 
+def test_refuses_what_it_does_not_simulate(tmp_path: Path) -> None:
+    """A feature that the device lacks is refused at start, by name, not ignored."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    with (
+        pytest.raises(SettingRefusedError, match="no speculative decoding"),
+        engine(tmp_path, v2=False, asynchronous=False, speculative_config=drafts),
+    ):
+        pass
+
+
 def test_worker_serves_http_in_seconds(tmp_path: Path) -> None:
-    """`cox worker --device simulated` answers over HTTP without weights, always the same, checked and async."""
+    """`cox worker --device simulated` answers without weights, always the same, checked, async, within a grammar."""
     model = make_model(tmp_path / "model")
     (model / "model.safetensors").unlink()
     with socket.socket() as probe:
@@ -173,6 +184,9 @@ def test_worker_serves_http_in_seconds(tmp_path: Path) -> None:
         tokens = [ask(port, body, worker, log) for _ in range(2)]
         assert len(tokens[0]) == 20
         assert tokens[0] == tokens[1]
+        words = ["river", "mountain"]
+        chosen = {"structured_outputs": {"choice": words}, "return_token_ids": False}
+        assert ask(port, body | chosen, worker, log) in words
         said = next(line for line in log.read_text().splitlines() if "simulated.device" in line)
         assert '"check": true' in said
         assert '"model_runner": "v2"' in said
@@ -186,8 +200,8 @@ def test_worker_serves_http_in_seconds(tmp_path: Path) -> None:
             worker.wait(5)
 
 
-def ask(port: int, body: dict[str, Any], worker: subprocess.Popen[bytes], log: Path) -> list[int]:
-    """The tokens of a completion, as soon as the worker is up."""
+def ask(port: int, body: dict[str, Any], worker: subprocess.Popen[bytes], log: Path) -> Any:
+    """The tokens of a completion, or its text if it was not asked for them, as soon as the worker is up."""
     deadline = time.monotonic() + 90
     while True:
         assert worker.poll() is None, log.read_text()[-4_000:]
@@ -198,5 +212,5 @@ def ask(port: int, body: dict[str, Any], worker: subprocess.Popen[bytes], log: P
             time.sleep(0.2)
             continue
         assert response.status_code == 200, response.text
-        tokens: list[int] = response.json()["choices"][0]["token_ids"]
-        return tokens
+        choice = response.json()["choices"][0]
+        return choice["token_ids"] if body["return_token_ids"] else choice["text"]

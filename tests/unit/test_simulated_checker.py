@@ -1,6 +1,7 @@
 """The checker accepts what vLLM's schedulers say, and names the rule that anything else breaks."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,14 @@ def test_accepts_a_copied_block(v2: bool) -> None:
     check.observe(step({"b": 1}, new("b", PROMPT, [1, 5], computed=5), copies=[(2, 5)]))
 
 
+def test_accepts_a_sessions_next_turn(v2: bool) -> None:
+    """A known request may come as new when its prompt has grown; what was computed stays its own."""
+    check = begin(checker(v2=v2))
+    check.observe(step({"a": 3}, new("a", [*PROMPT, 20, 21, 22], [1, 2, 3], computed=6)))
+    check.sampled({"a": [23]})
+    check.observe(step({"a": 1}, cached("a", 9, 1)))
+
+
 Act = Callable[[Checker], None]
 
 
@@ -177,6 +186,14 @@ def test_finds_a_parked_request_with_anothers_table(v2: bool) -> None:
 
     text = broken(Rule.KV, observe({"a": 1}, back([3, 4]), finished=("b",)), check)
     assert "position 4 in block 4" in text  # block 3 holds the prefix that both have
+
+
+def test_finds_another_adapters_kv(v2: bool) -> None:
+    """The same prompt under another adapter has other KV: a prefix hit across adapters is caught."""
+    check = begin(checker(v2=v2))
+    row = new("b", PROMPT, [1, 3], computed=4)
+    row.lora_request = SimpleNamespace(lora_int_id=7)
+    broken(Rule.KV, observe({"b": 2}, row), check)
 
 
 def test_finds_a_device_that_slept(v2: bool) -> None:
