@@ -63,6 +63,8 @@ def disturb(engine: Engine, requests: dict[str, tuple[list[int], int]], seed: in
                 "prioritize": {"priority": dice.randrange(-5, 5)},
             }.get(verb, {})
             engine.command(verb, *some, **fields)
+            if verb == "preempt" and dice.random() < 0.2:
+                engine.command("continue", *some)  # before any step: held for no time at all
             if verb == "abort":
                 aborted |= set(some)
         engine.step()
