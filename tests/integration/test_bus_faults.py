@@ -88,7 +88,7 @@ async def test_restart_of_nats(nats_server: NatsServer) -> None:
             wakes = worker.engine.wakes
             nats_server.start()
             await worker.connected()
-            assert worker.engine.wakes > wakes
+            await eventually(lambda: worker.engine.wakes > wakes)
             await eventually(lambda: client.is_connected)
             status = await client.subscribe(SUBJECTS.status(WORKER))
             await client.flush()
