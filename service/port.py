@@ -103,7 +103,6 @@ class Port:
         """When the engine wants to be woken if nothing arrives (monotonic s): see `wake_later`."""
         self.step = 0
         self.closing = False
-        self.inbound_high = 0
         # Written by the bus, read by the engine.
         self.connected = False
         """Whether NATS is there: without it the engine builds no frames."""

@@ -51,7 +51,6 @@ class SteeringCore:
         self.ledger = Ledger(self.roster, self.tenants, self.queue)
         self.holds = Holds(engine, self.roster, self.ledger, self.queue, self.tell)
         self.classes: dict[str, ClassPolicy] = {}
-        self.class_table: dict[str, ClassPolicy] = {}
         self.digest = ""
         self.configure({}, {})
         self.epoch: Epoch | None = None
@@ -286,7 +285,6 @@ class SteeringCore:
             return False
         self.ledger.settle_all()
         self.digest = news
-        self.class_table = classes
         self.classes = {**BUILT_IN_CLASSES, **classes}
         ordered = sorted(self.classes, key=lambda name: (self.classes[name].position, name))
         self._places = {name: place for place, name in enumerate(ordered)}

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +14,6 @@ from bench.rig import Rig, vllm_config
 from coxswain.control.client import Client
 from coxswain.schemas.commands import COMMANDS, Reply, Targets
 from coxswain.schemas.connection import Connection
-from coxswain.schemas.errors import RefusedError
 from coxswain.schemas.subjects import OPERATOR
 from coxswain.service.request_id import make
 
@@ -96,18 +94,3 @@ async def eventually(condition: Callable[[], Any], within_s: float = 5.0) -> Any
         assert time.monotonic() < deadline, f"did not happen within {within_s} s: {condition}"
         await asyncio.sleep(0.005)
     return value
-
-
-__all__ = [
-    "FLEET",
-    "KEY",
-    "WORKER",
-    "Path",
-    "RefusedError",
-    "Steer",
-    "engine_id",
-    "eventually",
-    "public_id",
-    "steer",
-    "steered_rig",
-]
