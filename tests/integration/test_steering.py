@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -314,7 +315,9 @@ class TestPriority:
             accounts = rig.scheduler.core.tenants.accounts
             while accounts["small"].finished < 20 and rig.scheduler.has_requests():
                 rig.step()
-            seen.set_result((accounts["flood"].charged, accounts["small"].charged, accounts["flood"].finished))
+            seen.set_result(
+                (accounts["flood"].charged, accounts["small"].charged, accounts["flood"].finished)
+            )
 
         rig.call(share)
         flood, small, finished = await asyncio.wait_for(asyncio.wrap_future(seen), 30)
