@@ -33,6 +33,7 @@ class Assembler:
             part=0,
             parts=1,
             tenants=tuple(row for part in ordered for row in part.tenants),
+            classes=tuple(row for part in ordered for row in part.classes),
             requests=tuple(row for part in ordered for row in part.requests),
             gone=tuple(row for part in ordered for row in part.gone),
         )

@@ -52,6 +52,7 @@ class Held(Event, frozen=True, kw_only=True, tag="held"):
     """A hold was applied or replaced."""
 
     by: str
+    """The role: `operator`, `controller`, or `engine` where the scheduler itself made room."""
     kv: str
     reason: str
     lease_s: float | None

@@ -55,6 +55,12 @@ class ClassPolicy(msgspec.Struct, frozen=True, kw_only=True):
     borrow: bool = False
     slo_s: Positive | None = None
     """Deadline of a request = its arrival + this."""
+    max_running: Count | None = None
+    """Requests of the class, of all tenants together, that may run at once on one worker."""
+    max_queued: Count | None = None
+    """Requests of the class that may wait on one worker; the HTTP edge refuses more (429)."""
+    linger_s: NotNegative = 0.0
+    """For how long after a better class was last present its step budget stays in force."""
 
 
 class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +76,9 @@ class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True):
     priority_max: Int32 = INT32_MAX
     """A request's priority is clamped to this range."""
     max_running: Count | None = None
+    """Requests of the tenant, of all classes together, that may run at once on one worker."""
     max_queued: Count | None = None
+    """Requests of the tenant that may wait on one worker; the HTTP edge refuses more (429)."""
 
     def problem(self) -> str | None:
         """What is wrong with the row beyond its types, or None."""
@@ -80,7 +88,17 @@ class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 NOT_BUILT_CLASS = frozenset(
-    {"cut_in", "quantum_s", "cooldown_s", "ageing_s", "max_prefill_tokens_per_step", "borrow"},
+    {
+        "cut_in",
+        "quantum_s",
+        "cooldown_s",
+        "ageing_s",
+        "max_prefill_tokens_per_step",
+        "borrow",
+        "max_running",
+        "max_queued",
+        "linger_s",
+    },
 )
 """Class fields that workers of this version store but do not act on."""
 NOT_BUILT_TENANT = frozenset({"max_running", "max_queued"})

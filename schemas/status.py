@@ -69,6 +69,22 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens_total: int
     recomputed_tokens_total: int
     finished_total: int
+    max_running: int | None = None
+    max_queued: int | None = None
+    """Caps in force, the strictest of the table's and every role's `limit`; null: none."""
+
+
+class ClassStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One class on one worker, over all tenants."""
+
+    class_: str = msgspec.field(name="class")
+    queued: int
+    running: int
+    held: int
+    oldest_queued_s: float
+    max_running: int | None = None
+    max_queued: int | None = None
+    """Caps in force, the strictest of the table's and every role's `limit`; null: none."""
 
 
 class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,9 +103,11 @@ class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
     deadline_s: float | None
     held_by: tuple[str, ...] = ()
-    """Roles that hold it."""
+    """Roles that hold it; `engine` made room with it and continues it by itself."""
     position: int | None = None
     """Place in the queue, 0 is next; null unless queued."""
+    protected_until: float | None = None
+    """Until then (Unix s) a cut-in may not take its place; null: it may now, or never could."""
 
 
 class Gone(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -130,6 +148,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of the tables in force."""
     events_dropped_total: int
     tenants: tuple[TenantStatus, ...] = ()
+    classes: tuple[ClassStatus, ...] = ()
     requests: tuple[RequestStatus, ...] = ()
     gone: tuple[Gone, ...] = ()
 

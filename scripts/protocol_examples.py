@@ -55,6 +55,10 @@ TENANT: Final = st.TenantStatus(
     tenant="acme", class_="chat", queued=0, running=0, held=1, oldest_queued_s=0.0, virtual_time=207.0,
     base=0.0, charged=207.0, lift=0.0, weight=2.0, uncached_input_tokens_total=300,
     cached_input_tokens_total=512, output_tokens_total=57, recomputed_tokens_total=0, finished_total=0,
+    max_running=8,
+)  # fmt: skip
+CLASS: Final = st.ClassStatus(
+    class_="chat", queued=0, running=0, held=1, oldest_queued_s=0.0, max_running=12, max_queued=200,
 )  # fmt: skip
 LEADER: Final = st.Leader(epoch=EPOCH, age_s=0.21, policy="vtc")
 FRAME: Final = st.Frame(
@@ -65,7 +69,7 @@ FRAME: Final = st.Frame(
     preempted_total=0, recomputed_tokens_total=0,
     commands=st.CommandStats(applied_total=3, rejected_total={"410": 1}, queue_depth=0), leader=LEADER,
     config=p.digest({"chat": CHAT}, {"acme": ACME}), events_dropped_total=0,
-    tenants=(TENANT,), requests=(ROW, WAITING),
+    tenants=(TENANT,), classes=(CLASS,), requests=(ROW, WAITING),
 )  # fmt: skip
 
 

@@ -167,6 +167,22 @@ async def classes_set(
     borrow: Annotated[
         bool | None, typer.Option("--borrow/--no-borrow", help="May use the idle share of others.")
     ] = None,
+    max_running: Annotated[
+        str | None,
+        _maybe("Requests of the class that may run at once; none: no cap.", parse.count_or_none, "N|none"),
+    ] = None,
+    max_queued: Annotated[
+        str | None,
+        _maybe("Requests of the class that may wait; none: no cap.", parse.count_or_none, "N|none"),
+    ] = None,
+    linger: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DURATION",
+            parser=option(parse.duration_s),
+            help="The step budget stays this long after a better class left.",
+        ),
+    ] = None,
 ) -> Exit:
     """Make or change a class's row; what is not named stays."""
     given = _given(
@@ -180,6 +196,9 @@ async def classes_set(
         ageing_s=ageing,
         max_prefill_tokens_per_step=max_prefill_tokens_per_step,
         borrow=borrow,
+        max_running=max_running,
+        max_queued=max_queued,
+        linger_s=linger,
     )
     async with cox.client() as client:
         return await _set(

@@ -27,7 +27,10 @@ _CLASS = (
     Column(title="COOLDOWN", right=True, drop=1),
     Column(title="AGEING", right=True, drop=1),
     Column(title="PREFILL/STEP", right=True, drop=1),
+    Column(title="LINGER", right=True, drop=2),
     Column(title="BORROW", drop=1),
+    Column(title="MAX RUNNING", right=True, drop=1),
+    Column(title="MAX QUEUED", right=True, drop=1),
 )
 
 
@@ -80,7 +83,10 @@ def _class(name: str, row: ClassPolicy) -> Row:
             span(row.cooldown_s) if row.cooldown_s else "-",
             "-" if row.ageing_s is None else span(row.ageing_s),
             _or_dash(row.max_prefill_tokens_per_step),
+            span(row.linger_s) if row.linger_s else "-",
             "yes" if row.borrow else "no",
+            _or_dash(row.max_running),
+            _or_dash(row.max_queued),
         ],
     )
 

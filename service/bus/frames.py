@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from coxswain.schemas.commands import encode
 from coxswain.schemas.status import CommandStats, Frame
 
-ROWS: Final = ("tenants", "requests", "gone")
+ROWS: Final = ("tenants", "classes", "requests", "gone")
 """The fields of a frame that grow, and are shared out over its parts."""
 _SLACK: Final = 64
 """Bytes by which `seq`, `part` and `parts` may grow when they are filled in."""
@@ -85,7 +85,7 @@ def split(frame: Frame, limit: int) -> list[bytes]:
     whole = encode(frame)
     if len(whole) <= limit:
         return [whole]
-    bare = replace(frame, tenants=(), requests=(), gone=())
+    bare = replace(frame, **dict.fromkeys(ROWS, ()))
     shares = list(_shares(frame, limit - len(encode(bare)) - _SLACK))
     return [encode(replace(bare, part=part, parts=len(shares), **rows)) for part, rows in enumerate(shares)]
 
