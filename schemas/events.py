@@ -34,10 +34,15 @@ class Queued(Event, frozen=True, kw_only=True, tag="queued"):
 
 
 class Admitted(Event, frozen=True, kw_only=True, tag="admitted"):
-    """The request runs from this step on: first admission, or again after a drop."""
+    """The request runs from this step on: first admission, or again after a drop.
+
+    Resumed, its "input" is all that it had computed: what of it must be computed again, and what is there.
+    """
 
     uncached_input_tokens: int
     cached_input_tokens: int
+    external_input_tokens: int = 0
+    """Of the cached ones: loaded by a KV connector; the others were in the prefix cache, or had been kept."""
     queued_s: float
     resumed: bool = False
 
@@ -106,13 +111,31 @@ class Limited(Event, frozen=True, kw_only=True, tag="limited"):
 
 
 class Finished(Event, frozen=True, kw_only=True, tag="finished"):
-    """The request ended."""
+    """The request ended.
+
+    Positions that the device computed for it = uncached input − uncomputed input + recomputed + output
+    − generations + discarded.
+    """
 
     reason: str
     uncached_input_tokens: int
     cached_input_tokens: int
+    external_input_tokens: int = 0
+    """Of the cached input: loaded by a KV connector."""
+    uncomputed_input_tokens: int = 0
+    """Of the uncached input: never computed, because the request ended before, or lost its KV and found more in a
+    cache when it went on."""
     output_tokens: int
+    generations: int = 1
+    """0 without any output; in a streaming session, one for every turn that said anything."""
     recomputed_tokens: int
+    """Positions computed again after their KV was lost."""
+    restored_tokens: int = 0
+    """Positions found in the prefix cache after their KV was lost."""
+    reloaded_tokens: int = 0
+    """Positions loaded by a KV connector after their KV was lost."""
+    discarded_tokens: int = 0
+    """Positions computed for nothing: in flight when the request ended, or drafts that were rejected."""
     queued_s: float
     ttft_s: float | None
     held_s: float

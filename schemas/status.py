@@ -69,6 +69,15 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens_total: int
     recomputed_tokens_total: int
     finished_total: int
+    external_input_tokens_total: int = 0
+    """Of the cached input: loaded by a KV connector."""
+    uncomputed_input_tokens_total: int = 0
+    """Of the uncached input: never computed after all."""
+    restored_tokens_total: int = 0
+    reloaded_tokens_total: int = 0
+    """Positions whose KV was lost and found again: in the prefix cache; by a KV connector."""
+    discarded_tokens_total: int = 0
+    """Positions computed for nothing."""
     max_running: int | None = None
     max_queued: int | None = None
     """Caps in force, the strictest of the table's and every role's `limit`; null: none."""

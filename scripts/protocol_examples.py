@@ -159,7 +159,7 @@ EXAMPLES: Final[dict[str, msgspec.Struct]] = {
     ),
     "finished": _event(
         ev.Finished, 57, reason="stop", uncached_input_tokens=300, cached_input_tokens=512, output_tokens=140,
-        recomputed_tokens=0, queued_s=0.1, ttft_s=0.14, held_s=3.1, run_s=2.6,
+        recomputed_tokens=0, discarded_tokens=1, queued_s=0.1, ttft_s=0.14, held_s=3.1, run_s=2.6,
     ),
     "command": ev.CommandSeen(
         id=f"{WORKER}:{INCARNATION}:43", worker=WORKER, incarnation=INCARNATION, seq=43, at=AT, step=1205,

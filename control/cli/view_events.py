@@ -125,7 +125,12 @@ def _limited(event: ev.Limited) -> str:
 def _finished(event: ev.Finished) -> str:
     ttft = "" if event.ttft_s is None else f", first token after {span(event.ttft_s)}"
     held = f", held {span(event.held_s)}" if event.held_s else ""
-    again = f", {event.recomputed_tokens} recomputed" if event.recomputed_tokens else ""
+    counts = {
+        "recomputed": event.recomputed_tokens,
+        "from the cache": event.restored_tokens,
+        "reloaded": event.reloaded_tokens,
+    }
+    again = "".join(f", {tokens} {what}" for what, tokens in counts.items() if tokens)
     return (
         f"{event.reason}: {event.uncached_input_tokens}+{event.cached_input_tokens} in, "
         f"{event.output_tokens} out{again}, queued {span(event.queued_s)}{ttft}, "

@@ -7,7 +7,7 @@ are, and a test checks that they still exist.
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import vllm
@@ -17,7 +17,8 @@ TESTED: Final = ("0.32.0",)
 PRIVATE: Final = {
     "vllm.v1.core.sched.scheduler:Scheduler": (
         "_preempt_request", "_free_request", "_enqueue_waiting_request", "_update_request_as_session",
-        "finish_requests", "has_requests", "has_finished_requests", "reset_prefix_cache", "get_request_counts",
+        "_handle_stopped_request", "finish_requests",
+        "has_requests", "has_finished_requests", "reset_prefix_cache", "get_request_counts",
     ),
     "vllm.v1.engine.core:EngineCoreProc": ("_send_abort_outputs", "_process_input_queue"),
     "vllm.v1.core.sched.request_queue:RequestQueue": (
@@ -85,9 +86,43 @@ def expected_cached_tokens(request: Any) -> int:
     return stats.num_local_cached_tokens + stats.num_external_cached_tokens if stats is not None else 0
 
 
+def watch_loads(connector: Any | None) -> dict[str, int]:
+    """Tokens that a KV connector loads, by request, noted as the scheduler tells the connector of the blocks for them.
+
+    vLLM itself keeps the number for a request's first admission only. Whoever reads an entry takes it out.
+    """
+    loads: dict[str, int] = {}
+    if connector is not None:
+        told = connector.update_state_after_alloc
+
+        def update_state_after_alloc(request: Any, blocks: Any, num_external_tokens: int) -> None:
+            if num_external_tokens:
+                loads[request.request_id] = num_external_tokens
+            told(request, blocks, num_external_tokens)
+
+        connector.update_state_after_alloc = update_state_after_alloc
+    return loads
+
+
+def rejected_drafts(requests: Mapping[str, Any], scheduled: Any, result: Any) -> Iterator[tuple[Any, int]]:
+    """Requests of a step's output with how many of their drafts the model rejected.
+
+    Those that Scheduler.update_from_output is about to take off `num_computed_tokens`: not those of a step that
+    was under way when the request lost its KV.
+    """
+    for request_id, drafts in scheduled.scheduled_spec_decode_tokens.items():
+        request = requests.get(request_id)
+        if request is None or request.is_finished() or request.num_stale_output_tokens:
+            continue
+        sampled = result.sampled_token_ids[result.req_id_to_index[request_id]]
+        if sampled:
+            yield request, len(drafts) + 1 - len(sampled)
+
+
 def finish_reason(request: Any) -> str:
     """vLLM's word for how the request ended: `stop`, `length`, `abort`, `error`, `repetition`."""
-    return str(request.get_finished_reason() or "unknown")
+    reason = request.get_finished_reason()
+    return "unknown" if reason is None else str(reason)  # `stop` is 0
 
 
 def settings(config: Any) -> dict[str, str | int | float | bool | None]:

@@ -105,27 +105,28 @@ class SteeringCore:
         if record.admitted_at is None:
             self.ledger.refund_input(record)
 
-    def admitted(self, now: float, record: Record, computed: int) -> None:
-        """A step was scheduled with this request in it for the first time, or again after its KV was lost.
+    def admitted(self, now: float, record: Record, computed: int, external: int = 0) -> None:
+        """A step was scheduled with this request in it for the first time, or again after it had waited.
 
-        `computed`: positions that were there without computing (prefix cache, or a KV connector).
+        `computed`: positions that were there without computing; of these, `external` came by a KV connector,
+        the others from the prefix cache.
         """
         if record.state is State.QUEUED:  # it waited in one of vLLM's own queues
             self.roster.move(record, Transition.ADMIT)
         first = record.admitted_at is None
         if first:
             record.admitted_at = now
-            self.ledger.book_input(record, min(computed, record.prompt_tokens))
+            self.ledger.book_input(record, min(computed, record.prompt_tokens), external)
             self.roster.awaiting_first[record] = None
         else:
-            self.ledger.resume(record, computed)
+            self.ledger.resume(record, computed, external)
         waited = now - record.queued_since
         record.queued_s += waited
         self.roster.touch(record)
         self.tell(
             now, record, ev.Admitted,
             uncached_input_tokens=record.uncached_tokens if first else max(0, record.lost_mark - computed),
-            cached_input_tokens=record.cached_tokens if first else computed,
+            cached_input_tokens=record.cached_tokens if first else computed, external_input_tokens=external,
             queued_s=waited, resumed=not first,
         )  # fmt: skip
 
@@ -144,14 +145,17 @@ class SteeringCore:
         record.queued_since = now
         self.roster.touch(record)
 
+    def turn_ended(self, record: Record, in_flight: int) -> None:
+        """A session said the last token of a turn; `in_flight` positions computed beyond it are forgotten."""
+        self.ledger.end_turn(record, in_flight)
+
     def next_turn_begins(self, record: Record) -> None:
         """vLLM is about to fold a session's output into its prompt: charge it first."""
         self.ledger.settle(record)
 
     def next_turn(self, record: Record, prompt_tokens: int) -> None:
         """A session's next input arrived: its output list starts again."""
-        record.settled = 0
-        record.prompt_tokens = prompt_tokens
+        self.ledger.begin_turn(record, prompt_tokens)
         self.roster.touch(record)
 
     def first_token(self, now: float, record: Record) -> None:
@@ -165,7 +169,7 @@ class SteeringCore:
         was = record.state
         record.holds.clear()
         self.roster.move(record, Transition.FINISH)
-        self.ledger.settle(record)
+        self.ledger.close(record)
         if record in self.roster.awaiting_first:
             if record.outputs:
                 self.first_token(now, record)
@@ -183,7 +187,11 @@ class SteeringCore:
         self.tell(
             now, record, ev.Finished,
             reason=reason, uncached_input_tokens=record.uncached_tokens, cached_input_tokens=record.cached_tokens,
-            output_tokens=len(record.outputs), recomputed_tokens=record.recomputed_tokens,
+            external_input_tokens=record.external_tokens, uncomputed_input_tokens=record.uncomputed_tokens,
+            output_tokens=record.earlier_outputs + len(record.outputs),
+            generations=record.earlier_turns + bool(record.outputs),
+            recomputed_tokens=record.recomputed_tokens, restored_tokens=record.restored_tokens,
+            reloaded_tokens=record.reloaded_tokens, discarded_tokens=record.discarded_tokens,
             queued_s=record.queued_s, held_s=record.held_s,
             ttft_s=None if first is None else first - record.arrived_at,
             run_s=0.0 if record.admitted_at is None

@@ -1,11 +1,17 @@
 """What requests cost: input charged at admission, output as delivered, and what had to be computed twice. Pure.
 
 The core says what happened; prices, weights and virtual time are the tenants' (`tenants.py`, docs/protocol.md).
+Nothing here costs time per step and request: what was computed follows from where a request stood when something
+happened to it. For every request that ended, exactly:
+
+    positions that the device computed
+        = uncached input − uncomputed input + recomputed + output − generations + discarded
 """
 
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.roster import Roster
+from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.tenants import Account, Tenants
 
 
@@ -35,12 +41,15 @@ class Ledger:
         record.uncached_tokens = record.cached_tokens = 0
         self._charge_to(record, 0.0)
 
-    def book_input(self, record: Record, cached: int) -> None:
+    def book_input(self, record: Record, cached: int, external: int) -> None:
         """The request was admitted: charge its input as it turned out, and count it in the tenant's totals."""
         self.charge_input(record, cached)
+        record.has_kv = True
+        record.external_tokens = min(external, cached)
         account = record.account
         account.uncached_input_tokens += record.uncached_tokens
         account.cached_input_tokens += record.cached_tokens
+        account.external_input_tokens += record.external_tokens
         account.touch()
 
     def _charge_to(self, record: Record, cost: float) -> None:
@@ -97,14 +106,78 @@ class Ledger:
         self.settle(record)
         record.lost_mark = max(record.lost_mark, record.payload.num_computed_tokens)
         record.resumed_at = record.lost_mark
+        record.has_kv = False
         self.preempted_total += 1
 
-    def resume(self, record: Record, computed: int) -> None:
-        """The request computes again; its first `computed` positions were there without computing."""
+    def resume(self, record: Record, computed: int, external: int) -> None:
+        """The request computes again; its first `computed` positions were there without computing.
+
+        Of these, `external` were loaded by a KV connector.
+        """
+        if record.has_kv:  # it waited with it: parked, or a session between two turns
+            return
+        record.has_kv = True
         record.resumed_at = computed
         record.settled_recompute = 0
+        account = record.account
+        found = min(computed, record.lost_mark)
+        reloaded = min(external, found)
+        record.restored_tokens += found - reloaded
+        record.reloaded_tokens += reloaded
+        account.restored_tokens += found - reloaded
+        account.reloaded_tokens += reloaded
+        # Input that it had not reached yet, and need not compute now: others with its prefix have.
+        self._spare(record, computed - found)
+        account.touch()
+
+    # What was computed for nothing, or never
+
+    def reject(self, record: Record, drafts: int) -> None:
+        """Drafts were computed and rejected: their positions are computed again."""
+        record.discarded_tokens += drafts
+        record.account.discarded_tokens += drafts
+        record.account.touch()
+
+    def _spare(self, record: Record, tokens: int) -> None:
+        record.uncomputed_tokens += tokens
+        record.account.uncomputed_input_tokens += tokens
+
+    def end_turn(self, record: Record, in_flight: int) -> None:
+        """A session's turn ended: `in_flight` positions were computed beyond its last token."""
+        self.settle(record)
+        if not record.has_kv:
+            return
+        self.reject(record, in_flight)
+        record.lost_mark = min(record.lost_mark, record.payload.num_computed_tokens - in_flight)
+        record.resumed_at = record.lost_mark
+
+    def begin_turn(self, record: Record, prompt_tokens: int) -> None:
+        """A session goes on with more input: charge and count it. Its KV so far is there."""
+        record.earlier_outputs += record.settled
+        record.settled = 0
+        record.earlier_turns += 1
+        record.prompt_tokens = prompt_tokens
+        news = prompt_tokens - record.payload.num_computed_tokens
+        record.uncached_tokens += news
+        record.account.uncached_input_tokens += news
+        record.account.charge(news * self._tenants.prices.input)
+
+    def close(self, record: Record) -> None:
+        """The request ended: charge what it was delivered and count what was computed for nothing, or never."""
+        if record.admitted_at is None:
+            self.refund_input(record)
+            return
+        self.settle(record)
+        done = max(record.lost_mark, record.payload.num_computed_tokens if record.has_kv else 0)
+        used = record.prompt_tokens + max(0, len(record.outputs) - 1)
+        if done > used:
+            self.reject(record, done - used)
+        elif done < used:
+            self._spare(record, used - done)
+            record.account.touch()
 
     def validate(self) -> None:
         """Check every invariant; for tests."""
         for record in self._roster.records.values():
             assert 0 <= record.settled <= len(record.outputs), record
+            assert record.has_kv or record.state is not State.HELD_KEPT, record

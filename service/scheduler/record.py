@@ -40,9 +40,10 @@ class Record:
 
     __slots__ = (
         "account", "admitted_at", "arrived_at", "asked_class", "cached_tokens", "charged_input", "child", "class_",
-        "first_token_at", "held_s", "held_since", "holds", "id", "lost_mark", "outputs", "payload",
-        "priority", "prompt_tokens", "queued_s", "queued_since", "recomputed_tokens", "request", "resumed_at",
-        "row", "set_class", "settled", "settled_recompute", "state", "story", "ticket", "uncached_tokens",
+        "discarded_tokens", "earlier_outputs", "earlier_turns", "external_tokens", "first_token_at", "has_kv", "held_s",
+        "held_since", "holds", "id", "lost_mark", "outputs", "payload", "priority", "prompt_tokens", "queued_s",
+        "queued_since", "recomputed_tokens", "reloaded_tokens", "request", "restored_tokens", "resumed_at", "row",
+        "set_class", "settled", "settled_recompute", "state", "story", "ticket", "uncached_tokens", "uncomputed_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -80,9 +81,19 @@ class Record:
         self.settled = 0
         """Output tokens charged so far."""
         self.charged_input = 0.0
+        self.earlier_outputs = 0
+        """Output tokens of a streaming session's earlier turns, which vLLM folds into the prompt."""
+        self.earlier_turns = 0
         self.uncached_tokens = 0
         self.cached_tokens = 0
+        self.external_tokens = 0
+        self.uncomputed_tokens = 0
         self.recomputed_tokens = 0
+        self.restored_tokens = 0
+        self.reloaded_tokens = 0
+        self.discarded_tokens = 0
+        self.has_kv = False
+        """Whether it has computed KV of its own: from its admission until it loses it."""
         self.lost_mark = 0
         """Positions computed before the KV was last lost: what is computed again below it is recompute."""
         self.resumed_at = 0

@@ -162,4 +162,8 @@ def tenant_row(now: float, account: Account) -> st.TenantStatus:
         cached_input_tokens_total=account.cached_input_tokens,
         output_tokens_total=account.output_tokens, recomputed_tokens_total=account.recomputed_tokens,
         finished_total=account.finished,
+        external_input_tokens_total=account.external_input_tokens,
+        uncomputed_input_tokens_total=account.uncomputed_input_tokens,
+        restored_tokens_total=account.restored_tokens, reloaded_tokens_total=account.reloaded_tokens,
+        discarded_tokens_total=account.discarded_tokens,
     )  # fmt: skip

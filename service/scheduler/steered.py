@@ -95,6 +95,7 @@ class SteeredScheduler(AsyncScheduler):
         self.waiting = SteeredRequestQueue(self.core)
         self.kv_holding_waiting = PriorityRequestQueue()
         self._active_slots: int = self.max_num_active_reqs
+        self._loads = compat.watch_loads(self.connector)
         self._identity_key = read_key(os.environ)
         # One clock for leases, charges and events: Unix time that no clock jump can move.
         self._clock_offset = time.time() - time.monotonic()
@@ -168,8 +169,11 @@ class SteeredScheduler(AsyncScheduler):
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         """Let vLLM process a step's output; note first tokens."""
-        outputs = super().update_from_output(*args, **kwargs)
         core = self.core
+        if self.num_spec_tokens:  # before: it takes them off, and cuts what was sampled behind a stop
+            for request, drafts in compat.rejected_drafts(self.requests, *args, **kwargs):
+                core.ledger.reject(request.steering, drafts)
+        outputs = super().update_from_output(*args, **kwargs)
         if core.roster.awaiting_first:
             now = self.now()
             for record in [record for record in core.roster.awaiting_first if record.outputs]:
@@ -223,6 +227,11 @@ class SteeredScheduler(AsyncScheduler):
             self.core.waits_again(self.now(), record)
         super()._enqueue_waiting_request(request)
 
+    def _handle_stopped_request(self, request: Any) -> bool:
+        if request.resumable:
+            self.core.turn_ended(request.steering, request.num_output_placeholders)
+        return bool(super()._handle_stopped_request(request))
+
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         self.core.next_turn_begins(session.steering)
         super()._update_request_as_session(session, update)
@@ -230,6 +239,7 @@ class SteeredScheduler(AsyncScheduler):
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)
+        self._loads.pop(request.request_id, None)
         self.core.finished(self.now(), request.steering, compat.finish_reason(request))
         self._fit_slots()
         return result
@@ -308,7 +318,8 @@ class SteeredScheduler(AsyncScheduler):
         ids = [data.req_id for data in output.scheduled_new_reqs]
         for request_id in (*ids, *output.scheduled_cached_reqs.resumed_req_ids):
             record = self.core.roster.records[request_id]
-            self.core.admitted(now, record, record.payload.num_computed_tokens - scheduled[request_id])
+            computed = record.payload.num_computed_tokens - scheduled[request_id]
+            self.core.admitted(now, record, computed, self._loads.pop(request_id, 0))
 
     def _drain(self, now: float) -> None:
         """Apply what waits on the port, in order."""

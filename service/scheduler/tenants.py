@@ -34,9 +34,10 @@ class Account:
     """
 
     __slots__ = (
-        "base", "cached_input_tokens", "charged", "finished", "held", "lift", "name",
-        "output_tokens", "policy", "recomputed_tokens", "running", "seen", "touched", "uncached_input_tokens",
-        "virtual_time", "waiting", "weight",
+        "base", "cached_input_tokens", "charged", "discarded_tokens", "external_input_tokens", "finished", "held",
+        "lift", "name", "output_tokens", "policy", "recomputed_tokens", "reloaded_tokens", "restored_tokens",
+        "running", "seen", "touched", "uncached_input_tokens", "uncomputed_input_tokens", "virtual_time", "waiting",
+        "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, policy: TenantPolicy, touched: "dict[Account, None]") -> None:
@@ -50,8 +51,9 @@ class Account:
         self.waiting: OrderedDict[Record, None] = OrderedDict()
         """Its queued requests, the longest waiting first."""
         self.running = self.held = 0
-        self.uncached_input_tokens = self.cached_input_tokens = 0
-        self.output_tokens = self.recomputed_tokens = self.finished = 0
+        self.uncached_input_tokens = self.cached_input_tokens = self.external_input_tokens = 0
+        self.uncomputed_input_tokens = self.output_tokens = self.finished = 0
+        self.recomputed_tokens = self.restored_tokens = self.reloaded_tokens = self.discarded_tokens = 0
         self.seen = False
         """Whether it ever had a request here: only those are listed in status."""
         self.touched = touched

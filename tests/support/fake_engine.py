@@ -41,6 +41,8 @@ class FakeEngine:
         self.furthest: dict[Record, int] = {}
         self.recomputed: Counter[Record] = Counter()
         """Positions computed again after they had been computed once: this model's own count."""
+        self.computed: Counter[Record] = Counter()
+        """Positions computed, each as often as it was."""
         self.owed: dict[str, float] = defaultdict(float)
         """What each tenant should have been charged: every token at the price and weight when it came."""
         self.flying: Counter[Record] = Counter()
@@ -102,6 +104,7 @@ class FakeEngine:
         end = min(known, begin + (self.chunk if positions is None else positions))
         again = min(end, self.furthest[record]) - begin
         self.recomputed[record] += max(0, again)
+        self.computed[record] += end - begin
         self.furthest[record] = max(end, self.furthest[record])
         record.payload.num_computed_tokens = self.kv[record] = end
         if end == known:

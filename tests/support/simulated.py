@@ -2,78 +2,169 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from coxswain.schemas import events as ev
 from coxswain.schemas.commands import COMMANDS, Targets
+from coxswain.schemas.policy import Epoch
 from coxswain.schemas.subjects import OPERATOR
 from coxswain.service.port import CommandIn, ReplyOut
 from coxswain.service.simulated.settings import EXECUTOR
 
 STEERED = "coxswain.service.scheduler.SteeredScheduler"
+KEY = "5e" * 32
+"""Signs request ids, so that they can name tenants and classes."""
 
 
 class Engine:
-    """EngineCore, stepped by hand, and what its requests have said."""
+    """EngineCore, stepped by hand, what its requests have said, and what the device computed for them."""
 
     def __init__(self, core: Any) -> None:
         self.core = core
         self.steps = 0
         self.outputs: dict[str, list[int]] = {}
-        self.finished: set[str] = set()
+        self.finished: dict[str, str] = {}
+        """Why each ended, as its client was told."""
         self.replies: list[Any] = []
+        self.computed: Counter[str] = Counter()
+        """Positions that the device computed, each as often as it did."""
+        self.scheduled: dict[str, int] = {}
+        """What the last step computed."""
+        self._commands = 0
+        self._watch(core.model_executor.driver_worker)
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler under test."""
+        return self.core.scheduler
 
     @property
     def checker(self) -> Any:
         """The checker of the simulated device."""
         return self.core.model_executor.driver_worker.checker
 
-    def add(self, name: str, prompt: list[int], tokens: int) -> None:
-        """Add a request that says exactly so many tokens."""
+    def _watch(self, worker: Any) -> None:
+        execute = worker.execute_model
+
+        def execute_model(output: Any) -> Any:
+            self.scheduled = dict(output.num_scheduled_tokens)
+            self.computed.update(self.scheduled)
+            return execute(output)
+
+        worker.execute_model = execute_model
+
+    def events(self) -> list[tuple[Any, type[ev.Event], dict[str, Any]]]:
+        """From now on: every event as (record, kind, fields), in the list that is returned."""
+        heard: list[tuple[Any, type[ev.Event], dict[str, Any]]] = []
+        self.scheduler.core._emit = lambda _now, record, kind, fields: heard.append((record, kind, fields))
+        return heard
+
+    def add(self, name: str, prompt: list[int], tokens: int, *, params: Any = None, **fields: Any) -> None:
+        """Add a request that says exactly so many tokens, or as its sampling parameters say."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
         request = Request(
             request_id=name,
-            prompt_token_ids=prompt,
-            sampling_params=SamplingParams(max_tokens=tokens, ignore_eos=True),
+            prompt_token_ids=list(prompt),
+            sampling_params=params or SamplingParams(max_tokens=tokens, ignore_eos=True),
             pooling_params=None,
             block_hasher=self.core.request_block_hasher,
+            **fields,
         )
+        if request.use_structured_output:
+            self.core.structured_output_manager.grammar_init(request)
         self.core.add_request(request)
 
-    def command(self, verb: str, *requests: str, **fields: Any) -> None:
-        """Put an operator's command where the bus would put it: it is in force before the next step."""
-        command = COMMANDS[verb](
-            id=f"c{len(self.replies)}-{self.steps}-{verb}", targets=Targets(requests=requests), **fields
-        )
-        assert self.core.scheduler.port.offer(CommandIn(OPERATOR, verb, command, (), None))
+    def command(
+        self, verb: str, *requests: str, role: str = OPERATOR, epoch: Epoch | None = None, **fields: Any
+    ) -> None:
+        """Put a command where the bus would put it: it is in force before the next step."""
+        self._commands += 1
+        if requests:
+            fields["targets"] = Targets(requests=requests)
+        command = COMMANDS[verb](id=f"c{self._commands}-{verb}", epoch=epoch, **fields)
+        assert self.scheduler.port.offer(CommandIn(role, verb, command, (), None))
+
+    def told(self, verb: str, *requests: str, **fields: Any) -> Any:
+        """Send a command, take the step that applies it, and return the reply."""
+        before = len(self.replies)
+        self.command(verb, *requests, **fields)
+        self.step()
+        assert len(self.replies) == before + 1
+        return self.replies[-1]
 
     def step(self) -> bool:
         """One turn of EngineCore's loop; False if it had nothing to do."""
-        if not self.core.scheduler.has_requests() and not self.core.batch_queue:
-            return False
-        outputs, _ = self.core.step_fn()
-        self.steps += 1
-        for part in (outputs or {}).values():
-            for item in part.outputs:
-                self.outputs.setdefault(item.request_id, []).extend(item.new_token_ids)
-                if item.finish_reason is not None:
-                    self.finished.add(item.request_id)
-        port = getattr(self.core.scheduler, "port", None)
+        busy = self.scheduler.has_requests() or bool(self.core.batch_queue)
+        if busy:
+            outputs, executed = self.core.step_fn()
+            self.core.post_step(executed)
+            self.steps += 1
+            for part in (outputs or {}).values():
+                self._note(part.outputs)
+        port = getattr(self.scheduler, "port", None)
         if port is not None:
             self.replies += [item.reply for item in port.collect() if isinstance(item, ReplyOut)]
-        return True
+        return busy
+
+    def _note(self, outputs: list[Any]) -> None:
+        for item in outputs:
+            self.outputs.setdefault(item.request_id, []).extend(item.new_token_ids)
+            if item.finish_reason is not None:
+                self.finished[item.request_id] = str(item.finish_reason)
 
     def run(self, most: int = 20_000) -> None:
         """Step until there is nothing to do."""
+        self.until(lambda: False, most)
+
+    def until(self, condition: Callable[[], bool], most: int = 20_000) -> None:
+        """Step until the condition holds or there is nothing to do."""
         for _ in range(most):
-            if not self.step():
+            if condition() or not self.step():
                 return
         raise AssertionError(f"still busy after {most} steps")
+
+    def said(self, name: str) -> int:
+        """How many tokens a request's client has."""
+        return len(self.outputs.get(name, []))
+
+    def check_blocks(self) -> None:
+        """Every block in use is in a live request's table, as often as it is counted."""
+        manager = self.scheduler.kv_cache_manager
+        tables = manager.coordinator.single_type_managers[0].req_to_blocks
+        assert {name for name, blocks in tables.items() if blocks} <= self.scheduler.requests.keys()
+        used = Counter(block.block_id for blocks in tables.values() for block in blocks)
+        pool = manager.block_pool
+        counted = {b.block_id: b.ref_cnt for b in pool.blocks if b.ref_cnt and not b.is_null}
+        assert counted == used
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 - len(used)
+
+    def check_empty(self) -> None:
+        """No request, queue entry, slot or block is left, anywhere."""
+        scheduler, executor = self.scheduler, self.core.model_executor
+        assert not scheduler.requests
+        assert not scheduler.running
+        assert not len(scheduler.waiting)
+        assert not len(scheduler.kv_holding_waiting)
+        assert not scheduler.deferred_waiting
+        assert not scheduler._inflight_prefills
+        assert scheduler.num_waiting_for_streaming_input == 0
+        assert scheduler.kv_cache_manager.usage == 0
+        self.check_blocks()
+        if executor.driver_worker.checker is not None and self.checker.v2:
+            assert self.checker.slots == 0
+        if hasattr(scheduler, "core"):
+            scheduler.core.validate()
+            assert not scheduler.core.roster.records
+            assert not scheduler.core.queue
+            assert not scheduler._loads
+            assert scheduler.max_num_active_reqs == scheduler._active_slots
 
 
 @contextmanager
@@ -84,6 +175,7 @@ def engine(
     asynchronous: bool,
     scheduler: str | None = STEERED,
     preset: str = "instant",
+    model: str | None = None,
     **options: Any,
 ) -> Iterator[Engine]:
     """An engine on the simulated device with the checker on; `options` are vLLM's engine arguments."""
@@ -97,8 +189,14 @@ def engine(
         "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4_000,
         "max_position_embeddings": 4_096, "eos_token_id": 2, "torch_dtype": "float32",
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    env = {"COX_SIM_PRESET": preset, "COX_SIM_CHECK": "1", "VLLM_USE_V2_MODEL_RUNNER": str(int(v2))}
+    if model is None:
+        (folder / "config.json").write_text(json.dumps(config))
+    env = {
+        "COX_SIM_PRESET": preset,
+        "COX_SIM_CHECK": "1",
+        "COX_IDENTITY_KEY": KEY,
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(v2)),
+    }
     defaults: dict[str, Any] = {
         "max_model_len": 288, "max_num_seqs": 8, "max_num_active_seqs": 5, "max_num_batched_tokens": 96,
         "block_size": 16, "num_gpu_blocks_override": 48,
@@ -106,8 +204,8 @@ def engine(
     with patch.dict(os.environ, env):
         os.environ.pop("COX_NATS_URL", None)
         arguments = EngineArgs(
-            model=str(folder), skip_tokenizer_init=True, async_scheduling=asynchronous, scheduler_cls=scheduler,
-            distributed_executor_backend=EXECUTOR, **{**defaults, **options},
+            model=model or str(folder), skip_tokenizer_init=model is None, async_scheduling=asynchronous,
+            scheduler_cls=scheduler, distributed_executor_backend=EXECUTOR, **{**defaults, **options},
         )  # fmt: skip
         vllm_config = arguments.create_engine_config()
         assert vllm_config.use_v2_model_runner is v2

@@ -13,6 +13,17 @@ from coxswain.service.scheduler.states import State
 from tests.support.fake_engine import FakeEngine, picture
 from tests.support.happenings import act, rank
 
+
+def positions(fields: dict[str, Any]) -> int:
+    """What the device computed for a request, by what its `finished` event says."""
+    generated = fields["output_tokens"] - fields["generations"]
+    spared = fields["uncomputed_input_tokens"]
+    return int(
+        fields["uncached_input_tokens"] - spared + fields["recomputed_tokens"] + fields["discarded_tokens"]
+        + generated
+    )  # fmt: skip
+
+
 # Any order of events
 
 
@@ -42,7 +53,16 @@ def test_no_order_of_events_breaks_the_core(operations: list[tuple[int, int, int
     assert not core.roster.held
     assert core.deadline() is None or core.leader is not None
     assert core.ledger.recomputed_total == sum(engine.recomputed.values())
-    assert sum(account.finished for account in core.tenants.accounts.values()) == engine.made
+    accounts = core.tenants.accounts.values()
+    assert sum(account.finished for account in accounts) == engine.made
+    ended = {record: fields for record, kind, fields in engine.events if kind is ev.Finished}
+    assert {record: positions(fields) for record, fields in ended.items()} == {
+        record: engine.computed[record] for record in ended
+    }
+    for total in ("uncomputed_input_tokens", "discarded_tokens", "restored_tokens", "reloaded_tokens"):
+        assert sum(fields[total] for fields in ended.values()) == sum(
+            getattr(account, total) for account in accounts
+        )
 
 
 # Charging
@@ -231,13 +251,20 @@ def test_session_is_charged_over_all_its_turns() -> None:
     engine.admit()
     engine.deliver(record, 3)
     core = engine.core
+    record.payload.num_computed_tokens = 12 + 1
+    core.turn_ended(record, 1)
+    record.payload.num_computed_tokens = 12  # of the last token nothing is computed: vLLM forgets it
     core.next_turn_begins(record)
     record.outputs.clear()
-    core.next_turn(record, 10 + 3 + 5)
+    core.next_turn(record, 12 + 5)
+    record.payload.num_computed_tokens = 17 + 1
     engine.deliver(record, 2)
     engine.finish(record)
-    assert record.account.charged == 10 + (3 + 2) * 2
+    assert record.account.charged == (10 + 5) + (3 + 2) * 2
     assert record.account.output_tokens == 5
+    (fields,) = engine.seen(ev.Finished)
+    assert (fields["output_tokens"], fields["generations"], fields["discarded_tokens"]) == (5, 2, 1)
+    assert positions(fields) == 10 + 2 + 1 + 5 + 1
 
 
 def test_session_that_waits_for_input_is_queued_with_its_kv() -> None:

@@ -1,0 +1,307 @@
+"""Random end-to-end runs: everything that can be done to requests, at random times, and what must hold in the end.
+
+A run is its seed: arrivals, commands and time (a clock that each step moves) come from one pair of dice. To add
+something that can be done, add a line to `ACTIONS`.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from ulid import ULID
+from vllm import SamplingParams
+
+from coxswain.schemas import events as ev
+from coxswain.schemas.policy import ClassPolicy, Lead, TenantPolicy, TenantRank
+from coxswain.schemas.subjects import CONTROLLER, OPERATOR
+from coxswain.service.port import LeadIn
+from coxswain.service.request_id import make
+from tests.support.simulated import KEY, Engine
+
+STEP_S: Final = 0.01
+LIVE: Final = 14
+"""Requests that are here at once: more than can run, so that some wait."""
+PATIENCE: Final = 300
+"""Steps that a request which nobody holds may go without running, at most."""
+EVERY: Final = 64
+"""Steps between two looks at everything."""
+TENANTS: Final = ("acme", "globex", "initech")
+TABLES: Final[tuple[dict[str, Any], ...]] = (
+    {},
+    {
+        "classes": {"chat": ClassPolicy(position=-1), "batch": ClassPolicy(position=1, order="priority")},
+        "tenants": {name: TenantPolicy(classes=("chat", "batch")) for name in TENANTS},
+    },
+    {
+        "classes": {"chat": ClassPolicy(order="priority"), "batch": ClassPolicy(position=-1)},
+        "tenants": {
+            "acme": TenantPolicy(weight=4, class_="batch"),
+            "default": TenantPolicy(classes=("chat",)),
+        },
+    },
+)
+
+
+class Case(NamedTuple):
+    """One request of a run."""
+
+    id: str
+    """The engine's."""
+    public: str
+    """What commands name: several children of one client's request have the same."""
+    prompt: list[int]
+    params: SamplingParams
+    priority: int
+
+
+def cases(seed: int, count: int) -> list[Case]:
+    """Requests: half of them share a long prefix, a quarter stops at a token of its own, some have two children."""
+    dice = random.Random(seed)
+    prefixes = [[dice.randrange(4_000) for _ in range(64)] for _ in range(2)]
+    made: list[Case] = []
+    while len(made) < count:
+        own = [dice.randrange(4_000) for _ in range(dice.randrange(1, 120))]
+        prompt = dice.choice(prefixes) + own if dice.random() < 0.5 else own
+        # Any of 400 tokens stops it: after some ten, or never.
+        stop = dice.sample(range(2_000, 4_000), 200) if dice.random() < 0.25 else []
+        params = SamplingParams(max_tokens=dice.randrange(1, 80), ignore_eos=True, stop_token_ids=stop)
+        ulid = str(ULID(dice.randbytes(16)))
+        public = make(bytes.fromhex(KEY), dice.choice(TENANTS), dice.choice(["", "chat", "batch"]), ulid)
+        tail = f"cmpl-{public}-0-{dice.randrange(2**32):08x}"
+        names = [tail] if dice.random() < 0.9 else [f"{child}_{tail}" for child in range(2)]
+        priority = dice.randrange(-3, 4)
+        made += [Case(name, public, prompt, params, priority) for name in names]
+    return made
+
+
+def undisturbed(engine: Engine, wanted: list[Case]) -> dict[str, list[int]]:
+    """What every request says when nobody does anything to it."""
+    for case in wanted:
+        engine.add(case.id, case.prompt, 0, params=case.params.clone())
+    engine.run()
+    return engine.outputs
+
+
+class Run:
+    """One random run.
+
+    Args:
+        engine: a steered engine; its clock is replaced.
+        wanted: the requests to send.
+        seed: of everything that happens.
+    """
+
+    def __init__(self, engine: Engine, wanted: list[Case], seed: int) -> None:
+        self.engine = engine
+        self.dice = random.Random(seed)
+        self.wanted = list(reversed(wanted))
+        self.live: dict[str, Case] = {}
+        self.gone: set[str] = set()
+        """Aborted by a command, or left by their client."""
+        self.now = 1_000.0
+        self.epoch = (1.0, 0)
+        self.idle: dict[str, int] = {}
+        self.longest_idle = 0
+        self.done = dict.fromkeys(ACTIONS, 0)
+        engine.scheduler.now = lambda: self.now
+        engine.scheduler._tick_at = float("inf")
+        self.events = engine.events()
+        self.lead()
+
+    # What happens
+
+    def play(self) -> None:
+        """Let everything arrive, be disturbed and end."""
+        names, weights = list(ACTIONS), [action.weight for action in ACTIONS.values()]
+        while self.wanted or self.live:
+            while self.wanted and len(self.live) < LIVE and self.dice.random() < 0.5:
+                self.arrive(self.wanted.pop())
+            for _ in range(self.dice.randrange(3)):
+                self.act(self.dice.choices(names, weights)[0])
+            self.step()
+            if self.engine.steps % EVERY == 0:
+                self.look()
+        self.engine.run()
+
+    def arrive(self, case: Case) -> None:
+        """Send a request."""
+        self.engine.add(
+            case.id, case.prompt, 0, params=case.params.clone(), priority=case.priority, arrival_time=self.now
+        )
+        self.live[case.id] = case
+        self.now += 1e-6  # no two arrive at once
+
+    def act(self, name: str) -> None:
+        """Do one of `ACTIONS` to up to three requests, if there are any."""
+        some = self.dice.sample(list(self.live), min(len(self.live), self.dice.randrange(1, 4)))
+        if some:
+            ACTIONS[name].do(self, [self.live[name] for name in some])
+            self.done[name] += 1
+
+    def step(self) -> None:
+        """Take a step, move the clock, see who ended and who ran."""
+        self.now += STEP_S
+        self.engine.scheduled = {}
+        if not self.engine.step():
+            self.now += 10 * STEP_S  # an idle engine waits for a lease to end
+        for name in self.gone | self.engine.finished.keys():
+            self.live.pop(name, None)
+            self.idle.pop(name, None)
+        records = self.engine.scheduler.core.roster.records
+        for name in self.live:
+            held = bool(records[name].holds)
+            self.idle[name] = 0 if held or name in self.engine.scheduled else self.idle.get(name, 0) + 1
+        self.longest_idle = max(self.longest_idle, *self.idle.values(), 0)
+
+    def command(self, verb: str, some: list[Case], **fields: Any) -> None:
+        """An operator's command, or with `role` a controller's."""
+        if fields.get("role") == CONTROLLER:
+            fields["epoch"] = self.epoch
+        self.engine.command(verb, *(case.public for case in some), **fields)
+
+    def lead(self) -> None:
+        """A controller leads, sometimes a new one."""
+        self.epoch = (1.0, self.epoch[1] + (self.dice.random() < 0.2))
+        lead = Lead(epoch=self.epoch, controller="c", policy="random", at=self.now)
+        self.engine.scheduler.port.offer(LeadIn(lead))
+
+    @property
+    def ledger(self) -> Any:
+        """The scheduler's own count."""
+        return self.engine.scheduler.core.ledger
+
+    # What must hold
+
+    def look(self) -> None:
+        """At intervals: all invariants of the core, and every block accounted for."""
+        self.engine.scheduler.core.validate()
+        self.engine.check_blocks()
+        assert self.longest_idle < PATIENCE, "a request that nobody held did not run"
+
+    def check(self, expected: dict[str, list[int]]) -> None:
+        """In the end: the same tokens, nobody lost, nothing leaked, no command failed, every position counted."""
+        engine = self.engine
+        engine.check_empty()
+        self.look()
+        failed = [reply for reply in engine.replies if reply.error and "failed" in reply.error]
+        assert not failed, failed[0].error
+        for name, tokens in expected.items():
+            said = engine.outputs.get(name, [])
+            assert said == (tokens[: len(said)] if name in self.gone else tokens), name
+            assert name in self.gone or name in engine.finished
+        self.check_accounts(expected)
+
+    def check_accounts(self, expected: dict[str, list[int]]) -> None:
+        """What `finished` says of every request is what the device did for it, and tenants' totals are the sum."""
+        ended = {record: fields for record, kind, fields in self.events if kind is ev.Finished}
+        assert {record.id for record in ended} == expected.keys()
+        for record, fields in ended.items():
+            assert positions(fields) == self.engine.computed[record.id], (record, fields)
+            assert min(fields[name] for name in COUNTED) >= 0, (record, fields)
+            if record.id not in self.gone:
+                assert fields["output_tokens"] == len(expected[record.id])
+                assert fields["discarded_tokens"] <= self.may_discard(fields["reason"]), (record, fields)
+        for account in self.engine.scheduler.core.tenants.accounts.values():
+            mine = [fields for record, fields in ended.items() if record.account is account]
+            for name in COUNTED:
+                assert getattr(account, name) == sum(fields[name] for fields in mine), (account, name)
+
+    def may_discard(self, reason: str) -> int:
+        """Steps under way when a stop token comes: their work is lost. One that ends by length has none."""
+        return len_of_pipeline(self.engine) - 1 if reason == "stop" else 0
+
+
+COUNTED: Final = (
+    "uncached_input_tokens", "cached_input_tokens", "external_input_tokens", "uncomputed_input_tokens",
+    "output_tokens", "recomputed_tokens", "restored_tokens", "reloaded_tokens", "discarded_tokens",
+)  # fmt: skip
+
+
+def positions(fields: dict[str, Any]) -> int:
+    """What the device computed for a request, by what its `finished` event says."""
+    return int(
+        fields["uncached_input_tokens"] - fields["uncomputed_input_tokens"] + fields["recomputed_tokens"]
+        + fields["output_tokens"] - fields["generations"] + fields["discarded_tokens"]
+    )  # fmt: skip
+
+
+def len_of_pipeline(engine: Engine) -> int:
+    """Steps that can be under way at once."""
+    return int(engine.core.batch_queue_size)
+
+
+# What can be done
+
+
+class Action(NamedTuple):
+    """One thing that can be done to requests, and how often it is, relative to the others."""
+
+    weight: float
+    do: Callable[[Run, list[Case]], None]
+
+
+def hold(run: Run, some: list[Case]) -> None:
+    """Held by one of two roles, with its KV or without, with a lease or (an operator) without."""
+    role = run.dice.choice([OPERATOR, CONTROLLER])
+    lease_s = run.dice.choice([0.02, 0.05, 0.5, None if role == OPERATOR else 1.0])
+    kv = run.dice.choice(["keep", "keep", "drop"])
+    run.command("preempt", some, role=role, kv=kv, lease_s=lease_s)
+
+
+def hold_for_nothing(run: Run, some: list[Case]) -> None:
+    """Held and continued before any step."""
+    hold(run, some)
+    run.command("continue", some)
+
+
+def go_on(run: Run, some: list[Case]) -> None:
+    """Continued by one of two roles."""
+    run.command("continue", some, role=run.dice.choice([OPERATOR, OPERATOR, CONTROLLER]))
+
+
+def prioritize(run: Run, some: list[Case]) -> None:
+    """Another priority or class, which the tables in force may lack."""
+    if run.dice.random() < 0.6:
+        run.command("prioritize", some, priority=run.dice.randrange(-5, 5))
+    else:
+        run.command("prioritize", some, class_=run.dice.choice(["chat", "batch", "default"]))
+
+
+def abort(run: Run, some: list[Case]) -> None:
+    """Ended by a command, with all its children."""
+    run.command("abort", some[:1])
+    run.gone |= {case.id for case in run.live.values() if case.public == some[0].public}
+
+
+def disconnect(run: Run, some: list[Case]) -> None:
+    """The client of one child leaves."""
+    run.engine.core.abort_requests([some[0].id])
+    run.gone.add(some[0].id)
+
+
+def rank(run: Run, _some: list[Case]) -> None:
+    """A controller sends other virtual times and weights."""
+    ranks = {
+        name: TenantRank(base=run.dice.randrange(-500, 500), weight=run.dice.choice([0.5, 1, 4]))
+        for name in TENANTS
+    }
+    incarnation = run.engine.scheduler.incarnation
+    run.command("rank", [], role=CONTROLLER, incarnation=incarnation, tenants=ranks)
+
+
+def configure(run: Run, _some: list[Case]) -> None:
+    """Other tables of classes and tenants."""
+    run.command("configure", [], **run.dice.choice(TABLES))
+
+
+ACTIONS: Final[dict[str, Action]] = {
+    "hold": Action(5, hold),
+    "hold for nothing": Action(1, hold_for_nothing),
+    "continue": Action(8, go_on),
+    "prioritize": Action(3, prioritize),
+    "abort": Action(0.1, abort),
+    "disconnect": Action(0.1, disconnect),
+    "rank": Action(0.5, rank),
+    "configure": Action(0.2, configure),
+    "lead": Action(1, lambda run, _some: run.lead()),
+}
