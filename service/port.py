@@ -6,16 +6,27 @@ every call returns at once, and a full queue says so.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from time import monotonic
 from typing import Any, NamedTuple
+
+from msgspec.structs import replace
 
 from coxswain.schemas.commands import Command, Reply
 from coxswain.schemas.errors import RefusedError
 from coxswain.schemas.events import Event
 from coxswain.schemas.policy import Lead
-from coxswain.schemas.status import Config, Frame, QueuePage, QueueQuery, RequestQuery, RequestReport
+from coxswain.schemas.status import (
+    Config,
+    Frame,
+    QueuePage,
+    QueueQuery,
+    RequestQuery,
+    RequestReport,
+    RequestStatus,
+    TenantStatus,
+)
 
 MAX_INBOUND = 4_096
 """Commands, queries and heartbeats that wait for the engine."""
@@ -63,14 +74,50 @@ class AnswerOut(NamedTuple):
     answer: QueuePage | RequestReport | Config | Frame | RefusedError
 
 
+Served = tuple[RequestStatus, int]
+"""A request's row as it was, and its output tokens by now."""
+Charged = tuple[TenantStatus, float, float, float, int]
+"""A tenant's row as it was, and its oldest request's age, virtual time, charge and output tokens by now."""
+
+
+class Draft(NamedTuple):
+    """A frame as the engine hands it over: rows as they were, with the numbers that grow beside them.
+
+    Making new rows is most of the work of a large frame, and the engine's time is dear: the bus does it.
+    """
+
+    frame: Frame
+    """Without the rows below."""
+    requests: Sequence[Served] = ()
+    tenants: Sequence[Charged] = ()
+
+    def complete(self) -> Frame:
+        """The frame with all its rows; the bus fills `seq`, `part`, `parts` and `sent_at`."""
+        requests = tuple(
+            row if row.output_tokens == tokens else replace(row, output_tokens=tokens)
+            for row, tokens in self.requests
+        )
+        tenants = tuple(
+            replace(
+                row,
+                oldest_queued_s=age_s,
+                virtual_time=virtual_time,
+                charged=charged,
+                output_tokens_total=tokens,
+            )
+            for row, age_s, virtual_time, charged, tokens in self.tenants
+        )
+        return replace(self.frame, requests=requests, tenants=tenants)
+
+
 class FrameOut(NamedTuple):
-    """A status frame, unsplit: the bus fills `sent_at`, `seq`, `part` and `parts`.
+    """A status frame, unsplit.
 
     `idle` says that the engine goes to sleep after it: the bus repeats it as heartbeat until the next one.
     An idle frame is always full.
     """
 
-    frame: Frame
+    draft: Draft
     idle: bool
 
 

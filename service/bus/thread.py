@@ -188,13 +188,13 @@ class Bus:
             elif session is None:
                 # What it was for is gone with the connection, but for what an idle engine last said.
                 if isinstance(item, FrameOut):
-                    self._frames.remember(item.frame, time.time(), idle=item.idle)
+                    self._frames.remember(item.draft.complete(), time.time(), idle=item.idle)
             elif isinstance(item, ReplyOut):
                 await session.reply(item)
             elif isinstance(item, AnswerOut):
                 await session.answer(item)
             elif isinstance(item, FrameOut):
-                await session.status(item.frame, idle=item.idle)
+                await session.status(item.draft.complete(), idle=item.idle)
                 frame_sent = True
         return frame_sent
 

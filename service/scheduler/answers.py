@@ -8,7 +8,7 @@ from typing import Any
 
 from coxswain.schemas import status as st
 from coxswain.schemas.errors import Code, RefusedError
-from coxswain.service.port import QueryIn
+from coxswain.service.port import Draft, QueryIn
 from coxswain.service.scheduler.report import Reporter
 
 Answer = st.QueuePage | st.RequestReport | st.Config | st.Frame | RefusedError
@@ -23,9 +23,7 @@ class Answers:
         settings: the engine's own settings that matter to steering.
     """
 
-    def __init__(
-        self, reporter: Reporter, look: Callable[[float], st.Frame], settings: dict[str, Any]
-    ) -> None:
+    def __init__(self, reporter: Reporter, look: Callable[[float], Draft], settings: dict[str, Any]) -> None:
         self._reporter = reporter
         self._look = look
         self._settings = settings
@@ -39,7 +37,7 @@ class Answers:
             if item.what == "queue":
                 return self._reporter.page(query or st.QueueQuery())
             if item.what == "status":
-                return self._look(now)
+                return self._look(now).complete()
             if item.what == "config":
                 return self._config(now)
         except RefusedError as refusal:

@@ -8,6 +8,8 @@ happened to it. For every request that ended, exactly:
         = uncached input − uncomputed input + recomputed + output − generations + discarded
 """
 
+from itertools import chain
+
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.roster import Roster
@@ -71,9 +73,7 @@ class Ledger:
         """Charge what the request was delivered and count what it recomputed since it was last settled."""
         delivered = len(record.outputs)
         if delivered != record.settled:
-            account = record.account
-            account.output_tokens += delivered - record.settled
-            account.charge((delivered - record.settled) * self._tenants.prices.output)
+            record.account.deliver(delivered - record.settled, self._tenants.prices.output)
             record.settled = delivered
         if record.lost_mark > record.resumed_at:
             self._settle_recompute(record)
@@ -96,10 +96,14 @@ class Ledger:
         Once per step, so it looks only at what has a slot. What was in flight when a request lost its KV may be
         delivered later: it is settled when that request moves on.
         """
-        for group in (self._roster.running, self._roster.kept):
-            for record in group:
-                if len(record.outputs) != record.settled or record.lost_mark > record.resumed_at:
-                    self.settle(record)
+        price = self._tenants.prices.output
+        for record in chain(self._roster.running, self._roster.kept):
+            news = len(record.outputs) - record.settled
+            if news:
+                record.account.deliver(news, price)
+                record.settled += news
+            if record.lost_mark > record.resumed_at:
+                self._settle_recompute(record)
 
     def lose_kv(self, record: Record) -> None:
         """The KV of a request is about to be freed, by vLLM or by us: remember what had been computed."""
@@ -161,6 +165,7 @@ class Ledger:
         record.uncached_tokens += news
         record.account.uncached_input_tokens += news
         record.account.charge(news * self._tenants.prices.input)
+        record.account.touch()
 
     def close(self, record: Record) -> None:
         """The request ended: charge what it was delivered and count what was computed for nothing, or never."""

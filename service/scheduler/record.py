@@ -43,7 +43,8 @@ class Record:
         "discarded_tokens", "earlier_outputs", "earlier_turns", "external_tokens", "first_token_at", "has_kv", "held_s",
         "held_since", "holds", "id", "lost_mark", "outputs", "payload", "priority", "prompt_tokens", "queued_s",
         "queued_since", "recomputed_tokens", "reloaded_tokens", "request", "restored_tokens", "resumed_at", "row",
-        "set_class", "settled", "settled_recompute", "state", "story", "ticket", "uncached_tokens", "uncomputed_tokens",
+        "set_class", "settled", "settled_recompute", "shown", "state", "story", "ticket", "uncached_tokens",
+        "uncomputed_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -106,7 +107,9 @@ class Record:
         self.held_since = 0.0
         self.held_s = 0.0
         self.row: RequestStatus | None = None
-        """Its row as the last status frame had it; None if that did not list it."""
+        """Its row in the last status frame, output tokens apart; None if that did not list it."""
+        self.shown = 0
+        """The output tokens that it had there."""
         self.story: list[tuple[float, int, type[Event], dict[str, Any]]] = []
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from coxswain.schemas import status as st
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import Epoch
+from coxswain.service.port import Draft
 from coxswain.service.request_id import normalise
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.rows import RequestRows, TenantRows, row
@@ -64,8 +65,8 @@ class Reporter:
         applied: int,
         rejected: dict[str, int],
         peek: bool = False,
-    ) -> st.Frame:
-        """The next frame; the bus fills `seq`, `part`, `parts` and `sent_at`.
+    ) -> Draft:
+        """The next frame; the bus completes it.
 
         `peek` builds a full frame without taking note of it, for a query.
         """
@@ -82,7 +83,7 @@ class Reporter:
             roster.changed = False
         identity = self.identity
         queued = len(roster.records) - len(roster.running) - len(roster.held)
-        return st.Frame(
+        frame = st.Frame(
             worker=identity.worker, incarnation=identity.incarnation, seq=0, full=full, part=0, parts=1, sent_at=now,
             step=core.step, model=identity.model, vllm_version=identity.vllm_version, state=gauges.state,
             slots=st.Slots(
@@ -96,8 +97,9 @@ class Reporter:
                 applied_total=applied, rejected_total=dict(rejected), queue_depth=gauges.queue_depth,
             ),
             leader=self.leader(now), config=core.digest, events_dropped_total=gauges.events_dropped,
-            tenants=tenants, requests=tuple(requests), gone=gone,
+            gone=gone,
         )  # fmt: skip
+        return Draft(frame, requests, tenants)
 
     def leader(self, now: float) -> st.Leader:
         """The leader this worker last heard."""

@@ -1,7 +1,7 @@
 """Rows of status: a request's, a tenant's, and which of them have changed since the last frame. Pure.
 
-A frame costs what changed, not what is there: a row is kept until something touches its request or tenant.
-Called by `report.py` only.
+A frame costs what changed, not what is there: a row is kept until something touches its request or tenant, and of
+what was only served the numbers are handed over beside the old row (`port.Draft`). Called by `report.py` only.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,6 +10,7 @@ from itertools import chain, islice
 from msgspec.structs import replace
 
 from coxswain.schemas import status as st
+from coxswain.service.port import Charged, Served
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import HELD, KV, State
@@ -30,47 +31,52 @@ class RequestRows:
         self._places: Mapping[Record, int] = {}
         """The waiting requests that the last frame listed."""
 
-    def full(self, *, peek: bool) -> list[st.RequestStatus]:
+    def full(self, *, peek: bool) -> list[Served]:
         """All rows. `peek` takes no note of them: the next delta is what it would have been."""
         places = self._first()
         roster = self._core.roster
-        rows = {
-            record: self._row(record, places.get(record))
-            for record in chain(roster.running, roster.held, places)
-        }
+        served: list[Served] = []
+        for record in chain(roster.running, roster.held, places):
+            new, tokens = self._row(record, places.get(record)), len(record.outputs)
+            served.append((new, tokens))
+            if not peek:
+                record.row, record.shown = new, tokens
         if not peek:
-            for record, new in rows.items():
-                record.row = new
             self._drop_unlisted(places)
-        return list(rows.values())
+        return served
 
-    def delta(self) -> tuple[list[st.RequestStatus], tuple[st.Gone, ...]]:
+    def delta(self) -> tuple[list[Served], tuple[st.Gone, ...]]:
         """Rows that the last frame did not have, or had otherwise, and what it had that is no longer listed."""
         places = self._first()
         roster = self._core.roster
+        touched = roster.touched
+        served: list[Served] = []
+        others = [record for record in touched if record in roster.held and record not in roster.kept]
         # Without being touched, only what has a slot changes, by its tokens. (What was in flight when a request
         # lost its KV arrives later: the next full frame has it.)
-        touched = [record for record in roster.touched if record in roster.held and record not in roster.kept]
-        rows = []
-        for record in chain(roster.running, roster.kept, touched, places):
-            old, new = record.row, self._row(record, places.get(record))
-            if new is not old and new != old:
-                record.row = new
-                rows.append(new)
-        return rows, self._gone(self._drop_unlisted(places))
+        for record in chain(roster.running, roster.kept):
+            tokens = len(record.outputs)
+            if record in touched or record.row is None:
+                others.append(record)
+            elif tokens != record.shown:
+                record.shown = tokens
+                served.append((record.row, tokens))
+        for record in chain(others, places):
+            new, tokens = self._row(record, places.get(record)), len(record.outputs)
+            if tokens != record.shown or (new is not record.row and new != record.row):
+                record.row, record.shown = new, tokens
+                served.append((new, tokens))
+        return served, self._gone(self._drop_unlisted(places))
 
     def _first(self) -> Mapping[Record, int]:
         return {record: place for place, record in enumerate(islice(self._core.queue.walk(), self._head))}
 
     def _row(self, record: Record, place: int | None) -> st.RequestStatus:
-        """The request's row as of now: the last one if that still says what is the case."""
+        """The request's row as of now, output tokens apart: the last one if that still says what is the case."""
         old = record.row
         if old is None or record in self._core.roster.touched:
             return row(self._core, record, place)
-        tokens = len(record.outputs)
-        if old.output_tokens != tokens or old.position != place:
-            return replace(old, output_tokens=tokens, position=place)
-        return old
+        return old if old.position == place else replace(old, position=place)
 
     def _drop_unlisted(self, places: Mapping[Record, int]) -> list[Record]:
         """Forget the rows of what is no longer listed; begin a new account of what is touched."""
@@ -105,28 +111,36 @@ class TenantRows:
         self._tenants = tenants
         seen = (account for account in tenants.accounts.values() if account.seen)
         self._rows = {account: tenant_row(0.0, account) for account in seen}
+        """As made when more than its charge changed last; ages are as of then."""
 
-    def full(self, now: float, *, peek: bool) -> tuple[st.TenantStatus, ...]:
+    def full(self, now: float, *, peek: bool) -> list[Charged]:
         """All rows. `peek` takes no note of them: the next delta is what it would have been."""
-        touched = self._tenants.touched
-        rows = self._rows
-        for account in touched:
-            if account.seen:
+        touched, rows = self._tenants.touched, self._rows
+        for account, changed in touched.items():
+            if account.seen and (changed or account not in rows):
                 rows[account] = tenant_row(now, account)
-        for account in self._tenants.active:  # only ages grow by themselves
-            if account not in touched:
-                rows[account] = replace(rows[account], oldest_queued_s=oldest_queued_s(now, account))
         if not peek:
             touched.clear()
-        return tuple(rows.values())
+        return [
+            (row, oldest_queued_s(now, account), account.virtual_time, account.charged, account.output_tokens)
+            for account, row in rows.items()
+        ]
 
-    def delta(self, now: float) -> tuple[st.TenantStatus, ...]:
+    def delta(self, now: float) -> list[Charged]:
         """Rows of those that changed since the last frame, their ages apart."""
-        touched = self._tenants.touched
-        news = {account: tenant_row(now, account) for account in touched if account.seen}
-        self._rows |= news
+        touched, rows = self._tenants.touched, self._rows
+        charged: list[Charged] = []
+        for account, changed in touched.items():
+            if not account.seen:
+                continue
+            if changed or account not in rows:
+                rows[account] = tenant_row(now, account)
+            old = rows[account]
+            charged.append(
+                (old, old.oldest_queued_s, account.virtual_time, account.charged, account.output_tokens)
+            )
         touched.clear()
-        return tuple(news.values())
+        return charged
 
 
 def row(core: SteeringCore, record: Record, place: int | None) -> st.RequestStatus:

@@ -23,13 +23,13 @@ from vllm.v1.request import RequestStatus
 
 from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Reply
-from coxswain.schemas.status import Frame
 from coxswain.service.bus import Bus
 from coxswain.service.config import Settings
 from coxswain.service.logs import get_logger
 from coxswain.service.port import (
     AnswerOut,
     CommandIn,
+    Draft,
     FrameOut,
     LeadIn,
     Port,
@@ -50,6 +50,8 @@ log = get_logger()
 
 DRAIN_S: Final = 0.005
 """Time for commands and queries before one step; the rest wait for the next, so that a flood cannot stop steps."""
+STATUS_SHARE: Final = 0.02
+"""Part of the engine's time that status may take: a frame that cost more than that puts off the next one."""
 CLASS_STRIDE: Final = 2**33
 """vLLM picks a victim by `Request.priority`; we write class and priority into it, class first."""
 
@@ -361,14 +363,16 @@ class SteeredScheduler(AsyncScheduler):
         self.port.flush()
 
     def _publish(self, now: float, *, idle: bool) -> None:
+        began = time.thread_time()
         full = idle or now >= self._full_at
-        self._frame_at = now + self.settings.status_interval_s
         if full:
             self._full_at = now + self.settings.full_interval_s
         self.port.put(FrameOut(self._frame(now, full=full), idle))
         self._said_idle = idle
+        rest_s = min((time.thread_time() - began) / STATUS_SHARE, self.settings.full_interval_s)
+        self._frame_at = now + max(self.settings.status_interval_s, rest_s)
 
-    def _frame(self, now: float, *, full: bool = True, peek: bool = False) -> Frame:
+    def _frame(self, now: float, *, full: bool = True, peek: bool = False) -> Draft:
         commands = self.commands
         return self.reporter.frame(
             now, self._gauges(), full=full, peek=peek,

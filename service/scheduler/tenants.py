@@ -7,7 +7,7 @@ is done here; `lift` grows when a tenant returns from idle (VTC's counter lift, 
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from math import isfinite
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
@@ -30,7 +30,7 @@ class Account:
     Args:
         name: the tenant.
         policy: its row of the table in force.
-        touched: where it notes itself when it changes; shared by all accounts of a worker.
+        touched: where it notes itself when it changes; shared by all accounts of a worker (`Tenants.touched`).
     """
 
     __slots__ = (
@@ -40,7 +40,7 @@ class Account:
         "weight",
     )  # fmt: skip
 
-    def __init__(self, name: str, policy: TenantPolicy, touched: "dict[Account, None]") -> None:
+    def __init__(self, name: str, policy: TenantPolicy, touched: "dict[Account, bool]") -> None:
         self.name = name
         self.policy = policy
         self.weight = policy.weight
@@ -72,7 +72,13 @@ class Account:
     def charge(self, cost: float) -> None:
         """Add `cost` (tokens × price) at the weight in force now."""
         self.charged += cost / self.weight
-        self._sum()
+        self.virtual_time = self.base + self.charged + self.lift
+        self.touched.setdefault(self, False)
+
+    def deliver(self, tokens: int, price: float) -> None:
+        """Count and charge output tokens."""
+        self.output_tokens += tokens
+        self.charge(tokens * price)
 
     def rebase(self, base: float) -> None:
         """Set the controller's base."""
@@ -87,11 +93,11 @@ class Account:
 
     def _sum(self) -> None:
         self.virtual_time = self.base + self.charged + self.lift
-        self.touched[self] = None
+        self.touched[self] = True
 
     def touch(self) -> None:
-        """Something changed that its row in status shows."""
-        self.touched[self] = None
+        """Something changed that its row in status shows, beyond what a charge changes."""
+        self.touched[self] = True
 
 
 class Tenants:
@@ -101,15 +107,10 @@ class Tenants:
         self.prices = Prices()
         self.table: dict[str, TenantPolicy] = {}
         self.accounts: dict[str, Account] = {}
-        self.touched: dict[Account, None] = {}
-        """Changed since the last status frame, ages apart."""
+        self.touched: dict[Account, bool] = {}
+        """Changed since the last status frame, ages apart; False: it was charged and delivered to, nothing else."""
         self._active: RankHeap[Account] = RankHeap()
         self._last_left: Account | None = None
-
-    @property
-    def active(self) -> Iterable[Account]:
-        """Those with anything queued, in no order."""
-        return self._active
 
     def policy_of(self, name: str) -> TenantPolicy:
         """The tenant's row; without one, that of tenant `default`; without that, the built-in defaults."""

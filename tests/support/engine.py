@@ -23,7 +23,7 @@ from coxswain.schemas.status import (
     Slots,
     TenantStatus,
 )
-from coxswain.service.port import AnswerOut, CommandIn, EventOut, FrameOut, Port, QueryIn, ReplyOut
+from coxswain.service.port import AnswerOut, CommandIn, Draft, EventOut, FrameOut, Port, QueryIn, ReplyOut
 
 WORKER = "w1"
 INCARNATION = "01HZXW5N6C3V9Q8R7T2K4M1ABC"
@@ -65,7 +65,12 @@ class Engine:
 
     def send_frame(self, made: Frame, *, idle: bool = False) -> None:
         """Give the bus a status frame."""
-        self.port.put(FrameOut(made, idle))
+        rows = [(row, row.output_tokens) for row in made.requests]
+        tenants = [
+            (row, row.oldest_queued_s, row.virtual_time, row.charged, row.output_tokens_total)
+            for row in made.tenants
+        ]
+        self.port.put(FrameOut(Draft(made, rows, tenants), idle))
         self.port.flush()
 
     def send_events(self, count: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from coxswain.schemas import events as ev
 from coxswain.schemas.policy import Lead
 from coxswain.service.scheduler.core import SteeringCore
-from coxswain.service.scheduler.record import Record
+from coxswain.service.scheduler.record import Hold, Record
 from coxswain.service.scheduler.states import State
 
 
@@ -249,4 +249,4 @@ def _plain(value: Any) -> Any:
 
 
 def _hold(hold: Any) -> Any:
-    return hold if hold is None else (hold.kv, hold.since, hold.lease_until)
+    return (hold.kv, hold.since, hold.lease_until) if isinstance(hold, Hold) else hold

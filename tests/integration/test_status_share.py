@@ -1,0 +1,44 @@
+"""What status may cost the engine."""
+
+import time
+
+import pytest
+
+from bench.rig import Rig, vllm_config
+from coxswain.service.port import FrameOut
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize(
+    ("cost_s", "least_s", "most_s"), [(0.0, 0.049, 0.4), (0.01, 0.5, 1.0), (0.1, 1.0, 1.0)]
+)
+def test_a_dear_frame_puts_off_the_next(
+    monkeypatch: pytest.MonkeyPatch, cost_s: float, least_s: float, most_s: float
+) -> None:
+    """The time to the next frame is the interval, or what keeps status at 2 % of the engine's time, up to 1 s."""
+    from coxswain.service.scheduler import SteeredScheduler
+
+    monkeypatch.delenv("COX_NATS_URL", raising=False)
+    rig = Rig(SteeredScheduler, vllm_config())
+    scheduler = rig.scheduler
+    scheduler.port.connected = True
+    scheduler._frame(scheduler.now())  # the first one is slow: it runs code that never ran before
+    cheap = scheduler.reporter.frame
+
+    def dear(*args: object, **fields: object) -> object:
+        until = time.thread_time() + cost_s
+        while time.thread_time() < until:
+            pass
+        return cheap(*args, **fields)
+
+    monkeypatch.setattr(scheduler.reporter, "frame", dear)
+    moments: list[float] = []
+    real = scheduler.now
+    monkeypatch.setattr(scheduler, "now", lambda: moments.append(real()) or moments[-1])
+    rig.add("r", tokens=4)
+    moments.clear()
+    rig.step()
+    assert [type(item) for item in scheduler.port.collect()] == [FrameOut]
+    assert least_s <= scheduler._frame_at - moments[0] <= most_s
+    scheduler.shutdown()
