@@ -12,28 +12,30 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from coxswain.control import requests
 from coxswain.control.fleet import Fleet, WorkerView
-from coxswain.control.policy import Directives, Policy, weight_of
-from coxswain.schemas.commands import Command, Configure, Rank
+from coxswain.control.policy import Directives, Policy, Tables, weight_of
+from coxswain.control.told import ECHO_S, Told
+from coxswain.schemas.commands import COMMANDS, Command
 from coxswain.schemas.names import DEFAULT
-from coxswain.schemas.policy import ClassPolicy, Epoch, Lead, Prices, Sight, TenantPolicy, TenantRank, digest
-from coxswain.schemas.status import Frame
+from coxswain.schemas.policy import ClassPolicy, Epoch, Lead, Sight, TenantPolicy, TenantRank, digest
+from coxswain.schemas.status import Frame, TenantStatus
 
 BEAT_S: Final = 0.5
 """Between two heartbeats of the leader; workers give it up after 5 s."""
 EXPIRES_S: Final = 5.0
 """A command that was not applied by then never is."""
-ECHO_S: Final = 1.5
-"""How long a worker's status may lag behind a rank that it applied; a full frame comes every second."""
-ANSWER_S: Final = 2.0
-"""A command without an answer by then counts as failed."""
-FIRST_RETRY_S: Final = 0.25
-MAX_RETRY_S: Final = 4.0
-"""Bounds of the doubling wait after a command that failed."""
 TOLERANCE: Final = 0.5
 """A base that is off by no more (half an input token of virtual time) is left alone."""
 MAX_RANK_ROWS: Final = 2_000
-"""Rows in one `rank`, well under NATS's default payload limit; the next step sends the rest."""
+"""Rows in one `rank`, well under NATS's default payload limit; the next one has the rest."""
+RANK_ROWS_PER_STEP: Final = 3_000
+"""Rows that one step compares. In large fleets workers take turns: a step's length is bounded, not a rank's age."""
+ASK_S: Final = 0.5
+"""How often a worker is asked for the part of its queue that frames do not list."""
+ABOUT_REQUESTS: Final = frozenset({"prioritize", "preempt", "continue"})
+NOT_FAILURES: Final = frozenset({404, 422})
+"""Answers to commands about single requests after which nothing needs to be tried again: it ended, it cannot."""
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +58,8 @@ class Answer(NamedTuple):
     worker: str
     verb: str
     ok: bool
+    code: int | None = None
+    """The refusal's; None also if nobody answered."""
 
 
 class Send(NamedTuple):
@@ -70,39 +74,6 @@ class Beat(NamedTuple):
     """The leader's heartbeat."""
 
     lead: Lead
-
-
-class Retry(msgspec.Struct):
-    """Patience with one worker: in flight since when, and how long to wait after a failure."""
-
-    sent_at: float | None = None
-    ready_at: float = 0.0
-    wait_s: float = FIRST_RETRY_S
-
-    def ready(self, now: float) -> bool:
-        """Whether another command may go out; no answer for too long is a failure."""
-        if self.sent_at is not None and now - self.sent_at > ANSWER_S:
-            self.answered(now, ok=False)
-        return self.sent_at is None and now >= self.ready_at
-
-    def answered(self, now: float, *, ok: bool) -> None:
-        """Take an answer."""
-        self.sent_at = None
-        self.ready_at = now if ok else now + self.wait_s
-        self.wait_s = FIRST_RETRY_S if ok else min(MAX_RETRY_S, self.wait_s * 2)
-
-
-class Told(msgspec.Struct):
-    """What one incarnation of a worker was told by this leader."""
-
-    incarnation: str
-    rows: dict[str, tuple[TenantRank, float]] = {}
-    """Ranks sent, and when."""
-    prices: Prices | None = None
-    config: tuple[str, float] = ("", 0.0)
-    """Digest sent, and when."""
-    rank: Retry = msgspec.field(default_factory=Retry)
-    configure: Retry = msgspec.field(default_factory=Retry)
 
 
 class ControlCore:
@@ -128,20 +99,23 @@ class ControlCore:
         self._epoch: Epoch | None = None
         self._told: dict[str, Told] = {}
         self._beat_at = float("-inf")
-        self._ranked_at = float("-inf")
+        self._tables = Tables()
+        self._tables_of: tuple[Any, Any, int] = (None, None, 0)
+        self._digest: tuple[Any, Any, str] = (None, None, "")
 
     def step(self, now: float, inputs: Inputs) -> list[Send | Beat]:
         """Take what is new; return what to send, in order. `now` is Unix seconds."""
         for frame in inputs.frames:
             self.fleet.merge(frame, now)
         self.fleet.age(now)
-        self.policy.observe(self.fleet, inputs.tenants or {}, now)
+        tables = self._complete(inputs.classes or {}, inputs.tenants or {})
+        self.policy.observe(self.fleet, tables, now)
         self.fleet.settle()
         self.superseded_by = self._superseded_by(inputs.epoch)
         if inputs.epoch != self._epoch:
             self._epoch = inputs.epoch
             self._told.clear()
-            self._beat_at = self._ranked_at = float("-inf")
+            self._beat_at = float("-inf")
         if self._epoch is None or self.superseded_by is not None:
             return []
         for answer in inputs.answers:
@@ -150,28 +124,30 @@ class ControlCore:
         if inputs.classes is None or inputs.tenants is None:
             return outgoing
         directives = self.policy.decide(now)
-        outgoing += self._configure(now, directives, inputs.classes, inputs.tenants)
-        if now - self._ranked_at >= self.cadence_s:
-            self._ranked_at = now
-            outgoing += self._rank(now, directives, inputs.tenants)
+        outgoing += self._configure(now, directives, inputs.classes, tables)
+        outgoing += self._rank(now, directives, tables)
+        outgoing += self._steer(now, directives, tables)
         return outgoing
 
     def sight(self) -> Sight:
         """What we see of the fleet."""
         live = list(self.fleet.live())
-        busy = {
-            name
-            for view in live
-            for name, row in view.tenants.items()
-            if row.queued or row.running or row.held
-        }
         return Sight(
             workers=len(live),
-            tenants=len(busy),
+            tenants=len(self.fleet.presence.busy),
             queued=sum(view.frame.queued for view in live),
             running=sum(view.frame.running for view in live),
             held=sum(view.frame.held for view in live),
         )
+
+    def _complete(self, classes: Mapping[str, ClassPolicy], tenants: Mapping[str, TenantPolicy]) -> Tables:
+        """The tables with a row for every class that there is; the same object while nothing changed."""
+        seen = self.fleet.presence.classes
+        if (classes, tenants, len(seen)) != self._tables_of:
+            rows = {name: classes.get(name, ClassPolicy()) for name in sorted({DEFAULT, *classes, *seen})}
+            self._tables = Tables(rows, dict(tenants))
+            self._tables_of = (dict(classes), dict(tenants), len(seen))
+        return self._tables
 
     def _superseded_by(self, epoch: Epoch | None) -> Epoch | None:
         heard = (view.frame.leader.epoch for view in self.fleet.live())
@@ -200,76 +176,88 @@ class ControlCore:
         told = self._told.get(answer.worker)
         if told is None:
             return
-        if answer.verb == "configure":
-            told.configure.answered(now, ok=answer.ok)
-            if not answer.ok:
-                told.config = ("", 0.0)
-        elif answer.verb == "rank":
-            told.rank.answered(now, ok=answer.ok)
-            if not answer.ok:
-                told.rows.clear()
-                told.prices = None
+        ok = answer.ok or (answer.verb in ABOUT_REQUESTS and answer.code in NOT_FAILURES)
+        told.retries[answer.verb].answered(now, ok=ok)
+        if not ok:
+            told.failed(answer.verb)
 
     def _configure(
-        self,
-        now: float,
-        directives: Directives,
-        classes: Mapping[str, ClassPolicy],
-        tenants: Mapping[str, TenantPolicy],
+        self, now: float, directives: Directives, classes: Mapping[str, ClassPolicy], tables: Tables
     ) -> list[Send | Beat]:
         """`configure` for every worker that does not have the tables in force."""
-        wanted = self._ordered(directives, classes)
-        name = digest(wanted, tenants)
+        wanted = classes if directives.classes is None else directives.classes
+        if (wanted, tables.tenants) != self._digest[:2]:
+            self._digest = (wanted, tables.tenants, digest(wanted, tables.tenants))
+        name = self._digest[2]
         sends: list[Send | Beat] = []
         for view in self.fleet.live():
             told = self._told[view.worker]
             echoed = told.config[0] == name and now - told.config[1] < ECHO_S
-            if view.frame.config == name or echoed or not told.configure.ready(now):
+            if view.frame.config == name or echoed or not told.retries["configure"].ready(now):
                 continue
             told.config = (name, now)
-            told.configure.sent_at = now
-            command = Configure(**self._envelope(now), classes=dict(wanted), tenants=dict(tenants))
-            sends.append(Send(view.worker, "configure", command))
+            fields = {"classes": dict(wanted), "tenants": dict(tables.tenants)}
+            sends.append(self._send(now, view, told, "configure", fields))
         return sends
 
-    def _ordered(
-        self, directives: Directives, classes: Mapping[str, ClassPolicy]
-    ) -> Mapping[str, ClassPolicy]:
-        """The class table with the policy's order in every row, and rows for classes that have none."""
-        if directives.order is None:
-            return classes
-        seen = {row.class_ for view in self.fleet.live() for row in view.tenants.values()}
-        return {
-            name: msgspec.structs.replace(classes.get(name, ClassPolicy()), order=directives.order)
-            for name in sorted({DEFAULT, *classes, *seen})
-        }
-
-    def _rank(
-        self, now: float, directives: Directives, tenants: Mapping[str, TenantPolicy]
-    ) -> list[Send | Beat]:
-        """`rank` for every worker whose bases, weights or prices are materially other than wanted."""
+    def _rank(self, now: float, directives: Directives, tables: Tables) -> list[Send | Beat]:
+        """`rank` for workers whose bases, weights or prices are materially other than wanted, longest ago first."""
         sends: list[Send | Beat] = []
-        for view in self.fleet.live():
-            wanted = directives.ranks.get(view.worker, {})
+        compared = 0
+        for view in sorted(self.fleet.live(), key=lambda view: self._told[view.worker].ranked_at):
             told = self._told[view.worker]
-            if not told.rank.ready(now):
+            if compared >= RANK_ROWS_PER_STEP or now - told.ranked_at < self.cadence_s:
+                break
+            if not told.retries["rank"].ready(now):
                 continue
-            rows: dict[str, TenantRank] = {}
-            for tenant, rank in wanted.items():
-                base, weight = _has(now, view, told, tenant, tenants)
-                if abs(rank.base - base) > TOLERANCE or rank.weight != weight:
-                    rows[tenant] = rank
-                    if len(rows) == MAX_RANK_ROWS:
-                        break
+            told.ranked_at = now
+            wanted = directives.ranks.get(view.worker, {})
+            compared += len(wanted)
+            rows = self._differing(now, view, told, wanted, tables)
             prices = directives.prices if directives.prices != told.prices else None
             if not rows and prices is None:
                 continue
-            told.rank.sent_at = now
             told.prices = directives.prices
-            told.rows.update((tenant, (rank, now)) for tenant, rank in rows.items())
-            command = Rank(**self._envelope(now), incarnation=view.incarnation, tenants=rows, prices=prices)
-            sends.append(Send(view.worker, "rank", command))
+            told.ranks.update((tenant, (rank, now)) for tenant, rank in rows.items())
+            fields = {"incarnation": view.incarnation, "tenants": rows, "prices": prices}
+            sends.append(self._send(now, view, told, "rank", fields))
         return sends
+
+    def _differing(
+        self, now: float, view: WorkerView, told: Told, wanted: Mapping[str, TenantRank], tables: Tables
+    ) -> dict[str, TenantRank]:
+        """The rows that a worker does not have: by what it was just told, else by what it reports."""
+        rows: dict[str, TenantRank] = {}
+        for tenant, rank in wanted.items():
+            row = view.tenants.get(tenant)
+            said = told.ranks.get(tenant)
+            has: TenantRank | TenantStatus | None = row
+            if said is not None and (row is None or now - said[1] < ECHO_S):
+                has = said[0]
+            base, weight = (has.base, has.weight) if has else (0.0, weight_of(tables.tenants, tenant))
+            if abs(rank.base - base) > TOLERANCE or rank.weight != weight:
+                rows[tenant] = rank
+                if len(rows) == MAX_RANK_ROWS:
+                    break
+        return rows
+
+    def _steer(self, now: float, directives: Directives, tables: Tables) -> list[Send | Beat]:
+        """Commands about single requests and caps, for every worker that needs any."""
+        sends: list[Send | Beat] = []
+        for view in self.fleet.live():
+            told, orders, worker = self._told[view.worker], [], view.worker
+            if told.retries["prioritize"].ready(now):
+                orders += requests.prioritize(now, view, told, directives.priorities.get(worker, {}))
+            if told.retries["preempt"].ready(now) and told.retries["continue"].ready(now):
+                orders += requests.hold(now, view, told, directives.holds.get(worker, {}))
+            if told.retries["limit"].ready(now):
+                orders += requests.limit(now, view, told, directives.caps.get(worker, {}), tables)
+            sends += [self._send(now, view, told, verb, fields) for verb, fields in orders]
+        return sends
+
+    def _send(self, now: float, view: WorkerView, told: Told, verb: str, fields: Mapping[str, Any]) -> Send:
+        told.retries[verb].sent(now)
+        return Send(view.worker, verb, COMMANDS[verb](**self._envelope(now), **fields))
 
     def _envelope(self, now: float) -> dict[str, Any]:
         return {
@@ -285,20 +273,5 @@ class ControlCore:
         assert not self.fleet.changed, "every step ends settled"
         assert self._epoch is not None or not self._told, "only a leader tells anybody anything"
         for name, told in self._told.items():
-            assert told.incarnation
             assert name in self.fleet.workers
-            assert FIRST_RETRY_S <= told.rank.wait_s <= MAX_RETRY_S
-            assert FIRST_RETRY_S <= told.configure.wait_s <= MAX_RETRY_S
-
-
-def _has(
-    now: float, view: WorkerView, told: Told, tenant: str, tenants: Mapping[str, TenantPolicy]
-) -> tuple[float, float]:
-    """Base and weight that a worker has: as we just told it, else as it reports, else as we once told it."""
-    row = view.tenants.get(tenant)
-    rank, sent_at = told.rows.get(tenant, (None, 0.0))
-    if rank is not None and (row is None or now - sent_at < ECHO_S):
-        return rank.base, rank.weight
-    if row is not None:
-        return row.base, row.weight
-    return 0.0, weight_of(tenants, tenant)
+            told.validate()

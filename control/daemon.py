@@ -32,7 +32,7 @@ from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.names import sanitise_token
 from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy
-from coxswain.schemas.status import Frame, decode_frame
+from coxswain.schemas.status import Frame, decode_frame, decode_glance
 from coxswain.schemas.subjects import CONTROLLER
 
 MAX_FRAMES: Final = 8_192
@@ -70,6 +70,7 @@ class Controller:
         self.stopping = asyncio.Event()
         self._connection = connection
         self._cadence_s = cadence_s
+        self._decode = decode_frame if policy.sees_requests else decode_glance
         self._frames: deque[Frame] = deque(maxlen=MAX_FRAMES)
         self._answers: list[Answer] = []
         self._classes = Slot[ClassPolicy]()
@@ -180,7 +181,7 @@ class Controller:
             ok, code, why = reply.outcome != "rejected", reply.code, reply.error or ""
         except (ControlError, RefusedError) as error:
             why = str(error)
-        self._answers.append(Answer(send.worker, send.verb, ok=ok))
+        self._answers.append(Answer(send.worker, send.verb, ok=ok, code=code))
         if not ok and self._seldom.may("command", send.worker, send.verb, code):
             log.warning("command not accepted", worker=send.worker, verb=send.verb, code=code, reason=why)
 
@@ -210,7 +211,7 @@ class Controller:
 
     async def _heard(self, message: Msg) -> None:
         try:
-            frame = decode_frame(message.data)
+            frame = self._decode(message.data)
         except UNREADABLE as error:
             reason = str(error)
         else:

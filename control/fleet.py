@@ -6,13 +6,13 @@ Pure: the clock is passed in. Called by `core`; policies read it and never chang
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, Literal
 
 import msgspec
 
 from coxswain.control.parts import Assembler
-from coxswain.schemas.status import Frame, RequestStatus, TenantStatus
+from coxswain.schemas.status import ClassStatus, Frame, RequestStatus, TenantStatus
 
 STALE_S: Final = 3.0
 """A worker that is silent for longer is not counted; it publishes at least once a second."""
@@ -23,6 +23,13 @@ MAX_WORKERS: Final = 1_024
 MAX_RETIRED: Final = 8
 """Ended incarnations remembered per worker, so that their late frames change nothing."""
 
+MAX_LEFT: Final = 4_096
+"""Requests that left, remembered per worker until `settle`."""
+
+RequestKey = tuple[str, int]
+"""A request and its child."""
+Changed = dict[str, TenantStatus | None]
+"""Tenants whose row is another than when last looked at, and that one."""
 Liveness = Literal["live", "stale", "gone"]
 
 
@@ -47,10 +54,35 @@ class Totals(msgspec.Struct, kw_only=True):
         self.finished += row.finished_total
 
 
+class Presence:
+    """Where each tenant is, over all live workers: kept as it changes, never searched for."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, set[str]] = {}
+        """Tenant → workers where it has anything queued."""
+        self.busy: dict[str, set[str]] = {}
+        """Tenant → workers where it has anything queued, running or held."""
+        self.moved: dict[str, None] = {}
+        """Tenants of which `waiting` changed since `Fleet.settle`."""
+        self.classes: set[str] = set()
+        """Every class that any tenant or request was ever seen in."""
+
+    def note(self, where: dict[str, set[str]], tenant: str, worker: str, *, here: bool) -> None:
+        """The tenant is on the worker now, or not any more; `where` is one of the two above."""
+        if where is self.waiting:
+            self.moved[tenant] = None
+        if here:
+            where.setdefault(tenant, set()).add(worker)
+        elif workers := where.get(tenant):
+            workers.discard(worker)
+            if not workers:
+                del where[tenant]
+
+
 class WorkerView:
     """One worker as last heard: `frame` for everything but rows, which are merged here."""
 
-    def __init__(self, frame: Frame, now: float) -> None:
+    def __init__(self, frame: Frame, now: float, presence: Presence | None = None) -> None:
         self.worker = frame.worker
         self.incarnation = frame.incarnation
         self.frame = frame
@@ -59,44 +91,99 @@ class WorkerView:
         self.complete = False
         """Whether a full frame was merged: until then tenants may be missing."""
         self.tenants: dict[str, TenantStatus] = {}
-        self.requests: dict[tuple[str, int], RequestStatus] = {}
+        self.classes: dict[str, ClassStatus] = {}
+        self.requests: dict[RequestKey, RequestStatus] = {}
+        self.left: list[RequestStatus] = []
+        """Requests that ran or were held and are listed no more, since `Fleet.settle`: ended, as a rule."""
+        self.waiting: set[str] = set()
+        """Tenants with anything queued here."""
+        self.busy: set[str] = set()
+        """Tenants with anything queued, running or held here."""
+        self.counted = False
+        """Whether `presence` has them: while the worker is live, and was heard in full."""
+        self._presence = presence or Presence()
         self._assembler = Assembler()
         self._heard: tuple[int, frozenset[int]] = (-1, frozenset())
 
-    def merge(self, frame: Frame, now: float) -> set[str]:
-        """Take a frame of this incarnation; returns the tenants whose rows changed. Older ones: none."""
+    def merge(self, frame: Frame, now: float, changed: Changed | None = None) -> None:
+        """Take a frame of this incarnation, unless it is older than what we have; note in `changed` whose rows did."""
         seq, parts = self._heard
         if frame.seq < seq or (frame.seq == seq and frame.part in parts):
-            return set()
+            return
+        changed = {} if changed is None else changed
         self._heard = (frame.seq, (parts if frame.seq == seq else frozenset()) | {frame.part})
         self.heard_at = now
         self.frame = frame
         if not frame.full:
-            return self._merge_delta(frame)
-        whole = self._assembler.add(frame)
-        return self._merge_full(whole) if whole else set()
+            self._merge_delta(frame, changed)
+        elif whole := self._assembler.add(frame):
+            self._merge_full(whole, changed)
 
-    def _merge_delta(self, frame: Frame) -> set[str]:
-        changed = {row.tenant for row in frame.tenants if self.tenants.get(row.tenant) != row}
-        self.tenants.update((row.tenant, row) for row in frame.tenants)
+    def count(self, *, counted: bool) -> None:
+        """Let `presence` have what is here, or take it out."""
+        if counted == self.counted:
+            return
+        self.counted = counted
+        presence = self._presence
+        for where, tenants in ((presence.waiting, self.waiting), (presence.busy, self.busy)):
+            for tenant in tenants:
+                presence.note(where, tenant, self.worker, here=counted)
+
+    def _merge_delta(self, frame: Frame, changed: Changed) -> None:
+        # What a delta names has changed: that is why it is there.
+        self._put(frame.tenants, changed)
+        self._put_classes(frame)
         self.requests.update(((row.request, row.child), row) for row in frame.requests)
         for gone in frame.gone:
-            self.requests.pop((gone.request, gone.child), None)
-        return changed
+            self._gone(self.requests.pop((gone.request, gone.child), None))
 
-    def _merge_full(self, frame: Frame) -> set[str]:
-        tenants = {row.tenant: row for row in frame.tenants}
-        changed = {name for name, row in tenants.items() if self.tenants.get(name) != row}
-        changed |= self.tenants.keys() - tenants.keys()
-        if not self.complete:
-            changed |= tenants.keys()
+    def _merge_full(self, frame: Frame, changed: Changed) -> None:
+        old = self.tenants
+        news = [row for row in frame.tenants if old.get(row.tenant) != row]
         # A tenant that a worker stops listing keeps what it was served.
-        for name in self.tenants.keys() - tenants.keys():
-            tenants[name] = msgspec.structs.replace(self.tenants[name], queued=0, running=0, held=0)
-        self.tenants = tenants
-        self.requests = {(row.request, row.child): row for row in frame.requests}
-        self.complete = True
-        return changed
+        listed = {row.tenant for row in frame.tenants}
+        news += [
+            msgspec.structs.replace(old[name], queued=0, running=0, held=0)
+            for name in sorted(self.busy - listed)
+        ]
+        self._put(news, changed)
+        self._put_classes(frame)
+        requests = {(row.request, row.child): row for row in frame.requests}
+        for key, row in self.requests.items():
+            if key not in requests:
+                self._gone(row)
+        self.requests = requests
+        if not self.complete:
+            self.complete = True
+            changed.update(dict.fromkeys(self.tenants))
+
+    def _put(self, rows: Iterable[TenantStatus], changed: Changed) -> None:
+        tenants, waiting, busy, classes = self.tenants, self.waiting, self.busy, self._presence.classes
+        for row in rows:
+            name = row.tenant
+            if name not in changed:
+                changed[name] = tenants.get(name)
+            tenants[name] = row
+            if row.class_ not in classes:
+                classes.add(row.class_)
+            if (row.queued > 0) != (name in waiting):
+                self._toggle(waiting, self._presence.waiting, name)
+            if bool(row.queued or row.running or row.held) != (name in busy):
+                self._toggle(busy, self._presence.busy, name)
+
+    def _put_classes(self, frame: Frame) -> None:
+        self.classes.update((row.class_, row) for row in frame.classes)
+        self._presence.classes.update(row.class_ for row in frame.classes)
+
+    def _toggle(self, mine: set[str], where: dict[str, set[str]], name: str) -> None:
+        here = name not in mine
+        mine ^= {name}
+        if self.counted:
+            self._presence.note(where, name, self.worker, here=here)
+
+    def _gone(self, row: RequestStatus | None) -> None:
+        if row is not None and row.state != "queued" and len(self.left) < MAX_LEFT:
+            self.left.append(row)
 
 
 class Fleet:
@@ -108,8 +195,10 @@ class Fleet:
         self.workers: dict[str, WorkerView] = {}
         self.ended: dict[str, Totals] = {}
         """Per tenant, the totals of incarnations that ended."""
-        self.changed: set[tuple[str, str]] = set()
-        """(worker, tenant) whose rows, or whose worker's liveness, changed since `settle`."""
+        self.changed: dict[str, Changed] = {}
+        """Per worker, the tenants whose rows, or whose worker's liveness, changed since `settle`, with the row
+        that was known then: None where there was none, or the worker had not been heard in full."""
+        self.presence = Presence()
         self.rivals: dict[str, str] = {}
         """Workers of which a second incarnation is alive under the same name, and that incarnation."""
         self._retired: dict[str, deque[str]] = {}
@@ -124,26 +213,32 @@ class Fleet:
                 return False
             if view is not None:
                 self._end(view)
-            view = self.workers[frame.worker] = WorkerView(frame, now)
-        changed = view.merge(frame, now)
-        self.changed.update((frame.worker, tenant) for tenant in changed)
+            view = self.workers[frame.worker] = WorkerView(frame, now, self.presence)
+        view.merge(frame, now, self.changed.setdefault(frame.worker, {}))
         return True
 
     def age(self, now: float) -> None:
         """Let time pass: silent workers become stale, then gone."""
         self.now = max(self.now, now)
+        gone = []
         for worker, view in self.workers.items():
             liveness = self.liveness(view)
             if self._liveness.get(worker) != liveness:
                 self._liveness[worker] = liveness
-                self.changed.update((worker, tenant) for tenant in view.tenants)
-        gone = [view for view in self.workers.values() if self.liveness(view) == "gone"]
+                self._mark(view)
+            view.count(counted=view.complete and liveness == "live")
+            if liveness == "gone":
+                gone.append(view)
         for view in sorted(gone, key=lambda view: view.heard_at)[: max(0, len(self.workers) - MAX_WORKERS)]:
             self._end(view)
 
     def settle(self) -> None:
         """Everything that changed was seen by who needs it."""
         self.changed.clear()
+        self.presence.moved.clear()
+        for view in self.workers.values():
+            if view.left:
+                view.left.clear()
 
     def liveness(self, view: WorkerView) -> Liveness:
         """Whether the worker was heard of lately."""
@@ -152,7 +247,7 @@ class Fleet:
 
     def live(self) -> Iterator[WorkerView]:
         """Workers that were heard of lately."""
-        return (view for view in self.workers.values() if self.liveness(view) == "live")
+        return (view for view in self.workers.values() if self.now - view.heard_at <= STALE_S)
 
     def tenants(self) -> set[str]:
         """Every tenant ever heard of."""
@@ -168,12 +263,12 @@ class Fleet:
         return totals
 
     def waits_on(self, tenant: str) -> frozenset[str]:
-        """The live workers, of those heard in full, on which the tenant has anything queued."""
-        return frozenset(
-            view.worker
-            for view in self.live()
-            if view.complete and (row := view.tenants.get(tenant)) and row.queued
-        )
+        """The live workers, of those heard in full, on which the tenant has anything queued (as of `age`)."""
+        return frozenset(self.presence.waiting.get(tenant, ()))
+
+    def _mark(self, view: WorkerView) -> None:
+        """All of a worker's tenants deserve a look; rows that did not change are their own old ones."""
+        self.changed[view.worker] = {**view.tenants, **self.changed.get(view.worker, {})}
 
     def _succeeds(self, view: WorkerView | None, frame: Frame) -> bool:
         """Whether a frame of an incarnation that is not the current one begins a new one.
@@ -196,7 +291,9 @@ class Fleet:
             del self._retired[next(name for name in self._retired if name not in self.workers)]
         for tenant, row in view.tenants.items():
             self.ended.setdefault(tenant, Totals()).add(row)
-            self.changed.add((view.worker, tenant))
+        # Whatever succeeds it begins from nothing.
+        self.changed[view.worker] = dict.fromkeys(view.tenants)
+        view.count(counted=False)
         del self.workers[view.worker]
         self._liveness.pop(view.worker, None)
 
@@ -207,4 +304,12 @@ class Fleet:
             assert view.incarnation not in self._retired.get(worker, ())
             assert all(name == row.tenant for name, row in view.tenants.items())
             assert view.heard_at <= self.now
+            assert view.waiting == {name for name, row in view.tenants.items() if row.queued}
+            assert view.waiting <= view.busy <= view.tenants.keys()
+        for where, of in ((self.presence.waiting, "waiting"), (self.presence.busy, "busy")):
+            counted = {view.worker: getattr(view, of) for view in self.workers.values() if view.counted}
+            assert where == {
+                name: {worker for worker, names in counted.items() if name in names}
+                for name in set().union(*counted.values())
+            }
         assert all(len(retired) <= MAX_RETIRED for retired in self._retired.values())

@@ -1,4 +1,4 @@
-"""What a policy is: it looks at the fleet and says what order should rule. Pure; how to write one: docs.
+"""What a policy is: it looks at the fleet and says what should rule. Pure; how to write one: docs/policies.md.
 
 Lives here: the `Policy` protocol, what it may direct, and how one is found by name. May not live here: any
 particular policy (`policies/`). Called by `core` and `daemon`; third parties import it to add their own under
@@ -7,36 +7,69 @@ the entry point group `coxswain.policies`.
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from coxswain.control.errors import PolicyError
-from coxswain.control.fleet import Fleet
+from coxswain.control.fleet import Fleet, RequestKey
 from coxswain.schemas.names import DEFAULT
-from coxswain.schemas.policy import Order, Prices, TenantPolicy, TenantRank
+from coxswain.schemas.policy import ClassPolicy, Count, Prices, TenantPolicy, TenantRank
 
 GROUP: Final = "coxswain.policies"
 """Entry point group: name → a class that satisfies `PolicyType`."""
 
+Kv = Literal["keep", "drop"]
+Group = tuple[Literal["tenant", "class"], str]
+"""Whom a cap is for."""
+
+
+class Tables(NamedTuple):
+    """Both tables as operators want them. The same object as at the last look if nothing in them changed."""
+
+    classes: Mapping[str, ClassPolicy] = {}
+    """A row for `default`, for every class of the table, and for every class that any request is in."""
+    tenants: Mapping[str, TenantPolicy] = {}
+    """Rows of the table only: `weight_of` knows what the others get."""
+
+
+class Cap(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tenant or class may have on one worker, beside what the tables say; None: no bound by the policy."""
+
+    max_running: Count | None = None
+    max_queued: Count | None = None
+    max_prefill_tokens_per_step: Count | None = None
+
 
 class Directives(msgspec.Struct, frozen=True, kw_only=True):
-    """What a policy wants now, whole: the core sends only what a worker does not have yet."""
+    """What a policy wants now, whole; the core sends each worker only what it does not have yet.
 
-    order: Order | None = None
-    """The order inside every class, whatever the class table says; None leaves the table's."""
+    All but the first two are per worker. A mapping may be lazy: the core asks it only about workers that it is
+    about to send something to.
+    """
+
+    classes: Mapping[str, ClassPolicy] | None = None
+    """The class table that is to rule (`Tables.classes`, changed); None leaves it as it is."""
     prices: Prices | None = None
     """What tokens cost in virtual time; None leaves the workers' own."""
     ranks: Mapping[str, Mapping[str, TenantRank]] = {}
-    """Per worker and tenant. A tenant that is not named keeps its base."""
+    """Base and weight per tenant. A tenant that is not named keeps its own."""
+    priorities: Mapping[str, Mapping[RequestKey, int]] = {}
+    """Priority per request. A request that is not named keeps its own."""
+    holds: Mapping[str, Mapping[RequestKey, Kv]] = {}
+    """Who is held, and with what becoming of the KV. A request that is not named is continued."""
+    caps: Mapping[str, Mapping[Group, Cap]] = {}
+    """Caps per tenant or class. One that is not named is lifted."""
 
 
 class Policy(Protocol):
     """A policy. No I/O, no clock of its own, no waiting: `observe` and `decide` run 20 times a second."""
 
     name: ClassVar[str]
+    sees_requests: ClassVar[bool]
+    """Whether it looks at single requests. One that does not saves the controller most of its reading."""
 
-    def observe(self, fleet: Fleet, tenants: Mapping[str, TenantPolicy], now: float) -> None:
+    def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:
         """Look at the fleet; `fleet.changed` names what changed since the last call. `now` is Unix seconds.
 
         Called on standbys too, so that one that takes over knows what the leader knew.
@@ -50,6 +83,7 @@ class PolicyType(Protocol):
     """The class behind an entry point: its parameters and how it is made."""
 
     name: ClassVar[str]
+    sees_requests: ClassVar[bool]
     Params: type[msgspec.Struct]
 
     def __call__(self, params: Any) -> Policy:
@@ -60,6 +94,11 @@ def weight_of(tenants: Mapping[str, TenantPolicy], tenant: str) -> float:
     """The tenant's weight: its row's, else that of tenant `default`, else 1 (as workers do it)."""
     row = tenants.get(tenant) or tenants.get(DEFAULT)
     return row.weight if row else 1.0
+
+
+def each_class(classes: Mapping[str, ClassPolicy], /, **fields: Any) -> dict[str, ClassPolicy]:
+    """The class table with these fields in every row."""
+    return {name: msgspec.structs.replace(row, **fields) for name, row in classes.items()}
 
 
 def available() -> dict[str, EntryPoint]:

@@ -4,20 +4,20 @@ VTC remembers for ever what tenants took from each other while both wanted more;
 this morning is as good as new by noon. (The idea is that of decayed usage in cluster schedulers.)
 """
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import msgspec
 
 from coxswain.control.fleet import Fleet
-from coxswain.control.policy import Directives, weight_of
-from coxswain.schemas.policy import TenantPolicy, TenantRank
+from coxswain.control.policy import Directives, Tables, each_class, weight_of
+from coxswain.schemas.policy import TenantRank
 
 
 class HalfLife:
     """Orders tenants by service that fades."""
 
     name: ClassVar[str] = "half_life"
+    sees_requests: ClassVar[bool] = False
 
     class Params(msgspec.Struct, frozen=True, kw_only=True):
         """`--set half_life_s=600`."""
@@ -31,15 +31,15 @@ class HalfLife:
         self.counted: dict[str, float] = {}
         """How much of each tenant's total is in `usage` already."""
         self.fleet = Fleet()
-        self.tenants: Mapping[str, TenantPolicy] = {}
+        self.tables = Tables()
         self.at = 0.0
 
-    def observe(self, fleet: Fleet, tenants: Mapping[str, TenantPolicy], now: float) -> None:
+    def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:
         """Let the past fade, then add what was served since the last look."""
         fade = 0.5 ** ((now - self.at) / self.params.half_life_s) if self.at else 1.0
-        self.fleet, self.tenants, self.at = fleet, tenants, now
+        self.fleet, self.tables, self.at = fleet, tables, now
         self.usage = {tenant: used * fade for tenant, used in self.usage.items()}
-        for tenant in {tenant for _, tenant in fleet.changed}:
+        for tenant in {tenant for tenants in fleet.changed.values() for tenant in tenants}:
             total = fleet.totals(tenant).charged
             self.usage[tenant] = self.usage.get(tenant, 0.0) + total - self.counted.get(tenant, 0.0)
             self.counted[tenant] = total
@@ -51,9 +51,9 @@ class HalfLife:
             ranks[view.worker] = {
                 tenant: TenantRank(
                     base=self.usage[tenant] - row.charged - row.lift,
-                    weight=weight_of(self.tenants, tenant),
+                    weight=weight_of(self.tables.tenants, tenant),
                 )
                 for tenant, row in view.tenants.items()
                 if tenant in self.usage
             }
-        return Directives(order="fair", ranks=ranks)
+        return Directives(classes=each_class(self.tables.classes, order="fair"), ranks=ranks)

@@ -105,7 +105,7 @@ NOT_BUILT_TENANT = frozenset({"max_running", "max_queued"})
 """Tenant fields that workers of this version store but do not act on."""
 
 
-class TenantRank(msgspec.Struct, frozen=True, kw_only=True):
+class TenantRank(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a `rank` says of one tenant on one worker."""
 
     base: Finite = 0.0

@@ -50,7 +50,7 @@ class Leader(msgspec.Struct, frozen=True, kw_only=True):
     policy: str | None = None
 
 
-class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
+class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One tenant on one worker. virtual_time = base + charged + lift."""
 
     tenant: str
@@ -83,7 +83,7 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Caps in force, the strictest of the table's and every role's `limit`; null: none."""
 
 
-class ClassStatus(msgspec.Struct, frozen=True, kw_only=True):
+class ClassStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One class on one worker, over all tenants."""
 
     class_: str = msgspec.field(name="class")
@@ -96,7 +96,7 @@ class ClassStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Caps in force, the strictest of the table's and every role's `limit`; null: none."""
 
 
-class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):
+class RequestStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One request: running, held, or among the first that wait."""
 
     request: str
@@ -119,7 +119,7 @@ class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Until then (Unix s) a cut-in may not take its place; null: it may now, or never could."""
 
 
-class Gone(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class Gone(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """A request that a delta no longer lists."""
 
     request: str
@@ -224,7 +224,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """vLLM's settings that matter here: slots, budgets, prefix caching, async scheduling, model runner."""
 
 
+class _Glance(Frame, frozen=True, kw_only=True):
+    """A frame whose requests are passed over."""
+
+    requests: msgspec.Raw = msgspec.Raw()  # type: ignore[assignment]
+
+
 decode_frame = msgspec.json.Decoder(Frame).decode
+_decode_glance = msgspec.json.Decoder(_Glance).decode
 decode_page = msgspec.json.Decoder(QueuePage).decode
 decode_report = msgspec.json.Decoder(RequestReport).decode
 decode_config = msgspec.json.Decoder(Config).decode
+
+
+def decode_glance(payload: bytes) -> Frame:
+    """A frame as `decode_frame` gives it, but without its requests: a third of the time where there are many."""
+    return msgspec.structs.replace(_decode_glance(payload), requests=())

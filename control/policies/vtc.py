@@ -14,6 +14,10 @@ are the counters of the fleet, V: the sum of what all workers and all their inca
 when a tenant returns from idleness on *every* worker. Each worker is told `base = V − charged − lift`, as it
 last reported the two, so that its own order is that of V.
 
+`predict` is algorithm 3: output that is expected is charged at admission, what goes beyond it as it comes, and
+what does not come is given back at the end. `preempt_gap` goes beyond the paper, whose engine cannot: while the
+least counter of those that wait on a worker is more than that below a running request's, the request is held.
+
 What a frame shows is up to a frame period old, and a visit may begin and end between two: a tenant that was
 idle and whose lift or input total grew has visited. How far to lift: at least to what the floor was a frame
 before, at most to what it is now; between the two the worker's own lift says where it was when the request
@@ -21,39 +25,34 @@ came. With one worker that makes V its own virtual time exactly, and the base ne
 only watches.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Annotated, ClassVar, Final, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
 
-from coxswain.control.fleet import Fleet
-from coxswain.control.policy import Directives, weight_of
-from coxswain.schemas.policy import Prices, TenantPolicy, TenantRank
+from coxswain.control.fleet import Fleet, RequestKey, WorkerView
+from coxswain.control.policy import Directives, Kv, Tables, weight_of
+from coxswain.control.predict import MovingAverage, Predictor
+from coxswain.control.victims import Victims
+from coxswain.schemas.policy import Prices, TenantRank
 from coxswain.schemas.status import TenantStatus
 
 Price = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 
 KEEP: Final = 1_024
 """Counters kept whatever their tenants do; beyond, those that a lift would overtake anyway are forgotten."""
-
-
-class Seen(NamedTuple):
-    """What of a tenant on a worker is already in V."""
-
-    charged: float = 0.0
-    lift: float = 0.0
-    input_tokens: int = 0
+ABSENT_ROWS: Final = 64
+"""Tenants that do not wait on a worker and are told to it in one rank, in turns: they may come."""
+NOTHING: Final[Mapping[str, float]] = {}
 
 
 class Change(NamedTuple):
-    """What happened to a tenant since the last look, over all workers."""
+    """What happened to a tenant since the last look, over all workers, where it is more than being served."""
 
-    charged: float = 0.0
-    """How much was charged."""
     visited: bool = False
     """Whether it has, or had in between, anything queued."""
     lifted_to: float | None = None
-    """Where the worker that lifted it least put it, before those charges."""
+    """Where the worker that lifted it least put it, before it was charged."""
     lifted_on: frozenset[str] = frozenset()
     """The workers that lifted it: there its queue was empty at some time since the last look."""
     adopt: float | None = None
@@ -62,7 +61,6 @@ class Change(NamedTuple):
     def join(self, other: "Change") -> "Change":
         """Both, on two workers."""
         return Change(
-            self.charged + other.charged,
             self.visited or other.visited,
             _least(self.lifted_to, other.lifted_to),
             self.lifted_on | other.lifted_on,
@@ -71,12 +69,17 @@ class Change(NamedTuple):
 
 
 class Vtc:
-    """Fair shares of service, in weighted tokens, between tenants that want more than there is."""
+    """Fair shares of service, in weighted tokens, between tenants that want more than there is.
+
+    Args:
+        params: see `Params`.
+        predictor: what to expect instead of `params.predict`; for laboratories.
+    """
 
     name: ClassVar[str] = "vtc"
 
     class Params(msgspec.Struct, frozen=True, kw_only=True):
-        """Prices of a token; the defaults are the paper's wp = 1 and wq = 2."""
+        """Prices of a token (the defaults are the paper's wp = 1 and wq = 2), prediction, preemption."""
 
         wp: Price = 1.0
         """Per input token that the prefix cache did not have."""
@@ -84,122 +87,235 @@ class Vtc:
         """Per output token."""
         cached: Price = 0.0
         """Per input token found in the prefix cache."""
+        predict: Literal["none", "average"] = "none"
+        """Whether expected output is charged at admission, by the tenant's moving average."""
+        preempt_gap: Price | None = None
+        """Hold running requests of tenants that are this far ahead of one that waits; none: never."""
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Params, predictor: Predictor | None = None) -> None:
         self.prices = Prices(input=params.wp, cached=params.cached, output=params.wq)
+        self.predictor = predictor or (MovingAverage() if params.predict == "average" else None)
+        self.sees_requests = self.predictor is not None or params.preempt_gap is not None
         self.virtual: dict[str, float] = {}
-        """V: each tenant's counter. Never falls."""
+        """V: each tenant's counter. Without prediction it never falls."""
         self.active: dict[str, frozenset[str]] = {}
         """Tenants with anything queued, and on which live workers."""
+        self._victims = None if params.preempt_gap is None else Victims(params.preempt_gap)
         self._last_left: str | None = None
-        self._seen: dict[str, tuple[str, dict[str, Seen]]] = {}
-        self._fleet: Fleet | None = None
-        self._tenants: Mapping[str, TenantPolicy] = {}
+        self._incarnations: dict[str, str] = {}
+        """Per worker, the one whose totals are in V."""
+        self._expected: dict[str, dict[str, float]] = {}
+        """Per worker and tenant, what of V is charged and not delivered yet."""
+        self._turn: dict[str, int] = {}
+        self._forget_at = KEEP
+        self._fleet = Fleet()
+        self._tables = Tables()
 
-    def observe(self, fleet: Fleet, tenants: Mapping[str, TenantPolicy], now: float) -> None:  # noqa: ARG002
+    # Count
+
+    def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:  # noqa: ARG002
         """Count what was charged, and lift tenants that returned from fleet-wide idleness."""
-        self._fleet, self._tenants = fleet, tenants
-        alone = sum(1 for _ in fleet.live()) == 1
-        changes = self._changes(fleet)
-        now_on = {tenant: fleet.waits_on(tenant) for tenant in changes}
+        self._fleet, self._tables = fleet, tables
+        charges, changes = self._read(fleet)
         before = self.active
-        returned = {
-            tenant: self._floor(before.keys() - {tenant})
+        waiting = fleet.presence.waiting
+        returned = [
+            tenant
             for tenant, change in changes.items()
-            if _returned(change, before.get(tenant, frozenset()), now_on[tenant])
-        }
-        self.active = {tenant: on for tenant, on in (before | now_on).items() if on}
+            if _returned(change, before.get(tenant, frozenset()), waiting.get(tenant, frozenset()))
+        ]
+        floors = self._floors_without(returned)
+        left = [tenant for tenant in fleet.presence.moved if tenant in before and tenant not in waiting]
+        for tenant in fleet.presence.moved:
+            if tenant in waiting:
+                self.active[tenant] = frozenset(waiting[tenant])
+            else:
+                self.active.pop(tenant, None)
 
+        virtual = self.virtual
         for tenant, change in changes.items():
-            if change == Change() and tenant not in self.virtual:
-                continue
             if change.adopt is not None:
-                self.virtual[tenant] = max(self.virtual.get(tenant, change.adopt), change.adopt)
-            if tenant not in returned:
-                self.virtual[tenant] = self.virtual.get(tenant, 0.0) + change.charged
-        floor_now = self._floor(self.active.keys() - returned.keys())
-        for tenant, floor_before in returned.items():
-            change, old = changes[tenant], self.virtual.get(tenant, 0.0)
-            at = change.lifted_to if alone else _return_to(change.lifted_to, floor_before, floor_now)
-            self.virtual[tenant] = max(old, old if at is None else at) + change.charged
+                virtual[tenant] = max(virtual.get(tenant, change.adopt), change.adopt)
+        for tenant, charge in charges.items():
+            if tenant not in floors and (charge or tenant in virtual or changes[tenant] != Change()):
+                virtual[tenant] = virtual.get(tenant, 0.0) + charge
+        self._lift(fleet, changes, charges, floors)
 
-        if left := (before.keys() | returned.keys()) - self.active.keys():
+        if left := [*left, *(tenant for tenant in returned if tenant not in self.active)]:
             # Who of several left last is not told: the least is the one that takes nothing from anybody.
-            self._last_left = min(left, key=lambda tenant: (self.virtual[tenant], tenant))
+            self._last_left = min(left, key=lambda tenant: (virtual[tenant], tenant))
         self._forget()
 
-    def decide(self, now: float) -> Directives:  # noqa: ARG002  (the protocol's signature)
-        """Each live worker's bases, so that its virtual times are those of the fleet."""
-        if self._fleet is None:
-            return Directives()
-        counters = [
-            (tenant, virtual, weight_of(self._tenants, tenant)) for tenant, virtual in self.virtual.items()
-        ]
-        ranks = {
-            view.worker: {
-                tenant: TenantRank(base=_base(virtual, view.tenants.get(tenant)), weight=weight)
-                for tenant, virtual, weight in counters
-            }
-            for view in self._fleet.live()
-            if view.complete
-        }
-        return Directives(prices=self.prices, ranks=ranks)
-
-    def _floor(self, active: Collection[str]) -> float | None:
-        """The least V among `active`; with none, that of the tenant that left the queue last."""
-        if active:
-            return min(self.virtual[tenant] for tenant in active)
-        return self.virtual.get(self._last_left) if self._last_left is not None else None
-
-    def _changes(self, fleet: Fleet) -> dict[str, Change]:
-        heard = {view.worker: view for view in fleet.workers.values() if view.complete}
-        self._seen = {worker: seen for worker, seen in self._seen.items() if worker in fleet.workers}
-        first = {
-            worker
-            for worker, view in heard.items()
-            if worker not in self._seen or self._seen[worker][0] != view.incarnation
-        }
-        self._seen.update((worker, (heard[worker].incarnation, {})) for worker in first)
+    def _read(self, fleet: Fleet) -> tuple[dict[str, float], dict[str, Change]]:
+        """What was charged per tenant since the last look, and what else happened to some."""
+        charges: dict[str, float] = {}
         changes: dict[str, Change] = {}
-        for worker, tenant in sorted(fleet.changed):
-            row = heard[worker].tenants.get(tenant) if worker in heard else None
-            change = self._change(worker, row, first=worker in first) if row else Change()
-            changes[tenant] = changes[tenant].join(change) if tenant in changes else change
-        return changes
+        active = self.active
+        for worker in self._incarnations.keys() - fleet.workers.keys():
+            del self._incarnations[worker]
+            self._expected.pop(worker, None)
+            self._turn.pop(worker, None)
+        for worker, tenants in fleet.changed.items():
+            view = fleet.workers.get(worker)
+            if view is None or not view.complete:
+                continue
+            if first := self._incarnations.get(worker) != view.incarnation:
+                self._incarnations[worker] = view.incarnation
+                self._expected.pop(worker, None)
+            more = self._expect(view) if self.predictor else NOTHING
+            rows = view.tenants
+            for tenant, old in tenants.items():
+                row = rows.get(tenant)
+                if row is None:
+                    continue
+                charge = row.charged - old.charged if old else row.charged
+                if more:
+                    charge += more.get(tenant, 0.0)
+                if old and row.lift == old.lift and tenant in active:
+                    charges[tenant] = charges.get(tenant, 0.0) + charge
+                    continue
+                if first and row.base:
+                    charge, change = 0.0, Change(adopt=row.virtual_time)
+                else:
+                    change = _change(worker, row, old)
+                charges[tenant] = charges.get(tenant, 0.0) + charge
+                changes[tenant] = changes[tenant].join(change) if tenant in changes else change
+        return charges, changes
 
-    def _change(self, worker: str, row: TenantStatus, *, first: bool) -> Change:
-        seen = self._seen[worker][1]
-        old = seen.get(row.tenant, Seen())
-        new = Seen(row.charged, row.lift, row.uncached_input_tokens_total + row.cached_input_tokens_total)
-        seen[row.tenant] = new
-        if first and row.base:
-            return Change(adopt=row.virtual_time)
-        charged = max(0.0, new.charged - old.charged)
-        lifted = new.lift > old.lift
-        return Change(
-            charged,
-            row.queued > 0 or lifted or new.input_tokens > old.input_tokens,
-            row.virtual_time - charged if lifted else None,
-            frozenset({worker} if lifted else ()),
-        )
+    def _expect(self, view: WorkerView) -> dict[str, float]:
+        """Per tenant, by how much what is expected of this worker's requests has grown since the last look."""
+        assert self.predictor is not None
+        for row in view.left:
+            self.predictor.learn(row)
+        now: dict[str, float] = {}
+        for row in view.requests.values():
+            if row.state == "queued" and not row.output_tokens:
+                continue
+            tokens = self.predictor.expect(row) - row.output_tokens
+            if tokens > 0.0:
+                weight = weight_of(self._tables.tenants, row.tenant)
+                now[row.tenant] = now.get(row.tenant, 0.0) + tokens * self.prices.output / weight
+        old = self._expected.get(view.worker, {})
+        self._expected[view.worker] = now
+        return {tenant: now.get(tenant, 0.0) - old.get(tenant, 0.0) for tenant in now | old}
+
+    # Lift
+
+    def _floors_without(self, tenants: list[str]) -> dict[str, float | None]:
+        """For each, the least V among the other active tenants; with none, that of who left the queue last."""
+        if not tenants:
+            return {}
+        virtual = self.virtual
+        first = min(self.active, key=virtual.__getitem__, default=None)
+        second = min((each for each in self.active if each != first), key=virtual.__getitem__, default=None)
+        last = self._last_left
+        floors = {}
+        for tenant in tenants:
+            least = second if tenant == first else first
+            least = last if least is None else least
+            floors[tenant] = None if least is None else virtual.get(least)
+        return floors
+
+    def _lift(
+        self,
+        fleet: Fleet,
+        changes: Mapping[str, Change],
+        charges: Mapping[str, float],
+        floors: Mapping[str, float | None],
+    ) -> None:
+        """Put tenants that returned to the floor, which was `floors` when last looked at; then charge them."""
+        if not floors:
+            return
+        virtual = self.virtual
+        others = [virtual[tenant] for tenant in self.active if tenant not in floors]
+        last = virtual.get(self._last_left) if self._last_left is not None else None
+        floor_now = min(others) if others else last
+        # One worker's own lift is exact; but its order has no expectations in it.
+        alone = self.predictor is None and sum(1 for _ in fleet.live()) == 1
+        for tenant, floor_before in floors.items():
+            lifted_to, old = changes[tenant].lifted_to, virtual.get(tenant, 0.0)
+            at = lifted_to if alone else _return_to(lifted_to, floor_before, floor_now)
+            virtual[tenant] = max(old, old if at is None else at) + charges[tenant]
 
     def _forget(self) -> None:
         """Drop counters of idle tenants that are not above the floor: a return lifts them there anyway."""
-        if len(self.virtual) <= KEEP or not self.active or self._fleet is None:
+        if len(self.virtual) <= self._forget_at or not self.active:
             return
         floor = min(self.virtual[tenant] for tenant in self.active)
-        busy = {
-            tenant
-            for view in self._fleet.workers.values()
-            for tenant, row in view.tenants.items()
-            if row.queued or row.running or row.held
-        }
+        busy = self._fleet.presence.busy
         self.virtual = {
             tenant: virtual for tenant, virtual in self.virtual.items() if virtual > floor or tenant in busy
         }
+        self._forget_at = max(KEEP, 2 * len(self.virtual))
+
+    # Decide
+
+    def decide(self, now: float) -> Directives:  # noqa: ARG002  (the protocol's signature)
+        """Bases that make every worker's virtual times those of the fleet, and who is held."""
+        holds: Mapping[str, Mapping[RequestKey, Kv]] = {}
+        if self._victims is not None:
+            holds = self._victims.choose(self._fleet, self.virtual)
+        return Directives(prices=self.prices, ranks=_Ranks(self), holds=holds)
+
+    def above_floor(self) -> list[str]:
+        """Tenants whom a worker's own lift would put too low if it had not heard of them."""
+        if not self.active:
+            return list(self.virtual)
+        floor = min(self.virtual[tenant] for tenant in self.active)
+        return [tenant for tenant, virtual in self.virtual.items() if virtual > floor]
+
+    def ranks_of(self, view: WorkerView, above: list[str]) -> dict[str, TenantRank]:
+        """Ranks of those that wait on a worker, and of some of the others, which take turns."""
+        turn = self._turn.get(view.worker, 0) if len(above) > ABSENT_ROWS else 0
+        chosen = [*above[turn : turn + ABSENT_ROWS], *above[: max(0, turn + ABSENT_ROWS - len(above))]]
+        self._turn[view.worker] = (turn + ABSENT_ROWS) % max(1, len(above))
+        virtual, table = self.virtual, self._tables.tenants
+        ranks = {}
+        for tenant in {**dict.fromkeys(sorted(view.waiting)), **dict.fromkeys(chosen)}:
+            row, counter = view.tenants.get(tenant), virtual.get(tenant, 0.0)
+            base = counter if row is None else counter - row.charged - row.lift
+            ranks[tenant] = TenantRank(base=base, weight=weight_of(table, tenant))
+        return ranks
 
 
-def _returned(change: Change, before: frozenset[str], now: frozenset[str]) -> bool:
+class _Ranks(Mapping[str, Mapping[str, TenantRank]]):
+    """Per worker, made when asked for: the core asks about few workers in a step."""
+
+    def __init__(self, policy: Vtc) -> None:
+        self._policy = policy
+        self._workers = {view.worker: view for view in policy._fleet.live() if view.complete}  # noqa: SLF001
+        self._above: list[str] | None = None
+
+    def __getitem__(self, worker: str) -> dict[str, TenantRank]:
+        view = self._workers[worker]
+        if self._above is None:
+            self._above = self._policy.above_floor()
+        return self._policy.ranks_of(view, self._above)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._workers)
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+
+def _change(worker: str, row: TenantStatus, old: TenantStatus | None) -> Change:
+    """What a row says beside what it was charged."""
+    lifted = row.lift > (old.lift if old else 0.0)
+    fetched = _input(row) > (_input(old) if old else 0)
+    charged = row.charged - (old.charged if old else 0.0)
+    return Change(
+        row.queued > 0 or lifted or fetched,
+        row.virtual_time - charged if lifted else None,
+        frozenset({worker} if lifted else ()),
+    )
+
+
+def _input(row: TenantStatus) -> int:
+    return row.uncached_input_tokens_total + row.cached_input_tokens_total
+
+
+def _returned(change: Change, before: frozenset[str], now: frozenset[str] | set[str]) -> bool:
     """Whether a tenant came back from fleet-wide idleness; `before` and `now` are the workers it waits on.
 
     On a worker where it waited before, a lift shows that it left and came back meanwhile: that counts if it
@@ -215,10 +331,6 @@ def _return_to(lifted_to: float | None, floor_before: float | None, floor_now: f
     if lifted_to is None or floor_before is None:
         return floor_before if lifted_to is None else lifted_to
     return max(lifted_to, floor_before)
-
-
-def _base(virtual: float, row: TenantStatus | None) -> float:
-    return virtual if row is None else virtual - row.charged - row.lift
 
 
 def _least(one: float | None, other: float | None) -> float | None:

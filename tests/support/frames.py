@@ -11,7 +11,7 @@ from typing import Any
 from coxswain.control.core import Answer, Beat, Send
 from coxswain.schemas.commands import Configure, Rank
 from coxswain.schemas.policy import Epoch, Prices, TenantPolicy, digest
-from coxswain.schemas.status import CommandStats, Frame, KvBlocks, Leader, Slots, TenantStatus
+from coxswain.schemas.status import CommandStats, Frame, KvBlocks, Leader, RequestStatus, Slots, TenantStatus
 
 
 def row(tenant: str, **fields: Any) -> TenantStatus:
@@ -25,6 +25,15 @@ def row(tenant: str, **fields: Any) -> TenantStatus:
     merged = plain | fields
     virtual_time = merged["base"] + merged["charged"] + merged["lift"]
     return TenantStatus(tenant=tenant, virtual_time=virtual_time, **merged)
+
+
+def request(name: str, tenant: str = "a", **fields: Any) -> RequestStatus:
+    """A request that runs, unless `fields` say otherwise."""
+    plain: dict[str, Any] = {
+        "child": 0, "class_": "default", "priority": 0, "state": "running", "kv": "none", "arrived_at": 0.0,
+        "prompt_tokens": 10, "cached_tokens": 0, "output_tokens": 0, "deadline_s": None,
+    }  # fmt: skip
+    return RequestStatus(request=name, tenant=tenant, **(plain | fields))
 
 
 def frame(

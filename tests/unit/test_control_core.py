@@ -1,59 +1,19 @@
 """The control core: what it sends, to whom, when, and when it keeps quiet."""
 
 from itertools import pairwise
-from typing import Any
 
-from coxswain.control.core import BEAT_S, ECHO_S, EXPIRES_S, Answer, Beat, ControlCore, Inputs, Send
+from coxswain.control.core import BEAT_S, EXPIRES_S, Answer, Beat, Send
 from coxswain.control.policies.fcfs import Fcfs
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.policy import Directives
+from coxswain.control.told import ECHO_S
 from coxswain.schemas.policy import ClassPolicy, Prices, TenantPolicy, TenantRank, digest
 from coxswain.schemas.status import Leader
+from tests.support.control import EPOCH, Driver, Fixed
 from tests.support.frames import frame, row
 
-EPOCH = (100.0, 7)
 CLASSES = {"batch": ClassPolicy(position=1)}
 TENANTS = {"acme": TenantPolicy(weight=2.0)}
-
-
-class Fixed:
-    """A policy that says what a test tells it to."""
-
-    name = "fixed"
-
-    def __init__(self, **directives: Any) -> None:
-        self.directives = Directives(**directives)
-
-    def observe(self, *_: object) -> None:
-        """Nothing to see."""
-
-    def decide(self, _: float) -> Directives:
-        """What the test set."""
-        return self.directives
-
-
-class Driver:
-    """A core, and inputs that stay as they are until changed."""
-
-    def __init__(self, policy: Any) -> None:
-        self._ids = iter(range(10**6))
-        self.core = ControlCore(policy, "c1", lambda: f"id{next(self._ids)}")
-        self.classes: Any = {}
-        self.tenants: Any = {}
-        self.epoch: Any = EPOCH
-
-    def step(self, now: float, *frames, answers=()) -> list[Send | Beat]:
-        """Everything that goes out."""
-        inputs = Inputs(
-            frames=frames, classes=self.classes, tenants=self.tenants, epoch=self.epoch, answers=answers
-        )
-        outgoing = self.core.step(now, inputs)
-        self.core.validate()
-        return outgoing
-
-    def sends(self, now: float, *frames, answers=()) -> list[Send]:
-        """The commands among it."""
-        return [each for each in self.step(now, *frames, answers=answers) if isinstance(each, Send)]
 
 
 def test_only_a_leader_says_anything() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from coxswain.control.core import ControlCore, Inputs
 from coxswain.control.fleet import Fleet
 from coxswain.control.policies.vtc import KEEP, Vtc
+from coxswain.control.policy import Tables
 from coxswain.schemas.policy import TenantPolicy
 from tests.support.frames import SmallWorker, frame, row
 
@@ -133,7 +134,7 @@ def _observe(policy: Vtc, fleet: Fleet, now: float, *frames) -> None:
     for each in frames:
         fleet.merge(each, now)
     fleet.age(now)
-    policy.observe(fleet, {}, now)
+    policy.observe(fleet, Tables(), now)
     fleet.settle()
 
 
