@@ -68,6 +68,8 @@ class Held(Event, frozen=True, kw_only=True, tag="held"):
 class Parked(Event, frozen=True, kw_only=True, tag="parked"):
     """A held request gave back its slot and kept its KV."""
 
+    reason: str = ""
+
 
 class Dropped(Event, frozen=True, kw_only=True, tag="dropped"):
     """A held request's KV was freed."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import vllm
+from vllm.v1.request import RequestStatus
 
 TESTED: Final = ("0.32.0",)
 
@@ -19,7 +20,12 @@ PRIVATE: Final = {
         "_preempt_request", "_free_request", "_enqueue_waiting_request", "_update_request_as_session",
         "_handle_stopped_request", "finish_requests",
         "has_requests", "has_finished_requests", "reset_prefix_cache", "get_request_counts",
+        "_request_blocks_can_be_freed",
     ),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": (
+        "allocate_slots", "get_blocks", "get_computed_blocks", "empty_kv_cache_blocks",
+    ),
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": ("get_num_blocks_to_allocate",),
     "vllm.v1.engine.core:EngineCoreProc": ("_send_abort_outputs", "_process_input_queue"),
     "vllm.v1.core.sched.request_queue:RequestQueue": (
         "add_request", "pop_request", "peek_request", "prepend_request", "prepend_requests", "remove_request",
@@ -78,6 +84,46 @@ def send_aborts(engine: Any | None, requests: list[Any]) -> None:
     """Tell the clients of aborted requests; `finish_requests` alone answers nobody."""
     if engine is not None and requests:
         engine._send_abort_outputs(requests)  # noqa: SLF001
+
+
+def ready(scheduler: Any, request: Any) -> bool:
+    """Whether the admission loop of vLLM would take this waiting request rather than skip it."""
+    if request.num_stale_output_tokens and not request.drop_stale_output:
+        return False
+    if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+        structured = request.structured_output_request
+        if structured is None or structured.grammar is None or isinstance(structured.grammar, Exception):
+            return False
+    elif request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+        return False
+    if request.lora_request is None or scheduler.lora_config is None:
+        return True
+    loras = {r.lora_request.lora_int_id for r in scheduler.running if r.lora_request}
+    return len(loras) < scheduler.lora_config.max_loras or request.lora_request.lora_int_id in loras
+
+
+def blocks_needed(scheduler: Any, request: Any, enough: int) -> int:
+    """KV blocks that admitting a waiting request takes (`KVCacheManager.allocate_slots` with the whole input).
+
+    Where a bound without the prefix cache is within `enough`, that bound: it needs no look-up.
+    """
+    manager = scheduler.kv_cache_manager
+    coordinator = manager.coordinator
+    tokens = min(request.num_tokens, scheduler.max_model_len)
+    watermark = manager.watermark_blocks if scheduler.running else 0
+    most = watermark + sum(-(-tokens // group.block_size) for group in coordinator.single_type_managers)
+    if most <= enough:
+        return int(most)
+    computed, blocks = request.num_computed_tokens, manager.empty_kv_cache_blocks
+    if not computed:
+        blocks, computed = manager.get_computed_blocks(request)[:2]
+    return int(watermark) + int(
+        coordinator.get_num_blocks_to_allocate(
+            request_id=request.request_id, num_tokens=tokens, new_computed_blocks=blocks.blocks, num_encoder_tokens=0,
+            total_computed_tokens=computed, num_local_computed_tokens=computed, num_tokens_main_model=tokens,
+            apply_admission_cap=True, prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
+        )
+    )  # fmt: skip
 
 
 def expected_cached_tokens(request: Any) -> int:

@@ -3,7 +3,8 @@
 Told of everything by the vLLM shell (`steered.py`), with the clock passed in; it acts on the engine only through
 the small port `Engine`. Knows ranks, holds and leases; knows no policy, no NATS, no event loop. Here: the life of
 a request, the leader, the tables. Its rooms: `roster` (who is where), `queue` (in which order they wait), `ledger`
-(what they cost), `holds` (who keeps whom from running), `tenants`. Commands are in `verbs.py`.
+(what they cost), `holds` (who keeps whom from running), `room` (who makes way for whom), `tenants`. Commands are
+in `verbs.py`.
 `validate()` checks all invariants and is called by tests after every step.
 """
 
@@ -18,6 +19,7 @@ from coxswain.service.scheduler.holds import Holds
 from coxswain.service.scheduler.ledger import Ledger
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Progress, Record
+from coxswain.service.scheduler.room import Room
 from coxswain.service.scheduler.roster import Roster
 from coxswain.service.scheduler.states import HELD, State, Transition
 from coxswain.service.scheduler.tenants import Tenants
@@ -49,7 +51,8 @@ class SteeringCore:
         self.tenants = Tenants()
         self.roster = Roster(self.tenants)
         self.ledger = Ledger(self.roster, self.tenants, self.queue)
-        self.holds = Holds(engine, self.roster, self.ledger, self.queue, self.tell)
+        self.holds = Holds(engine, self.roster, self.ledger, self.queue, self.tell, self._began)
+        self.room = Room(engine, self.roster, self.queue, self.holds, self.evict, self.class_place)
         self.classes: dict[str, ClassPolicy] = {}
         self.digest = ""
         self.configure({}, {})
@@ -120,6 +123,7 @@ class SteeringCore:
             self.roster.awaiting_first[record] = None
         else:
             self.ledger.resume(record, computed, external)
+        self._began(now, record)
         waited = now - record.queued_since
         record.queued_s += waited
         self.roster.touch(record)
@@ -130,13 +134,33 @@ class SteeringCore:
             queued_s=waited, resumed=not first,
         )  # fmt: skip
 
-    def evicted(self, now: float, record: Record) -> None:
-        """vLLM itself preempted a running request for want of KV blocks."""
+    def _began(self, now: float, record: Record) -> None:
+        """It runs, for the first time or again."""
+        self.room.protect(now, record)
+
+    def evict(self, now: float, record: Record, reason: str) -> None:
+        """Preempt a running request: its KV goes, it waits again."""
+        self.evicted(now, record, reason)
+        self.engine.evict(record)
+
+    def evicted(self, now: float, record: Record, reason: str = "no free KV blocks") -> None:
+        """A running request was preempted, by vLLM itself unless `reason` says otherwise."""
         self.roster.move(record, Transition.EVICT)
         self.ledger.lose_kv(record)
         record.queued_since = now
         self.roster.touch(record)
-        self.tell(now, record, ev.Preempted, reason="no free KV blocks")
+        self.tell(now, record, ev.Preempted, reason=reason)
+
+    def lose_all_kv(self, now: float, reason: str) -> None:
+        """Whatever does not run gives up its KV: held requests, and those released from a park that wait to run."""
+        self.holds.drop_held(now, reason)
+        for record in [
+            record for record in self.roster.records.values() if self.engine.waits_with_kv(record)
+        ]:
+            self.ledger.lose_kv(record)
+            self.engine.evict(record)
+            self.roster.touch(record)
+            self.tell(now, record, ev.Preempted, reason=reason)
 
     def waits_again(self, now: float, record: Record) -> None:
         """A running streaming session waits for its next input; its KV stays."""
@@ -167,7 +191,7 @@ class SteeringCore:
     def finished(self, now: float, record: Record, reason: str) -> None:
         """The request ended, in whatever state it was."""
         was = record.state
-        record.holds.clear()
+        self.holds.forget(record)
         self.roster.move(record, Transition.FINISH)
         self.ledger.close(record)
         if record in self.roster.awaiting_first:
@@ -267,6 +291,7 @@ class SteeringCore:
         if waited:
             self.queue.add(record)
         self.engine.reprioritized(record)
+        self.room.ranks_changed()
         self.roster.touch(record)
         self.tell(
             now, record, ev.Reprioritized, by=by, from_priority=old_priority, to_priority=new_priority,
@@ -308,6 +333,7 @@ class SteeringCore:
             record.class_ = self._class_for(record)
             self.roster.touch(record)
         self.queue.set_classes(self.classes)
+        self.room.set_classes(self.classes)
         for record in waiting:
             self.queue.add(record)
         for record in self.roster.records.values():

@@ -1,24 +1,31 @@
 """The port between the steering core and the engine that it steers.
 
-The vLLM shell (`steered.py`) implements it; the core and its holds call it. Nothing else of an engine is known here.
+`mechanism.py` implements it over vLLM's scheduler; the core, its holds and its plan of who gets room call it.
+Nothing else of an engine is known here.
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from coxswain.service.scheduler.record import Record
 
 
 class Engine(Protocol):
-    """What the core can make the engine do. Each takes effect from the very next step."""
+    """What the core can make the engine do, and ask of it. Each act takes effect from the very next step."""
 
-    def obstacle(self, record: Record, kv: str) -> str | None:
-        """Why this request cannot be held with this `kv` now, or None."""
+    # Acts
 
     def hold(self, record: Record) -> None:
         """Stop scheduling a running request; keep its KV and its slot."""
 
+    def park(self, record: Record) -> None:
+        """Give back the slot of a kept request (`parkable`); its KV stays."""
+
     def drop(self, record: Record) -> None:
-        """Free the KV of a running or kept request; it goes to no queue."""
+        """Free the KV of a running, kept or parked request; it goes to no queue."""
+
+    def evict(self, record: Record) -> None:
+        """Free the KV of a running request, or of one that waits with its KV, and queue it."""
 
     def resume(self, record: Record) -> None:
         """Schedule a kept request again."""
@@ -35,5 +42,51 @@ class Engine(Protocol):
     def abort(self, records: list[Record]) -> None:
         """End requests and tell their clients."""
 
+    # Questions about one request
+
+    def obstacle(self, record: Record, kv: str) -> str | None:
+        """Why this request cannot be held with this `kv` now, or None."""
+
     def in_flight(self, record: Record) -> int:
         """Tokens scheduled whose output has not been processed yet."""
+
+    def ready(self, record: Record) -> bool:
+        """Whether a waiting request could run in the next step, as far as it is up to itself."""
+
+    def parkable(self, record: Record) -> bool:
+        """Whether a kept request can be parked now: nothing of it is in flight."""
+
+    def resumable(self, record: Record) -> bool:
+        """Whether a kept request can go on as it is; if not, it must be parked first."""
+
+    def waits_with_kv(self, record: Record) -> bool:
+        """Whether it waits to be admitted again and has KV, as after a park."""
+
+    def frees(self, record: Record) -> int:
+        """KV blocks that are free at once when this request's KV is dropped; shared ones are not."""
+
+    def in_transit(self, record: Record) -> bool:
+        """Whether a step with this request in it was scheduled and has not come back."""
+
+    def needs(self, record: Record, enough: int) -> int:
+        """KV blocks that it takes to let it run; where that is within `enough`, an upper bound will do."""
+
+    # Questions about room
+
+    parks: bool
+    """Whether this engine can park at all; if not, what must give way is dropped."""
+
+    def free_blocks(self) -> int:
+        """KV blocks that nobody has."""
+
+    def step_tokens(self) -> int:
+        """Tokens that one step computes at most."""
+
+    def free_slots(self) -> int:
+        """Requests that may begin to run in the next step; below 0 when more run than should."""
+
+    def spare_slots(self) -> int:
+        """Holds that would cost no other request its slot; below 0 when holds do."""
+
+    def worst_running(self) -> Iterator[Record]:
+        """Running requests, worst first: by class and priority, then the latest admitted."""

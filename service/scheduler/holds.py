@@ -19,6 +19,7 @@ from coxswain.service.scheduler.states import HELD, KV, State, Transition
 
 LEASES_EACH: Final = len({*ROLES, ENGINE})
 """Leases that one request can have: one per role."""
+WAITS: Final = "released, waits for room"
 WITH_KV: Final = (State.HELD_KEPT, State.HELD_PARKED)
 """Held states that have KV to lose."""
 
@@ -32,16 +33,28 @@ class Holds:
         ledger: told when KV is lost.
         queue: what a held request leaves.
         tell: the core's way to say what happened.
+        began: called when a kept request runs again.
     """
 
     def __init__(
-        self, engine: Engine, roster: Roster, ledger: Ledger, queue: SteeredQueue, tell: Callable[..., None]
+        self,
+        engine: Engine,
+        roster: Roster,
+        ledger: Ledger,
+        queue: SteeredQueue,
+        tell: Callable[..., None],
+        began: Callable[[float, Record], None],
     ) -> None:
         self._engine = engine
         self._roster = roster
         self._ledger = ledger
         self._queue = queue
         self._tell = tell
+        self._began = began
+        self.returning: dict[Record, None] = {}
+        """Held by the engine: they go on when there is room (`Room`)."""
+        self.returning_version = 0
+        """Changes with every change to `returning` or to the holds of one in it."""
         self._leases: list[tuple[float, int, Record, Hold]] = []
         self._serial = 0
 
@@ -60,9 +73,10 @@ class Holds:
         if record.state not in HELD:
             self._begin(now, record, kv)
         elif kv == "drop" and record.state in WITH_KV:
-            self._drop(now, record, reason)
+            self.drop_kv(now, record, reason)
         hold = Hold(role, kv, old.since if old else now, lease_until, reason)
         record.holds[role] = hold
+        self._note_returning(record)
         if lease_until is not None:
             self._serial += 1
             heapq.heappush(self._leases, (lease_until, self._serial, record, hold))
@@ -90,18 +104,36 @@ class Holds:
         else:
             self._engine.hold(record)
 
-    # Lose the KV, go on being held
+    def _note_returning(self, record: Record) -> None:
+        was = record in self.returning
+        if ENGINE in record.holds:
+            self.returning[record] = None
+        elif was:
+            del self.returning[record]
+        else:
+            return
+        self.returning_version += 1
+
+    # Lose the slot or the KV, go on being held
+
+    def park(self, now: float, record: Record, reason: str) -> None:
+        """Give back the slot of a kept request; its KV stays."""
+        self._roster.move(record, Transition.PARK)
+        self._engine.park(record)
+        self._roster.touch(record)
+        self._tell(now, record, ev.Parked, reason=reason)
 
     def drop_held(self, now: float, reason: str) -> None:
         """Free the KV of everything that is held."""
         for record in [record for record in self._roster.held if record.state in WITH_KV]:
-            self._drop(now, record, reason)
-            self._roster.touch(record)
+            self.drop_kv(now, record, reason)
 
-    def _drop(self, now: float, record: Record, reason: str) -> None:
+    def drop_kv(self, now: float, record: Record, reason: str) -> None:
+        """Free the KV of a held request, which goes on being held."""
         self._roster.move(record, Transition.DROP)
         self._ledger.lose_kv(record)
         self._engine.drop(record)
+        self._roster.touch(record)
         self._tell(now, record, ev.Dropped, reason=reason, computed_tokens=record.lost_mark)
 
     # End
@@ -112,9 +144,22 @@ class Holds:
         if not ended:
             return False
         self._roster.touch(record)
+        if not record.holds and by != ENGINE and not self._can_go_on(record):
+            record.holds[ENGINE] = Hold(ENGINE, "keep", now, None, WAITS)
+            self._tell(
+                now, record, ev.Held, by=ENGINE, kv=KV[record.state], reason=WAITS, lease_s=None,
+                in_flight_tokens=self._engine.in_flight(record), output_tokens=len(record.outputs),
+            )  # fmt: skip
+        self._note_returning(record)
         if not record.holds:
             self._go_on(now, record, by, reason)
         return True
+
+    def _can_go_on(self, record: Record) -> bool:
+        """Whether a released request needs nothing that it has not got: if not, `Room` sees to it."""
+        if record.state is State.HELD_KEPT:
+            return self._engine.resumable(record)
+        return record.state is not State.HELD_PARKED
 
     def _go_on(self, now: float, record: Record, by: str, reason: str) -> None:
         was = record.state
@@ -125,12 +170,18 @@ class Holds:
         self.tidy()
         if was is State.HELD_KEPT:
             self._engine.resume(record)
+            self._began(now, record)
         else:
             record.queued_since = now
             self._engine.enqueue(record)
         self._tell(
             now, record, ev.Continued, by=by, reason=reason, held_s=held_s, output_tokens=len(record.outputs)
         )
+
+    def forget(self, record: Record) -> None:
+        """The request ended: so did its holds."""
+        record.holds.clear()
+        self._note_returning(record)
 
     def end_leases(self, now: float) -> None:
         """End the holds whose lease is over."""
@@ -166,6 +217,7 @@ class Holds:
     def validate(self) -> None:
         """Check every invariant; for tests."""
         assert len(self._leases) <= self._most()
+        assert self.returning.keys() == {record for record in self._roster.held if ENGINE in record.holds}
         leased = {hold for _, _, _, hold in self._leases}
         for record in self._roster.held:
             for role, hold in record.holds.items():

@@ -39,12 +39,13 @@ class Record:
     """One request (one child, when a client's request has several)."""
 
     __slots__ = (
-        "account", "admitted_at", "arrived_at", "asked_class", "cached_tokens", "charged_input", "child", "class_",
-        "discarded_tokens", "earlier_outputs", "earlier_turns", "external_tokens", "first_token_at", "has_kv", "held_s",
-        "held_since", "holds", "id", "lost_mark", "outputs", "payload", "priority", "prompt_tokens", "queued_s",
-        "queued_since", "recomputed_tokens", "reloaded_tokens", "request", "restored_tokens", "resumed_at", "row",
+        "account", "admitted_at", "aged", "arrived_at", "asked_class", "cached_tokens", "charged_input",
+        "child", "class_", "discarded_tokens", "earlier_outputs", "earlier_turns", "external_tokens",
+        "first_token_at", "has_kv", "held_s", "held_since", "holds", "id", "lost_mark", "outputs",
+        "payload", "priority", "prompt_tokens", "protected_until", "queued_s", "queued_since",
+        "recomputed_tokens", "reloaded_tokens", "request", "restored_tokens", "resumed_at", "row",
         "set_class", "settled", "settled_recompute", "shown", "state", "story", "ticket", "uncached_tokens",
-        "uncomputed_tokens",
+        "uncomputed_tokens", "was_cut",
     )  # fmt: skip
 
     def __init__(
@@ -106,6 +107,12 @@ class Record:
         self.queued_s = 0.0
         self.held_since = 0.0
         self.held_s = 0.0
+        self.aged = False
+        """Whether ageing let it in: then nobody cuts in on it."""
+        self.protected_until = 0.0
+        """Until then nobody cuts in on it (its class's quantum or cool-down)."""
+        self.was_cut = False
+        """Whether a cut-in stopped it and it has not run since."""
         self.row: RequestStatus | None = None
         """Its row in the last status frame, output tokens apart; None if that did not list it."""
         self.shown = 0

@@ -23,6 +23,8 @@ class Roster:
         self.held: dict[Record, None] = {}
         self.kept: dict[Record, None] = {}
         """Those of the held that keep KV and slot: no more than there are slots."""
+        self.parked: dict[Record, None] = {}
+        """Those of the held that keep KV and have no slot."""
         self.awaiting_first: dict[Record, None] = {}
         """Admitted, no token yet."""
         self.touched: dict[Record, None] = {}
@@ -74,6 +76,7 @@ class Roster:
             del self.held[record]
             account.held -= 1
         self.kept.pop(record, None)
+        self.parked.pop(record, None)
         if new is State.QUEUED:
             self._tenants.joined(account, record)
         elif new is State.RUNNING:
@@ -84,6 +87,8 @@ class Roster:
             account.held += 1
         if new is State.HELD_KEPT:
             self.kept[record] = None
+        elif new is State.HELD_PARKED:
+            self.parked[record] = None
         record.state = new
         account.touch()
         self.changed = True
@@ -101,6 +106,7 @@ class Roster:
             assert (record.state in HELD) == bool(record.holds) == (record in self.held), record
             assert (record.state is State.RUNNING) == (record in self.running), record
             assert (record.state is State.HELD_KEPT) == (record in self.kept), record
+            assert (record.state is State.HELD_PARKED) == (record in self.parked), record
             assert (record.state is State.QUEUED) == (record in record.account.waiting), record
             assert record in self.families[record.request]
             index = 0 if record.state is State.QUEUED else 1 if record.state is State.RUNNING else 2
@@ -108,7 +114,7 @@ class Roster:
         for name, account in self._tenants.accounts.items():
             assert counts[name] == [account.queued, account.running, account.held], name
         live = set(self.records.values())
-        for group in (self.running, self.held, self.kept, self.awaiting_first):
+        for group in (self.running, self.held, self.kept, self.parked, self.awaiting_first):
             assert group.keys() <= live
         ended = self.touched.keys() - live
         assert all(record.state is State.FINISHED and record.row is not None for record in ended)

@@ -1,11 +1,7 @@
 """The vLLM shell: `SteeredScheduler` is vLLM's own scheduler with the steering core in front of it.
 
-It reports to the core what happens, does to vLLM what the core decides, and passes commands, status and events
-between the core and the port. No policy and no NATS here. All of it runs on the engine's thread.
-
-How a hold works (docs/decisions/0002): a held request leaves `running` and keeps status, blocks and
-model-runner slot. vLLM's running loop already tolerates requests that it does not schedule; what was in flight is
-processed as usual. A drop is vLLM's own preemption, except that the request goes to no queue.
+It reports to the core what happens and passes commands, status and events between the core and the port; what
+the core decides is done by `mechanism.py`. No policy and no NATS here. All of it runs on the engine's thread.
 """
 
 import os
@@ -19,7 +15,6 @@ from ulid import ULID
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPolicy
-from vllm.v1.request import RequestStatus
 
 from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Reply
@@ -41,6 +36,7 @@ from coxswain.service.scheduler.adapter import SteeredRequestQueue
 from coxswain.service.scheduler.answers import Answers
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.journal import Journal
+from coxswain.service.scheduler.mechanism import Mechanism
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
 from coxswain.service.scheduler.states import State
@@ -52,8 +48,6 @@ DRAIN_S: Final = 0.005
 """Time for commands and queries before one step; the rest wait for the next, so that a flood cannot stop steps."""
 STATUS_SHARE: Final = 0.02
 """Part of the engine's time that status may take: a frame that cost more than that puts off the next one."""
-CLASS_STRIDE: Final = 2**33
-"""vLLM picks a victim by `Request.priority`; we write class and priority into it, class first."""
 
 
 class SteeredScheduler(AsyncScheduler):
@@ -80,7 +74,10 @@ class SteeredScheduler(AsyncScheduler):
         self.incarnation = str(ULID())
         self.port = Port()
         self.journal = Journal(self.port, self.settings.worker, self.incarnation)
-        self.core = SteeringCore(self, self._emit, leader_lease_s=self.settings.leader_lease_s)
+        engine = compat.find_engine()
+        self.mechanism = Mechanism(self, engine)
+        self.core = SteeringCore(self.mechanism, self._emit, leader_lease_s=self.settings.leader_lease_s)
+        self.mechanism.attach(self.core)
         self.commands = Commands(self.core, self.settings.worker, self.incarnation)
         identity = Identity(
             self.settings.worker,
@@ -96,7 +93,6 @@ class SteeredScheduler(AsyncScheduler):
         self.policy = SchedulingPolicy.PRIORITY
         self.waiting = SteeredRequestQueue(self.core)
         self.kv_holding_waiting = PriorityRequestQueue()
-        self._active_slots: int = self.max_num_active_reqs
         self._loads = compat.watch_loads(self.connector)
         self._identity_key = read_key(os.environ)
         # One clock for leases, charges and events: Unix time that no clock jump can move.
@@ -107,9 +103,8 @@ class SteeredScheduler(AsyncScheduler):
         self._said_idle = False
         self._step_began = 0.0
         self._step_times: deque[float] = deque(maxlen=64)
-        self._engine = compat.find_engine()
-        if self._engine is not None:
-            self.port.attach_engine(lambda: compat.wake(self._engine))
+        if engine is not None:
+            self.port.attach_engine(lambda: compat.wake(engine))
         self.bus: Bus | None = None
         if self.settings.enabled:
             self.bus = Bus(
@@ -143,7 +138,7 @@ class SteeredScheduler(AsyncScheduler):
                 priority=request.priority, arrived_at=min(request.arrival_time, now),
                 prompt_tokens=request.num_prompt_tokens, payload=request, outputs=request._output_token_ids,  # noqa: SLF001
             )  # fmt: skip
-            self.reprioritized(request.steering)
+            self.mechanism.reprioritized(request.steering)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +149,9 @@ class SteeredScheduler(AsyncScheduler):
         if now >= self._tick_at:
             self._tick(now)
         core = self.core
+        if self.pause_state == PauseState.UNPAUSED:
+            core.room.plan(now)
+        self.mechanism.sort()
         if core.queue and len(self.running) < self.max_num_active_reqs:
             core.ledger.settle_all()
         output = super().schedule(*args, **kwargs)
@@ -192,6 +190,8 @@ class SteeredScheduler(AsyncScheduler):
             self._drain(now)
         if now >= self._tick_at:
             self._tick(now)
+        if self.core.holds.returning and self.pause_state == PauseState.UNPAUSED:
+            self.core.room.plan(now)
         if super().has_requests():
             return True
         self._rest(now)
@@ -207,7 +207,7 @@ class SteeredScheduler(AsyncScheduler):
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As vLLM, but held requests give up their KV first when running ones must."""
         if reset_running_requests:
-            self.core.holds.drop_held(self.now(), "prefix cache reset")
+            self.core.lose_all_kv(self.now(), "prefix cache reset")
         return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
 
     def shutdown(self) -> None:
@@ -243,82 +243,17 @@ class SteeredScheduler(AsyncScheduler):
         result = super()._free_request(request, *args, **kwargs)
         self._loads.pop(request.request_id, None)
         self.core.finished(self.now(), request.steering, compat.finish_reason(request))
-        self._fit_slots()
+        self.mechanism.fit()
         return result
 
-    # The core calls these: the port `Engine`
-
-    def obstacle(self, record: Record, kv: str) -> str | None:
-        """Why this request cannot be held so now."""
-        request = record.payload
-        if request.resumable:
-            return "a streaming session cannot be held in this version"
-        if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
-            return "its KV is being loaded from a remote store: try again"
-        if record.state is State.QUEUED and record not in self.core.queue:
-            return "vLLM itself has it waiting for something: try again"
-        if kv == "keep" and record.state is State.RUNNING and request.lora_request is not None:
-            return "with LoRA only `kv: drop` is safe in this version: continuing could exceed max_loras"
-        return None
-
-    def hold(self, record: Record) -> None:
-        """Take a running request out of the running loop; it keeps status, blocks and slot."""
-        request = record.payload
-        self.running.remove(request)
-        request.spec_token_ids = []
-        self._inflight_prefills.discard(request)
-        self._fit_slots()
-
-    def drop(self, record: Record) -> None:
-        """Free the KV of a running or kept request by vLLM's own preemption; it goes to no queue."""
-        request = record.payload
-        if request in self.running:
-            self.running.remove(request)
-        self._preempt_request(request, time.monotonic())
-        # A resume in the same step must send all token ids again (V1 model runner).
-        self.prev_step_scheduled_req_ids.discard(request.request_id)
-        self._fit_slots()
-
-    def resume(self, record: Record) -> None:
-        """Put a kept request back into the running loop."""
-        request = record.payload
-        self.running.append(request)
-        if request.is_prefill_chunk:
-            self._inflight_prefills.add(request)
-        self._fit_slots()
-
-    def enqueue(self, record: Record) -> None:
-        """Queue a released request."""
-        self._enqueue_waiting_request(record.payload)
-
-    def dequeue(self, record: Record) -> None:
-        """A waiting request is about to leave the queue."""
-        self.deferred_waiting.discard(record.payload)
-
-    def reprioritized(self, record: Record) -> None:
-        """Write class and priority where vLLM's own choice of victims reads them."""
-        record.payload.priority = self.core.class_place(record.class_) * CLASS_STRIDE + record.priority
-
-    def abort(self, records: list[Record]) -> None:
-        """End requests and tell their clients."""
-        requests = self.finish_requests([record.id for record in records], RequestStatus.FINISHED_ABORTED)
-        compat.send_aborts(self._engine, requests)
-
-    def in_flight(self, record: Record) -> int:
-        """Output tokens of steps that were scheduled and whose output has not come back."""
-        return int(record.payload.num_output_placeholders) if record.state is State.RUNNING else 0
-
     # Our own
-
-    def _fit_slots(self) -> None:
-        """Held requests keep their model-runner slot: fewer others may be active when spare slots run out."""
-        spare = self.max_num_running_reqs - len(self.core.roster.kept)
-        self.max_num_active_reqs = max(0, min(self._active_slots, spare))
 
     def _note_admitted(self, now: float, output: Any) -> None:
         scheduled = output.num_scheduled_tokens
         ids = [data.req_id for data in output.scheduled_new_reqs]
-        for request_id in (*ids, *output.scheduled_cached_reqs.resumed_req_ids):
+        ids += output.scheduled_cached_reqs.resumed_req_ids
+        self.mechanism.admitted()
+        for request_id in ids:
             record = self.core.roster.records[request_id]
             computed = record.payload.num_computed_tokens - scheduled[request_id]
             self.core.admitted(now, record, computed, self._loads.pop(request_id, 0))
@@ -381,11 +316,8 @@ class SteeredScheduler(AsyncScheduler):
 
     def _gauges(self) -> Gauges:
         pool = self.kv_cache_manager.block_pool
-        held_blocks = sum(
-            len(group)
-            for record in self.core.roster.kept
-            for group in self.kv_cache_manager.get_blocks(record.id).blocks
-        )
+        roster = self.core.roster
+        held_blocks = sum(map(self.mechanism.blocks, (*roster.kept, *roster.parked)))
         return Gauges(
             state="serving" if self.pause_state == PauseState.UNPAUSED else "paused",
             active_slots=self.max_num_active_reqs, total_slots=self.max_num_running_reqs,

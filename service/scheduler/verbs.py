@@ -12,7 +12,7 @@ from coxswain.schemas import commands as c
 from coxswain.schemas import events as ev
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.names import RESERVED
-from coxswain.schemas.subjects import CONTROLLER, OPERATOR
+from coxswain.schemas.subjects import CONTROLLER, ENGINE, OPERATOR
 from coxswain.service.request_id import normalise
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.record import Record
@@ -223,6 +223,8 @@ class Commands:
             done = self.core.holds.release(now, record, roles, role, "command")
             if not done:
                 return "unchanged", "not held" if not record.holds else f"not held by {role}", 0
+            if record.holds.keys() == {ENGINE}:
+                return "applied", "goes on as soon as there is room", 0
             if record.holds:
                 return "applied", f"still held by {', '.join(record.holds)}", 0
             return "applied", "", 0

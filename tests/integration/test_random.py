@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from coxswain.schemas import events as ev
 from tests.support.random_run import Run, cases, undisturbed
 from tests.support.simulated import engine
 
@@ -52,4 +53,6 @@ def test_disturbed_requests_say_what_undisturbed_ones_say(
     assert run.ledger.preempted_total > REQUESTS / 2
     assert run.ledger.recomputed_total > 10 * REQUESTS
     assert min(run.done.values()) > 0
+    assert {ev.Parked, ev.Dropped, ev.Preempted} <= {kind for _, kind, _ in run.events}
+    assert any(kind is ev.Held and "cut-in" in fields["reason"] for _, kind, fields in run.events)
     assert 0 < len(run.gone) < REQUESTS / 3

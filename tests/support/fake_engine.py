@@ -6,13 +6,14 @@ core's can be compared with it. It calls the core as the vLLM shell does. Time i
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from coxswain.schemas import events as ev
 from coxswain.schemas.policy import Lead
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.record import Hold, Record
-from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.states import State, Transition
 
 
 class Work:
@@ -27,12 +28,32 @@ class Work:
 
 
 class FakeEngine:
-    """An engine with `slots` places that computes `chunk` positions of each running request per step."""
+    """An engine that computes `chunk` positions of each running request per step.
 
-    def __init__(self, slots: int = 4, chunk: int = 8, leader_lease_s: float = 5.0) -> None:
+    Args:
+        slots: requests that may run at once.
+        chunk: positions of one request that a step computes.
+        leader_lease_s: how long a leader may be silent.
+        spare: slots beyond, for what is held.
+        blocks: KV blocks, of one position each.
+    """
+
+    def __init__(
+        self,
+        slots: int = 4,
+        chunk: int = 8,
+        leader_lease_s: float = 5.0,
+        spare: int = 1_000,
+        blocks: int = 10**9,
+    ) -> None:
         self.now = 1_000.0
         self.slots = slots
+        self.spare = spare
+        self.blocks = blocks
+        self.parks = True
         self.chunk = chunk
+        self.again: dict[Record, None] = {}
+        """Released from a park: they wait, with their KV."""
         self.events: list[tuple[Record | None, type[ev.Event], dict[str, Any]]] = []
         self.running: dict[Record, None] = {}
         self.waiting: dict[Record, None] = {}
@@ -45,6 +66,10 @@ class FakeEngine:
         """Positions computed, each as often as it was."""
         self.owed: dict[str, float] = defaultdict(float)
         """What each tenant should have been charged: every token at the price and weight when it came."""
+        self.slotless: dict[Record, None] = {}
+        """Parked."""
+        self.by_admission: set[Record] = set()
+        """Kept ones that can only go on through admission."""
         self.flying: Counter[Record] = Counter()
         self.told: list[str] = []
         """Ids of requests whose clients were told of an abort."""
@@ -122,27 +147,33 @@ class FakeEngine:
         self.now += 0.1
         self.core.step += 1
         self.core.tick(self.now)
+        self.core.room.plan(self.now)
         self.core.ledger.settle_all()
-        while self.core.queue and len(self.running) < self.slots:
+        for record in list(self.again):
+            if self.active <= len(self.running):
+                break
+            del self.again[record], self.waiting[record]
+            self.core.roster.move(record, Transition.ADMIT)
+            self.running[record] = None
+            self.core.admitted(self.now, record, self.kv[record])
+        while self.core.queue and len(self.running) < self.active and self._fits(self.core.queue.peek()):
             self.admit()
         for record in list(self.running):
+            if not self._may_grow(record):
+                continue
             self.compute(record)
             if len(record.outputs) >= record.payload.tokens:
                 self.finish(record)
 
     def finish(self, record: Record, reason: str = "stop") -> None:
         """The request ends and frees what it has."""
-        for place in (self.running, self.waiting, self.kv, self.furthest):
+        for place in (self.running, self.waiting, self.again, self.slotless, self.kv, self.furthest):
             place.pop(record, None)
         self.core.finished(self.now, record, reason)
 
-    def evict(self, record: Record) -> None:
-        """Run short of KV blocks: preempt a running request."""
-        del self.running[record]
-        self.core.evicted(self.now, record)
-        self._lose(record)
-        self.waiting[record] = None
-        self.core.queue.add(record)
+    def run_short(self, record: Record) -> None:
+        """Run short of KV blocks: preempt a running request, as vLLM itself does."""
+        self.core.evict(self.now, record, "no free KV blocks")
 
     def lead(self, created: float = 1.0, revision: int = 1) -> None:
         """A leader's heartbeat arrives."""
@@ -163,10 +194,24 @@ class FakeEngine:
         """Stop running it; its KV stays."""
         del self.running[record]
 
+    def park(self, record: Record) -> None:
+        """Take its slot."""
+        assert self.parkable(record)
+        self.slotless[record] = None
+
     def drop(self, record: Record) -> None:
         """Free its KV."""
         self.running.pop(record, None)
+        self.slotless.pop(record, None)
         self._lose(record)
+
+    def evict(self, record: Record) -> None:
+        """Free the KV of what runs or waits with it, and queue it."""
+        self.running.pop(record, None)
+        self.again.pop(record, None)
+        self._lose(record)
+        self.waiting[record] = None
+        self.core.queue.add(record)
 
     def resume(self, record: Record) -> None:
         """Run it again with the KV that it kept."""
@@ -175,10 +220,14 @@ class FakeEngine:
         self.running[record] = None
 
     def enqueue(self, record: Record) -> None:
-        """Queue it."""
+        """Queue it, where it belongs."""
         assert record not in self.waiting
         self.waiting[record] = None
-        self.core.queue.add(record)
+        if record in self.kv:
+            del self.slotless[record]
+            self.again[record] = None
+        else:
+            self.core.queue.add(record)
 
     def dequeue(self, record: Record) -> None:
         """Forget that it waits."""
@@ -198,6 +247,78 @@ class FakeEngine:
         """What the test said."""
         return self.flying[record] if record.state is State.RUNNING else 0
 
+    def ready(self, record: Record) -> bool:
+        """What the test said."""
+        return record.payload.obstacle is None
+
+    def parkable(self, record: Record) -> bool:
+        """Nothing in flight."""
+        return self.parks and not self.flying[record]
+
+    def resumable(self, record: Record) -> bool:
+        """What the test said."""
+        return record not in self.by_admission
+
+    def in_transit(self, record: Record) -> bool:
+        """What the test said."""
+        return bool(self.flying[record])
+
+    def waits_with_kv(self, record: Record) -> bool:
+        """Released from a park."""
+        return record in self.again
+
+    def frees(self, record: Record) -> int:
+        """All its positions: this model shares none."""
+        return self.kv[record]
+
+    def needs(self, record: Record, enough: int) -> int:
+        """What it has to compute, as far as it is known; a kept one goes on to its next."""
+        known = record.prompt_tokens + len(record.outputs)
+        return 1 if record.state is State.HELD_KEPT else known - self.kv.get(record, 0)
+
+    def free_blocks(self) -> int:
+        """Positions that nobody has."""
+        return self.blocks - sum(self.kv.values())
+
+    def step_tokens(self) -> int:
+        """No bound that matters."""
+        return 10**9
+
+    @property
+    def active(self) -> int:
+        """Requests that may run at once now: kept ones have slots."""
+        return min(self.slots, self.slots + self.spare - len(self.core.roster.kept))
+
+    def free_slots(self) -> int:
+        """Slots that nobody has or is about to take."""
+        return self.active - len(self.running) - len(self.again)
+
+    def spare_slots(self) -> int:
+        """Spare slots that nothing kept has."""
+        return self.spare - len(self.core.roster.kept)
+
+    def worst_running(self) -> Iterator[Record]:
+        """By class and priority, the latest admitted first."""
+        order = sorted(self.running, key=lambda record: (record.payload.place, record.priority))
+        return reversed(order)
+
+    def _may_grow(self, record: Record) -> bool:
+        """Whether the step's positions of a running request have blocks: held ones give way, then the worst running."""
+        known = record.prompt_tokens + len(record.outputs)
+        while record in self.running:
+            if min(self.chunk, known - self.kv[record]) <= self.free_blocks():
+                return True
+            if not self.core.room.give_way(record):
+                self.run_short(next(self.worst_running()))
+        return False
+
+    def _fits(self, record: Record) -> bool:
+        """Whether its blocks are free, after reclaim."""
+        while self.needs(record, 0) > self.free_blocks():
+            if not self.core.room.give_way(record):
+                return False
+        return True
+
     def _lose(self, record: Record) -> None:
         del self.kv[record]
         record.payload.num_computed_tokens = 0
@@ -212,10 +333,13 @@ class FakeEngine:
         core = self.core
         core.validate()
         assert self.running.keys() == core.roster.running.keys()
-        assert self.kv.keys() == core.roster.running.keys() | core.roster.kept.keys()
+        with_kv = core.roster.running.keys() | core.roster.kept.keys() | core.roster.parked.keys()
+        assert self.kv.keys() == with_kv | self.again.keys()
+        assert self.slotless.keys() == core.roster.parked.keys()
+        assert len(self.running) + len(core.roster.kept) <= self.slots + self.spare
         states = {record: record.state for record in core.roster.records.values()}
         assert self.waiting.keys() == {record for record, state in states.items() if state is State.QUEUED}
-        assert set(core.queue.walk()) == self.waiting.keys()
+        assert set(core.queue.walk()) == self.waiting.keys() - self.again.keys()
 
     def seen(self, kind: type[ev.Event]) -> list[dict[str, Any]]:
         """The fields of all events of a kind, in order."""
@@ -224,7 +348,8 @@ class FakeEngine:
 
 def picture(core: SteeringCore) -> dict[str, Any]:
     """All that steering knows, as plain values: equal pictures mean that nothing changed."""
-    groups = (core.roster.running, core.roster.held, core.roster.kept, core.roster.awaiting_first)
+    roster = core.roster
+    groups = (roster.running, roster.held, roster.kept, roster.parked, roster.awaiting_first)
     return {
         "records": {
             record.id: _slots(record, "payload", "account") for record in core.roster.records.values()

@@ -13,6 +13,13 @@ TABLES: tuple[tuple[dict[str, ClassPolicy], dict[str, TenantPolicy]], ...] = (
         {"gold": ClassPolicy(order="priority"), "default": ClassPolicy(position=2, order="priority")},
         {"default": TenantPolicy(weight=0.5, classes=("gold",))},
     ),
+    (
+        {
+            "gold": ClassPolicy(position=-1, cut_in="kv", quantum_s=0.2),
+            "default": ClassPolicy(order="priority", cut_in="slots", cooldown_s=0.3, ageing_s=1.0),
+        },
+        {"a": TenantPolicy(class_="gold")},
+    ),
 )
 
 
@@ -44,7 +51,7 @@ def act(engine: FakeEngine, operation: int, choice: int, value: int) -> None:
     elif operation == 7:
         engine.finish(record)
     elif operation == 8 and engine.running:
-        engine.evict(list(engine.running)[choice % len(engine.running)])
+        engine.run_short(list(engine.running)[choice % len(engine.running)])
     elif operation == 9:
         engine.skip(min(value, len(core.queue)))
     elif operation == 10:

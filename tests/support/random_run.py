@@ -39,6 +39,14 @@ TABLES: Final[tuple[dict[str, Any], ...]] = (
             "default": TenantPolicy(classes=("chat",)),
         },
     },
+    {
+        "classes": {
+            "chat": ClassPolicy(position=-1, cut_in="kv", quantum_s=0.03),
+            "default": ClassPolicy(order="priority", cut_in="slots", cooldown_s=0.1, ageing_s=1.0),
+            "batch": ClassPolicy(position=1, cut_in="queue", ageing_s=0.5),
+        },
+        "tenants": {name: TenantPolicy(classes=("chat", "batch")) for name in TENANTS},
+    },
 )
 
 

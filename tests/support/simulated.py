@@ -164,7 +164,8 @@ class Engine:
             assert not scheduler.core.roster.records
             assert not scheduler.core.queue
             assert not scheduler._loads
-            assert scheduler.max_num_active_reqs == scheduler._active_slots
+            assert scheduler.max_num_active_reqs == scheduler.mechanism._active
+            assert "allocate_slots" not in scheduler.kv_cache_manager.__dict__
 
 
 @contextmanager

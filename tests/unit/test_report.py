@@ -144,7 +144,7 @@ def test_delta_has_recomputed_totals() -> None:
     record = engine.submit(prompt=100)
     engine.admit()
     engine.compute(record, 50)
-    engine.evict(record)
+    engine.run_short(record)
     engine.admit()
     reported.frame()
     engine.compute(record, 20)

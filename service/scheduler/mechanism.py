@@ -1,0 +1,250 @@
+"""What steering does to vLLM's scheduler: hold, park, drop, resume, and what it asks of it. The port `Engine`.
+
+No decisions here: the core says what, this file knows how (docs/decisions/0002 and 0010). Everything touches only
+the scheduler's own state, on the engine's thread, between two of its steps or, for reclaim, inside one.
+
+* hold: the request leaves `running`; status, blocks and slot stay. What was in flight is processed as usual.
+* park: vLLM's own state of a preempted request, except that KV blocks and computed positions stay; the model
+  runner forgets it, so its slot is free. It resumes by vLLM's path for waiting requests that hold KV.
+* drop, evict: vLLM's own preemption; a held request goes to no queue, an evicted one to the waiting queue.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Any, Final
+
+from vllm.v1.request import RequestStatus
+
+from coxswain.service.scheduler import compat
+from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.record import Record
+from coxswain.service.scheduler.states import State
+
+CLASS_STRIDE: Final = 2**33
+"""vLLM picks a victim by `Request.priority`; we write class and priority into it, class first."""
+
+_urgency = attrgetter("priority")
+
+
+class Mechanism:
+    """Acts on one vLLM scheduler.
+
+    Args:
+        scheduler: vLLM's, fully constructed.
+        engine: the engine process that runs it, or None (it then cannot tell clients of aborts).
+    """
+
+    def __init__(self, scheduler: Any, engine: Any | None) -> None:
+        self._scheduler = scheduler
+        self._engine = engine
+        self._active: int = scheduler.max_num_active_reqs
+        self._total: int = scheduler.max_num_running_reqs
+        # By reading (not run): a connector that was told of a request's blocks is not told of them again when it
+        # resumes with its KV, so the connector's own block table would be misaligned.
+        self.parks: bool = scheduler.connector is None
+        self.core: SteeringCore
+        self._unsorted = False
+        self._allocate: Callable[..., Any] = scheduler.kv_cache_manager.allocate_slots
+
+    def attach(self, core: SteeringCore) -> None:
+        """The core that this engine reports to."""
+        self.core = core
+
+    # Acts
+
+    def hold(self, record: Record) -> None:
+        """Take a running request out of the running loop; it keeps status, blocks and slot."""
+        request, scheduler = record.payload, self._scheduler
+        scheduler.running.remove(request)
+        request.spec_token_ids = []
+        scheduler._inflight_prefills.discard(request)  # noqa: SLF001
+        self.fit()
+
+    def park(self, record: Record) -> None:
+        """Give back the slot of a kept request that has nothing in flight; blocks and positions stay."""
+        request, scheduler = record.payload, self._scheduler
+        assert self.parkable(record), f"{record} has tokens in flight or cannot be parked here"
+        request.status = RequestStatus.PREEMPTED
+        scheduler.reset_preempted_req_ids.add(request.request_id)
+        # A resume in the same step must send all token ids again (V1 model runner).
+        scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        self.fit()
+
+    def drop(self, record: Record) -> None:
+        """Free the KV of a running, kept or parked request by vLLM's own preemption; it goes to no queue."""
+        self._preempt(record.payload)
+
+    def evict(self, record: Record) -> None:
+        """Preempt a running request, or one that waits with its KV, as vLLM does: it is queued."""
+        self._preempt(record.payload)
+
+    def _preempt(self, request: Any) -> None:
+        scheduler = self._scheduler
+        if request.status == RequestStatus.RUNNING:
+            if request in scheduler.running:
+                scheduler.running.remove(request)
+        else:  # parked, or released from it: vLLM preempts only what has the status of running
+            scheduler.kv_holding_waiting.remove_requests([request])
+            request.status = RequestStatus.RUNNING
+        scheduler._preempt_request(request, time.monotonic())  # noqa: SLF001
+        scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        self.fit()
+
+    def resume(self, record: Record) -> None:
+        """Put a kept request back into the running loop."""
+        request, scheduler = record.payload, self._scheduler
+        scheduler.running.append(request)
+        self._unsorted = True
+        if request.is_prefill_chunk:
+            scheduler._inflight_prefills.add(request)  # noqa: SLF001
+        self.fit()
+
+    def enqueue(self, record: Record) -> None:
+        """Queue a released request."""
+        self._scheduler._enqueue_waiting_request(record.payload)  # noqa: SLF001
+        self.fit()
+
+    def dequeue(self, record: Record) -> None:
+        """A waiting request is about to leave the queue."""
+        self._scheduler.deferred_waiting.discard(record.payload)
+
+    def reprioritized(self, record: Record) -> None:
+        """Write class and priority where vLLM's own choice of victims reads them."""
+        record.payload.priority = self.core.class_place(record.class_) * CLASS_STRIDE + record.priority
+        self._unsorted = True
+
+    def abort(self, records: list[Record]) -> None:
+        """End requests and tell their clients."""
+        requests = self._scheduler.finish_requests(
+            [record.id for record in records], RequestStatus.FINISHED_ABORTED
+        )
+        compat.send_aborts(self._engine, requests)
+
+    # Questions about one request
+
+    def obstacle(self, record: Record, kv: str) -> str | None:
+        """Why this request cannot be held so now."""
+        request = record.payload
+        if request.resumable:
+            return "a streaming session cannot be held in this version"
+        if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+            return "its KV is being loaded from a remote store: try again"
+        if record.state is State.QUEUED and record not in self.core.queue:
+            return "vLLM itself has it waiting for something: try again"
+        if (
+            kv == "keep"
+            and record.state is State.RUNNING
+            and request.lora_request is not None
+            and not self.parks
+        ):
+            return "with LoRA and a KV connector only `kv: drop` is safe: continuing could exceed max_loras"
+        return None
+
+    def in_flight(self, record: Record) -> int:
+        """Output tokens of steps that were scheduled and whose output has not come back."""
+        return int(record.payload.num_output_placeholders) if record.state is State.RUNNING else 0
+
+    def ready(self, record: Record) -> bool:
+        """Whether vLLM would not skip this waiting request: nothing it waits for, nothing stale."""
+        return compat.ready(self._scheduler, record.payload)
+
+    def parkable(self, record: Record) -> bool:
+        """Whether a kept request has nothing in flight, and this engine parks."""
+        return self.parks and not record.payload.num_in_flight_tokens
+
+    def resumable(self, record: Record) -> bool:
+        """vLLM counts LoRAs only at admission: a kept request with one must pass through it again."""
+        return record.payload.lora_request is None
+
+    def waits_with_kv(self, record: Record) -> bool:
+        """Whether it was released from a park and has not been scheduled since."""
+        request = record.payload
+        return bool(request.status == RequestStatus.PREEMPTED and request.num_computed_tokens) and (
+            record.state is State.QUEUED
+        )
+
+    def frees(self, record: Record) -> int:
+        """Blocks that only this request uses, if vLLM may free them now."""
+        scheduler = self._scheduler
+        if not scheduler._request_blocks_can_be_freed(record.payload):  # noqa: SLF001
+            return 0
+        groups = scheduler.kv_cache_manager.get_blocks(record.id).blocks
+        return sum(block.ref_cnt == 1 and not block.is_null for group in groups for block in group)
+
+    def blocks(self, record: Record) -> int:
+        """KV blocks of a request, shared ones too."""
+        return sum(len(group) for group in self._scheduler.kv_cache_manager.get_blocks(record.id).blocks)
+
+    def in_transit(self, record: Record) -> bool:
+        """Whether anything of it is in flight."""
+        return bool(record.payload.num_in_flight_tokens)
+
+    def needs(self, record: Record, enough: int) -> int:
+        """Blocks that vLLM would ask for to admit it or, kept, for its next token."""
+        return (
+            1
+            if record.state is State.HELD_KEPT
+            else compat.blocks_needed(self._scheduler, record.payload, enough)
+        )
+
+    # Questions about room
+
+    def free_blocks(self) -> int:
+        """Free blocks of the pool; with prefix caching, cached ones that nobody uses are free."""
+        return int(self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def step_tokens(self) -> int:
+        """vLLM's token budget of a step."""
+        return int(self._scheduler.max_num_scheduled_tokens)
+
+    def free_slots(self) -> int:
+        """Active slots that nobody has or is about to take."""
+        scheduler = self._scheduler
+        return int(scheduler.max_num_active_reqs - len(scheduler.running) - len(scheduler.kv_holding_waiting))
+
+    def spare_slots(self) -> int:
+        """Slots of the model runner beyond the active ones that no kept request has."""
+        return self._total - self._active - len(self.core.roster.kept)
+
+    def worst_running(self) -> Iterator[Record]:
+        """From the end of vLLM's running list, which `sort` keeps in order."""
+        self.sort()
+        return (request.steering for request in reversed(self._scheduler.running))
+
+    # For the shell
+
+    def sort(self) -> None:
+        """Running requests in the order of class and priority, so that the token budget is given in that order.
+
+        vLLM's running loop gives tokens in list order; without this a request keeps its place of admission whatever
+        its priority becomes. Stable, and only when something moved.
+        """
+        if self._unsorted:
+            self._unsorted = False
+            self._scheduler.running.sort(key=_urgency)
+
+    def admitted(self) -> None:
+        """vLLM put requests at the end of its running list."""
+        self._unsorted |= self.core.room.orders_running
+
+    def fit(self) -> None:
+        """Keep vLLM's bounds in step with what is held.
+
+        A kept request has its slot: fewer others may be active when spare slots run out. While anything is held with
+        KV, an allocation that fails asks `Room.give_way` first.
+        """
+        scheduler, roster = self._scheduler, self.core.roster
+        scheduler.max_num_active_reqs = max(0, min(self._active, self._total - len(roster.kept)))
+        manager = scheduler.kv_cache_manager
+        if roster.kept or roster.parked:
+            manager.allocate_slots = self._allocate_or_reclaim
+        else:
+            manager.__dict__.pop("allocate_slots", None)
+
+    def _allocate_or_reclaim(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's `allocate_slots`; when blocks are short, held requests give theirs before anybody fails."""
+        while True:
+            blocks = self._allocate(request, *args, **kwargs)
+            if blocks is not None or not self.core.room.give_way(request.steering):
+                return blocks

@@ -1,0 +1,290 @@
+"""Who gets room: cut-in, return, reclaim. Pure.
+
+`plan` is called before every step. In the order in which they should run it looks at those that would like to:
+heads of the waiting queue, and requests that the engine itself holds until there is room (victims of a cut-in,
+and released requests that found none). Whoever finds room gets it; whoever does not, and outranks work that runs,
+takes the room of the worst of that work, if its class may (`cut_in`).
+
+* Outranks: its class comes first, or in a `priority` class its priority is lower. Never inside a `fair` class.
+* Victims: as few as will do, the worst first, none that is protected (`quantum_s`, `cooldown_s`, ageing), and
+  none at all if all together would not do. They are held while spare slots last or can be had by parking what is
+  held; where KV blocks are short, or no slot can be had so, they are preempted, if the class is `kv`.
+* Held requests give way before running ones, least urgent first: their slots by parking, their KV by dropping.
+
+Acts through `Holds` and the port `Engine`. Knows ranks, not tenants; no policy.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from coxswain.schemas.policy import ClassPolicy
+from coxswain.schemas.subjects import ENGINE
+from coxswain.service.scheduler.engine import Engine
+from coxswain.service.scheduler.holds import WITH_KV, Holds
+from coxswain.service.scheduler.queue import SteeredQueue
+from coxswain.service.scheduler.record import Record
+from coxswain.service.scheduler.roster import Roster
+from coxswain.service.scheduler.states import State
+
+MOST: Final = 32
+"""Requests that one step makes room for; the next step goes on."""
+
+Key = tuple[int, int, float]
+"""(class place, priority where it counts across tenants, arrival): lower is more urgent."""
+
+
+class Room:
+    """Makes room on one engine.
+
+    Args:
+        engine: who has the room.
+        roster: where requests are.
+        queue: who waits.
+        holds: how requests are held and go on.
+        evict: the core's way to preempt a running request: (now, record, reason).
+        place_of: place of a class among all, 0 first.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        roster: Roster,
+        queue: SteeredQueue,
+        holds: Holds,
+        evict: Callable[[float, Record, str], None],
+        place_of: Callable[[str], int],
+    ) -> None:
+        self._engine = engine
+        self._roster = roster
+        self._queue = queue
+        self._holds = holds
+        self._evict = evict
+        self._place_of = place_of
+        self._classes: dict[str, ClassPolicy] = {}
+        self._cuts = False
+        self.orders_running = False
+        """Whether running requests get the step's tokens in rank order, not in that of their admission."""
+        self._backs: list[Record] = []
+        self._backs_version = -1
+        self._overdue_at = float("inf")
+        self._now = 0.0
+        """When the step at hand began: reclaim happens inside it, where no clock is passed."""
+
+    def set_classes(self, classes: dict[str, ClassPolicy]) -> None:
+        """Put class policies in force."""
+        self._classes = classes
+        self._cuts = any(policy.cut_in in ("slots", "kv") for policy in classes.values())
+        self.orders_running = any(policy.cut_in != "off" for policy in classes.values())
+        self.ranks_changed()
+
+    def ranks_changed(self) -> None:
+        """A class or priority changed: the order of those that wait for room may have."""
+        self._backs_version = -1
+
+    # Rank
+
+    def key(self, record: Record) -> Key:
+        """How urgent a request is; comparable across everything that waits, runs or is held."""
+        fair = self._classes[record.class_].order == "fair"
+        return self._place_of(record.class_), 0 if fair else record.priority, record.arrived_at
+
+    def outranks(self, one: Record, other: Record) -> bool:
+        """Whether `one` may take the room of `other`: a better class, or a better priority where that counts."""
+        return self.key(one)[:2] < self.key(other)[:2]
+
+    def protect(self, now: float, record: Record) -> None:
+        """A request begins to run, or goes on: for its class's quantum nobody cuts in on it, longer after a cut-in."""
+        policy = self._classes[record.class_]
+        protected_s = max(policy.quantum_s, policy.cooldown_s if record.was_cut else 0.0)
+        record.protected_until = now + protected_s if protected_s else 0.0
+        record.was_cut = False
+
+    # Before a step
+
+    def plan(self, now: float) -> None:
+        """Let those go on who have room, and make room for those who may take it."""
+        self._now = now
+        returning = self._holds.returning
+        if self._roster.kept and (self._queue or returning):
+            self._park_surplus()
+        if returning or self._cuts:
+            self._place(now)
+
+    def _place(self, now: float) -> None:
+        engine = self._engine
+        backs, heads = iter(self._waiting_for_room(now)), iter(self._queue.walk())
+        back, head = next(backs, None), next(heads, None)
+        slots, tokens, claimed = engine.free_slots(), engine.step_tokens(), 0
+        for _ in range(MOST):
+            if back is not None and (head is None or self._returns_before(back, head)):
+                if back.state in WITH_KV:
+                    if not self._find_room(back, slots, claimed):
+                        return
+                    slots -= 1
+                back.aged |= self._overdue(back)
+                self._holds.release(now, back, (ENGINE,), ENGINE, "room")
+                back = next(backs, None)
+            elif head is None or tokens <= 0:
+                return
+            else:
+                if engine.ready(head):
+                    if not self._find_room(head, slots, claimed):
+                        return
+                    slots -= 1
+                    claimed += engine.needs(head, engine.free_blocks())
+                    tokens -= head.prompt_tokens
+                head = next(heads, None)
+
+    def _waiting_for_room(self, now: float) -> list[Record]:
+        """Those that only the engine holds, the most urgent first."""
+        if self._backs_version != self._holds.returning_version or now >= self._overdue_at:
+            self._backs_version = self._holds.returning_version
+            alone = [record for record in self._holds.returning if len(record.holds) == 1]
+            self._backs = sorted(alone, key=lambda record: (not self._overdue(record), self.key(record)))
+            soon = [self._ages_at(record) for record in alone if not self._overdue(record)]
+            self._overdue_at = min(soon, default=float("inf"))
+        return self._backs
+
+    def _ages_at(self, record: Record) -> float:
+        ageing_s = self._classes[record.class_].ageing_s
+        return float("inf") if ageing_s is None else record.held_since + ageing_s
+
+    def _overdue(self, record: Record) -> bool:
+        return self._now >= self._ages_at(record)
+
+    def _returns_before(self, back: Record, head: Record) -> bool:
+        """What has begun goes on before what has not, where neither outranks the other."""
+        return self._overdue(back) or not self.outranks(head, back)
+
+    def _find_room(self, record: Record, slots: int, claimed: int) -> bool:
+        """Whether there is room for this request in the step at hand, made if need be."""
+        engine = self._engine
+        if record.state is State.HELD_KEPT and not engine.resumable(record):
+            if not engine.parkable(record):
+                return False
+            self._holds.park(self._now, record, "goes on by admission")
+        free = engine.free_blocks() - claimed
+        short = engine.needs(record, free) - free
+        if slots > 0 and short <= 0:
+            return True
+        mode = self._classes[record.class_].cut_in
+        return mode in ("slots", "kv") and self._cut_in(record, slots <= 0, short, mode)
+
+    # Cut-in
+
+    def _cut_in(self, record: Record, needs_slot: bool, short: int, mode: str) -> bool:
+        """Take what is missing from held requests and, worst first, from running ones; or nothing, and False."""
+        dropped, short = self._enough(self._giving_way(record), short)
+        victims = self._victims(record)
+        preempted: list[Record] = []
+        if short > 0:
+            if mode != "kv":
+                return False
+            preempted, short = self._enough(victims, short)
+            if short > 0:
+                return False
+        victim = next(victims, None) if needs_slot and not preempted else None
+        if needs_slot and not preempted and victim is None:
+            return False
+        why = f"cut-in for {record.request}"
+        for held in dropped:
+            self._holds.drop_kv(self._now, held, why)
+        for running in preempted:
+            running.was_cut = True
+            self._evict(self._now, running, why)
+        return victim is None or self._take_slot(victim, mode, why)
+
+    def _enough(self, candidates: Iterator[Record], short: int) -> tuple[list[Record], int]:
+        """The first candidates that free `short` blocks, less those not needed after all; and what is missing."""
+        chosen: list[tuple[Record, int]] = []
+        while short > 0 and (record := next(candidates, None)) is not None:
+            if frees := self._engine.frees(record):
+                chosen.append((record, frees))
+                short -= frees
+        needed = []
+        for record, frees in reversed(chosen):
+            if frees <= -short:
+                short += frees
+            else:
+                needed.append(record)
+        return needed[::-1], short
+
+    def _victims(self, record: Record) -> Iterator[Record]:
+        """Running requests that this one may cut in on, the worst first."""
+        for running in self._engine.worst_running():
+            if not self.outranks(record, running):
+                return
+            if running.protected_until > self._now or running.aged:
+                continue
+            if self._engine.obstacle(running, "keep") is None:
+                yield running
+
+    def _take_slot(self, victim: Record, mode: str, why: str) -> bool:
+        """Have the slot of a running request; False if it takes another step or two until it is free."""
+        engine = self._engine
+        while engine.spare_slots() <= 0 and self._park_one(why):
+            pass
+        victim.was_cut = True
+        if engine.spare_slots() <= 0 and engine.parks and not engine.in_transit(victim):
+            # With no slot to spare, and nothing of it in flight, its own slot is free at once.
+            self._holds.hold(self._now, victim, ENGINE, "keep", None, why)
+            return self._park_one(why)
+        if engine.spare_slots() > 0:
+            self._holds.hold(self._now, victim, ENGINE, "keep", None, why)
+            return True
+        if mode == "kv":
+            self._evict(self._now, victim, why)
+            return True
+        if engine.parks and engine.spare_slots() == 0:  # only one at a time is on its way out
+            self._holds.hold(self._now, victim, ENGINE, "keep", None, why)
+        return False
+
+    # Reclaim
+
+    def _park_surplus(self) -> None:
+        """Kept requests beyond the spare slots cost others theirs: park them, or drop them where nobody parks."""
+        engine, wanted = self._engine, len(self._queue) + len(self._holds.returning)
+        while engine.spare_slots() < 0 and engine.free_slots() < wanted:
+            if self._park_one("its slot is needed"):
+                continue
+            if engine.parks:
+                return  # in flight still: the next step can
+            self._holds.drop_kv(self._now, max(self._roster.kept, key=self.key), "its slot is needed")
+
+    def _park_one(self, why: str) -> bool:
+        """Park the least urgent request that can be."""
+        able = [record for record in self._roster.kept if self._engine.parkable(record)]
+        if not able:
+            return False
+        self._holds.park(self._now, max(able, key=self.key), why)
+        return True
+
+    def give_way(self, asker: Record) -> bool:
+        """Inside a step, blocks are short for `asker`: drop the least urgent held KV; False if none may go."""
+        able = self._giving_way(asker)
+        if asker.state is State.QUEUED:
+            free = self._engine.free_blocks()
+            enough, short = self._enough(able, self._engine.needs(asker, free) - free)
+            able = iter(enough if short <= 0 else ())
+        record = next(able, None)
+        if record is None:
+            return False
+        self._holds.drop_kv(self._now, record, f"blocks are needed for {asker.request}")
+        return True
+
+    def _giving_way(self, asker: Record) -> Iterator[Record]:
+        """Held requests whose KV this one may have, least urgent first.
+
+        What only the engine holds goes on as soon as there is room, so it gives way to what runs and to what
+        outranks it; what others hold may stay held for ever, so it gives way to everything.
+        """
+        held = [*self._roster.kept, *self._roster.parked]
+        running = asker.state is State.RUNNING
+        able = [
+            record
+            for record in held
+            if record is not asker
+            and (running or self.outranks(asker, record) or record.holds.keys() != {ENGINE})
+            and self._engine.frees(record)
+        ]
+        return iter(sorted(able, key=self.key, reverse=True))
