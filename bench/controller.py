@@ -186,7 +186,7 @@ def run(
     ids: Iterator[int] = itertools.count()
     chosen = load(policy)
     core = ControlCore(chosen, "bench", lambda: f"id{next(ids)}", cadence_s=CADENCE_S)
-    read = decode_frame if chosen.sees_requests else decode_glance
+    read = decode_glance if chosen.sees == "tenants" else decode_frame
     answers: list[Answer] = []
     spent: dict[str, list[float]] = {"decode": [], "step": [], "encode": [], "loop": [], "cpu": []}
     sums = dict.fromkeys(("bytes_in", "bytes_out", "commands", "rank_rows"), 0)

@@ -19,7 +19,7 @@ from coxswain.control.told import ECHO_S, Told
 from coxswain.schemas.commands import COMMANDS, Command
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import ClassPolicy, Epoch, Lead, Sight, TenantPolicy, TenantRank, digest
-from coxswain.schemas.status import Frame, TenantStatus
+from coxswain.schemas.status import Frame, RequestStatus, TenantStatus
 
 BEAT_S: Final = 0.5
 """Between two heartbeats of the leader; workers give it up after 5 s."""
@@ -50,6 +50,15 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """The lease's epoch while it is held, else None: only a leader sends anything."""
     answers: Sequence["Answer"] = ()
     """What became of commands sent in earlier steps."""
+    listings: Sequence["Listing"] = ()
+    """Queues that were asked for in earlier steps."""
+
+
+class Listing(NamedTuple):
+    """A worker's queue, whole, as an `Ask` brought it."""
+
+    worker: str
+    rows: Sequence[RequestStatus]
 
 
 class Answer(NamedTuple):
@@ -70,10 +79,19 @@ class Send(NamedTuple):
     command: Command
 
 
+class Ask(NamedTuple):
+    """A worker's queue is wanted, whole; a `Listing` may come, or nothing."""
+
+    worker: str
+
+
 class Beat(NamedTuple):
     """The leader's heartbeat."""
 
     lead: Lead
+
+
+Outgoing = Send | Ask | Beat
 
 
 class ControlCore:
@@ -103,10 +121,12 @@ class ControlCore:
         self._tables_of: tuple[Any, Any, int] = (None, None, 0)
         self._digest: tuple[Any, Any, str] = (None, None, "")
 
-    def step(self, now: float, inputs: Inputs) -> list[Send | Beat]:
+    def step(self, now: float, inputs: Inputs) -> list[Outgoing]:
         """Take what is new; return what to send, in order. `now` is Unix seconds."""
         for frame in inputs.frames:
             self.fleet.merge(frame, now)
+        for listing in inputs.listings:
+            self.fleet.list_queue(listing.worker, listing.rows)
         self.fleet.age(now)
         tables = self._complete(inputs.classes or {}, inputs.tenants or {})
         self.policy.observe(self.fleet, tables, now)
@@ -127,6 +147,8 @@ class ControlCore:
         outgoing += self._configure(now, directives, inputs.classes, tables)
         outgoing += self._rank(now, directives, tables)
         outgoing += self._steer(now, directives, tables)
+        if self.policy.sees == "queue":
+            outgoing += self._ask(now)
         return outgoing
 
     def sight(self) -> Sight:
@@ -153,7 +175,7 @@ class ControlCore:
         heard = (view.frame.leader.epoch for view in self.fleet.live())
         return max((other for other in heard if epoch and other and other > epoch), default=None)
 
-    def _meet(self, now: float) -> list[Send | Beat]:
+    def _meet(self, now: float) -> list[Outgoing]:
         """Forget incarnations that ended; greet new ones with a heartbeat, before which they obey nobody."""
         live = {view.worker: view.incarnation for view in self.fleet.live()}
         self._told = {name: told for name, told in self._told.items() if live.get(name) == told.incarnation}
@@ -183,13 +205,13 @@ class ControlCore:
 
     def _configure(
         self, now: float, directives: Directives, classes: Mapping[str, ClassPolicy], tables: Tables
-    ) -> list[Send | Beat]:
+    ) -> list[Outgoing]:
         """`configure` for every worker that does not have the tables in force."""
         wanted = classes if directives.classes is None else directives.classes
         if (wanted, tables.tenants) != self._digest[:2]:
             self._digest = (wanted, tables.tenants, digest(wanted, tables.tenants))
         name = self._digest[2]
-        sends: list[Send | Beat] = []
+        sends: list[Outgoing] = []
         for view in self.fleet.live():
             told = self._told[view.worker]
             echoed = told.config[0] == name and now - told.config[1] < ECHO_S
@@ -200,9 +222,9 @@ class ControlCore:
             sends.append(self._send(now, view, told, "configure", fields))
         return sends
 
-    def _rank(self, now: float, directives: Directives, tables: Tables) -> list[Send | Beat]:
+    def _rank(self, now: float, directives: Directives, tables: Tables) -> list[Outgoing]:
         """`rank` for workers whose bases, weights or prices are materially other than wanted, longest ago first."""
-        sends: list[Send | Beat] = []
+        sends: list[Outgoing] = []
         compared = 0
         for view in sorted(self.fleet.live(), key=lambda view: self._told[view.worker].ranked_at):
             told = self._told[view.worker]
@@ -241,9 +263,9 @@ class ControlCore:
                     break
         return rows
 
-    def _steer(self, now: float, directives: Directives, tables: Tables) -> list[Send | Beat]:
+    def _steer(self, now: float, directives: Directives, tables: Tables) -> list[Outgoing]:
         """Commands about single requests and caps, for every worker that needs any."""
-        sends: list[Send | Beat] = []
+        sends: list[Outgoing] = []
         for view in self.fleet.live():
             told, orders, worker = self._told[view.worker], [], view.worker
             if told.retries["prioritize"].ready(now):
@@ -254,6 +276,17 @@ class ControlCore:
                 orders += requests.limit(now, view, told, directives.caps.get(worker, {}), tables)
             sends += [self._send(now, view, told, verb, fields) for verb, fields in orders]
         return sends
+
+    def _ask(self, now: float) -> list[Outgoing]:
+        """`query queue` for workers where more waits than frames list."""
+        asks: list[Outgoing] = []
+        for view in self.fleet.live():
+            told = self._told[view.worker]
+            listed = sum(row.state == "queued" for row in view.requests.values())
+            if view.frame.queued > listed and now - told.asked_at >= ASK_S:
+                told.asked_at = now
+                asks.append(Ask(view.worker))
+        return asks
 
     def _send(self, now: float, view: WorkerView, told: Told, verb: str, fields: Mapping[str, Any]) -> Send:
         told.retries[verb].sent(now)

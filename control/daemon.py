@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, Final, Generic
 
@@ -19,7 +19,7 @@ from nats.aio.msg import Msg
 from ulid import ULID
 
 from coxswain.control.client import Client
-from coxswain.control.core import Answer, Beat, ControlCore, Inputs, Send
+from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Send
 from coxswain.control.errors import ControlError, NotSetUpError, UnreachableError
 from coxswain.control.lease import Lease
 from coxswain.control.logs import Seldom, log
@@ -32,13 +32,17 @@ from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.names import sanitise_token
 from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy
-from coxswain.schemas.status import Frame, decode_frame, decode_glance
+from coxswain.schemas.status import Frame, QueueQuery, RequestStatus, decode_frame, decode_glance
 from coxswain.schemas.subjects import CONTROLLER
 
 MAX_FRAMES: Final = 8_192
 """Frames that wait for a step; older ones give way, and the next full frame repairs it."""
 MAX_IN_FLIGHT: Final = 1_024
 """Commands that wait for an answer, over all workers."""
+QUEUE_PAGE: Final = 1_000
+MAX_QUEUE_PAGES: Final = 10
+"""Of one queue: what waits behind 10,000 is not looked at."""
+QUERY_TIMEOUT_S: Final = 0.5
 JETSTREAM_TIMEOUT_S: Final = 1.0
 SET_UP_RETRY_S: Final = 2.0
 
@@ -70,9 +74,10 @@ class Controller:
         self.stopping = asyncio.Event()
         self._connection = connection
         self._cadence_s = cadence_s
-        self._decode = decode_frame if policy.sees_requests else decode_glance
+        self._decode = decode_glance if policy.sees == "tenants" else decode_frame
         self._frames: deque[Frame] = deque(maxlen=MAX_FRAMES)
         self._answers: list[Answer] = []
+        self._listings: list[Listing] = []
         self._classes = Slot[ClassPolicy]()
         self._tenants = Slot[TenantPolicy]()
         self._sending: set[asyncio.Task[None]] = set()
@@ -138,16 +143,20 @@ class Controller:
         frames, answers = list(self._frames), self._answers
         self._frames.clear()
         self._answers = []
+        listings, self._listings = self._listings, []
         inputs = Inputs(
             frames=frames,
             classes=self._classes.rows.good if self._classes.rows else None,
             tenants=self._tenants.rows.good if self._tenants.rows else None,
             epoch=lease.epoch,
             answers=answers,
+            listings=listings,
         )
         for outgoing in self.core.step(time.time(), inputs):
             if isinstance(outgoing, Send):
                 self._start(client, outgoing)
+            elif isinstance(outgoing, Ask):
+                self._spawn(self._list(client, outgoing.worker))
             else:
                 await self._beat(client, outgoing)
         if self.core.superseded_by is not None:
@@ -170,9 +179,25 @@ class Controller:
         if len(self._sending) >= MAX_IN_FLIGHT:
             self._answers.append(Answer(send.worker, send.verb, ok=False))
             return
-        task = asyncio.create_task(self._send(client, send))
+        self._spawn(self._send(client, send))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
+
+    async def _list(self, client: Client, worker: str) -> None:
+        """Read a worker's queue, page by page; without an answer the core asks again."""
+        rows: list[RequestStatus] = []
+        query = QueueQuery(limit=QUEUE_PAGE)
+        with suppress(ControlError, RefusedError):
+            for _ in range(MAX_QUEUE_PAGES):
+                (page,) = await client.query(worker, "queue", query, timeout_s=QUERY_TIMEOUT_S)
+                rows += page.requests
+                if page.next is None:
+                    break
+                query = QueueQuery(after=page.next, limit=QUEUE_PAGE)
+            self._listings.append(Listing(worker, rows))
 
     async def _send(self, client: Client, send: Send) -> None:
         ok, code, why = False, None, ""

@@ -93,6 +93,8 @@ class WorkerView:
         self.tenants: dict[str, TenantStatus] = {}
         self.classes: dict[str, ClassStatus] = {}
         self.requests: dict[RequestKey, RequestStatus] = {}
+        self.beyond: dict[RequestKey, RequestStatus] = {}
+        """What waits behind those that frames list, when its queue was last asked for."""
         self.left: list[RequestStatus] = []
         """Requests that ran or were held and are listed no more, since `Fleet.settle`: ended, as a rule."""
         self.waiting: set[str] = set()
@@ -134,6 +136,7 @@ class WorkerView:
         self._put(frame.tenants, changed)
         self._put_classes(frame)
         self.requests.update(((row.request, row.child), row) for row in frame.requests)
+        self._tidy(frame)
         for gone in frame.gone:
             self._gone(self.requests.pop((gone.request, gone.child), None))
 
@@ -153,6 +156,7 @@ class WorkerView:
             if key not in requests:
                 self._gone(row)
         self.requests = requests
+        self._tidy(frame)
         if not self.complete:
             self.complete = True
             changed.update(dict.fromkeys(self.tenants))
@@ -170,6 +174,23 @@ class WorkerView:
                 self._toggle(waiting, self._presence.waiting, name)
             if bool(row.queued or row.running or row.held) != (name in busy):
                 self._toggle(busy, self._presence.busy, name)
+
+    def known(self) -> Iterator[RequestStatus]:
+        """Every request that we know of here: those that frames list, then what waits behind them."""
+        yield from self.requests.values()
+        yield from self.beyond.values()
+
+    def request(self, key: RequestKey) -> RequestStatus | None:
+        """The row of a request, if we know of it."""
+        return self.requests.get(key) or self.beyond.get(key)
+
+    def _tidy(self, frame: Frame) -> None:
+        """What waits behind is no longer what is listed now; and nothing is behind a short queue."""
+        if self.beyond:
+            for row in frame.requests:
+                self.beyond.pop((row.request, row.child), None)
+            if not frame.queued:
+                self.beyond = {}
 
     def _put_classes(self, frame: Frame) -> None:
         self.classes.update((row.class_, row) for row in frame.classes)
@@ -239,6 +260,12 @@ class Fleet:
         for view in self.workers.values():
             if view.left:
                 view.left.clear()
+
+    def list_queue(self, worker: str, rows: Iterable[RequestStatus]) -> None:
+        """Take a worker's whole queue, as asked for a moment ago."""
+        if view := self.workers.get(worker):
+            keyed = {(row.request, row.child): row for row in rows}
+            view.beyond = {key: row for key, row in keyed.items() if key not in view.requests}
 
     def liveness(self, view: WorkerView) -> Liveness:
         """Whether the worker was heard of lately."""

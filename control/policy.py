@@ -19,6 +19,9 @@ from coxswain.schemas.policy import ClassPolicy, Count, Prices, TenantPolicy, Te
 GROUP: Final = "coxswain.policies"
 """Entry point group: name → a class that satisfies `PolicyType`."""
 
+Sees = Literal["tenants", "requests", "queue"]
+"""Rows of tenants and classes only; requests too, as frames list them (running, held, the first that wait); or also
+those that wait behind, for which workers are asked twice a second."""
 Kv = Literal["keep", "drop"]
 Group = tuple[Literal["tenant", "class"], str]
 """Whom a cap is for."""
@@ -66,8 +69,10 @@ class Policy(Protocol):
     """A policy. No I/O, no clock of its own, no waiting: `observe` and `decide` run 20 times a second."""
 
     name: ClassVar[str]
-    sees_requests: ClassVar[bool]
-    """Whether it looks at single requests. One that does not saves the controller most of its reading."""
+
+    @property
+    def sees(self) -> Sees:
+        """What it looks at: the less, the less the controller reads. A plain attribute will do."""
 
     def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:
         """Look at the fleet; `fleet.changed` names what changed since the last call. `now` is Unix seconds.
@@ -83,7 +88,6 @@ class PolicyType(Protocol):
     """The class behind an entry point: its parameters and how it is made."""
 
     name: ClassVar[str]
-    sees_requests: ClassVar[bool]
     Params: type[msgspec.Struct]
 
     def __call__(self, params: Any) -> Policy:
@@ -115,11 +119,71 @@ def load(name: str, settings: Iterable[str] = ()) -> Policy:
     found = available()
     if name not in found:
         raise PolicyError(f"no policy {name!r}; installed: {', '.join(found) or 'none'}")
-    try:
-        policy: PolicyType = found[name].load()
-    except (ImportError, AttributeError) as error:
-        raise PolicyError(f"policy {name!r} ({found[name].value}) cannot be imported: {error}") from error
+    policy = _type_of(found[name])
     return policy(params_of(policy, settings))
+
+
+def _type_of(entry: EntryPoint) -> PolicyType:
+    try:
+        policy: PolicyType = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise PolicyError(f"policy {entry.name!r} ({entry.value}) cannot be imported: {error}") from error
+    return policy
+
+
+class Parameter(msgspec.Struct, frozen=True, kw_only=True):
+    """One parameter of a policy, for people."""
+
+    name: str
+    kind: str
+    """What it may be."""
+    default: str
+    """The way `--set` takes it."""
+
+
+class Description(msgspec.Struct, frozen=True, kw_only=True):
+    """An installed policy, for people."""
+
+    name: str
+    source: str
+    """Module and class."""
+    what: str = ""
+    """The first line of its docstring."""
+    parameters: tuple[Parameter, ...] = ()
+    error: str = ""
+    """Why it cannot be used, if so."""
+
+
+def describe(entry: EntryPoint) -> Description:
+    """What an installed policy is and takes; never raises for one that cannot be imported."""
+    try:
+        policy = _type_of(entry)
+    except PolicyError as error:
+        return Description(name=entry.name, source=entry.value, error=str(error))
+    what = (policy.__doc__ or "").strip().partition("\n")[0]
+    schemas = msgspec.json.schema(policy.Params).get("$defs", {})
+    fields = schemas.get(policy.Params.__name__, {}).get("properties", {})
+    parameters = tuple(
+        Parameter(name=name, kind=_kind(field), default=_text(field["default"]))
+        for name, field in fields.items()
+    )
+    return Description(name=entry.name, source=entry.value, what=what, parameters=parameters)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _kind(field: Mapping[str, Any]) -> str:
+    """A field of a JSON schema in words: `number, at least 0`."""
+    if "anyOf" in field:
+        return " or ".join(_kind(each) for each in field["anyOf"])
+    if "enum" in field:
+        return " | ".join(map(str, field["enum"]))
+    bounds = (("minimum", "at least"), ("exclusiveMinimum", "over"), ("maximum", "at most"))
+    # Bounds that only keep a number finite say nothing to anybody.
+    words = [f"{word} {field[bound]:g}" for bound, word in bounds if abs(field.get(bound, 1e9)) < 1e6]
+    return ", ".join([str(field.get("type", "anything")), *words])
 
 
 def params_of(policy: PolicyType, settings: Iterable[str]) -> msgspec.Struct:

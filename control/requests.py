@@ -32,7 +32,7 @@ def prioritize(now: float, view: WorkerView, told: Told, wanted: Mapping[Request
     """`prioritize` for requests whose priority is other than wanted, the most urgent first."""
     differ: defaultdict[int, list[RequestKey]] = defaultdict(list)
     for key, priority in wanted.items():
-        row = view.requests.get(key)
+        row = view.request(key)
         if row is None:
             continue
         said, at = told.priorities.get(key, (row.priority, 0.0))
@@ -113,8 +113,8 @@ def _held(now: float, view: WorkerView, told: Told, key: RequestKey) -> bool:
 
 def _prune(told: dict[RequestKey, Any], view: WorkerView) -> None:
     """Forget requests that the worker lists no more."""
-    if len(told) > 2 * len(view.requests) + 64:
-        for key in [key for key in told if key not in view.requests]:
+    if len(told) > 2 * (len(view.requests) + len(view.beyond)) + 64:
+        for key in [key for key in told if view.request(key) is None]:
             del told[key]
 
 

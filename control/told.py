@@ -72,6 +72,8 @@ class Told(msgspec.Struct):
     caps: dict[Group, tuple[Cap, float]] = {}
     inherited: bool = True
     """Whether caps of an earlier leader may still be in force there."""
+    asked_at: float = float("-inf")
+    """For its queue."""
     retries: defaultdict[str, Retry] = msgspec.field(default_factory=lambda: defaultdict(Retry))
     """Per verb."""
 

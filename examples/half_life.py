@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import msgspec
 
 from coxswain.control.fleet import Fleet
-from coxswain.control.policy import Directives, Tables, each_class, weight_of
+from coxswain.control.policy import Directives, Sees, Tables, each_class, weight_of
 from coxswain.schemas.policy import TenantRank
 
 
@@ -17,7 +17,7 @@ class HalfLife:
     """Orders tenants by service that fades."""
 
     name: ClassVar[str] = "half_life"
-    sees_requests: ClassVar[bool] = False
+    sees: ClassVar[Sees] = "tenants"
 
     class Params(msgspec.Struct, frozen=True, kw_only=True):
         """`--set half_life_s=600`."""

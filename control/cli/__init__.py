@@ -6,7 +6,7 @@ this package; how they fail is in `app.py` and `exits.py`. Called by the `cox` s
 
 import typer
 
-from coxswain.control.cli import events, fleet, launch, policy_tables, requests, setup, steer
+from coxswain.control.cli import events, fleet, launch, policies, policy_tables, requests, setup, steer
 from coxswain.control.cli.app import boundary, command, epilogue, root
 from coxswain.control.cli.exits import EPILOGUE
 
@@ -66,6 +66,8 @@ command(classes, "list", panel=POLICY, example="cox classes list")(policy_tables
 command(classes, "set", panel=POLICY, example=classes_set)(policy_tables.classes_set)
 command(classes, "rm", panel=POLICY, example="cox classes rm batch")(policy_tables.classes_rm)
 app.add_typer(classes, name="classes", rich_help_panel=POLICY)
+
+command(app, "policies", panel=POLICY, example="cox policies --json")(policies.policies)
 
 
 def main() -> None:

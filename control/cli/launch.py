@@ -42,7 +42,7 @@ def worker(
 async def controller(
     cox: Cox,
     policy: Annotated[
-        str, typer.Option(metavar="NAME", help="Which policy decides: vtc, fcfs, or an installed one.")
+        str, typer.Option(metavar="NAME", help="Which policy decides; `cox policies` lists them.")
     ] = "vtc",
     set: Annotated[
         list[str] | None,

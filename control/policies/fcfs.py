@@ -8,14 +8,14 @@ from typing import ClassVar
 import msgspec
 
 from coxswain.control.fleet import Fleet
-from coxswain.control.policy import Directives, Tables, each_class
+from coxswain.control.policy import Directives, Sees, Tables, each_class
 
 
 class Fcfs:
     """No tenant counts for more or less than another; no counters, no ranks."""
 
     name: ClassVar[str] = "fcfs"
-    sees_requests: ClassVar[bool] = False
+    sees: ClassVar[Sees] = "tenants"
 
     class Params(msgspec.Struct, frozen=True, kw_only=True):
         """It takes none."""

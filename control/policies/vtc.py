@@ -31,7 +31,7 @@ from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 import msgspec
 
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
-from coxswain.control.policy import Directives, Kv, Tables, weight_of
+from coxswain.control.policy import Directives, Kv, Sees, Tables, weight_of
 from coxswain.control.predict import MovingAverage, Predictor
 from coxswain.control.victims import Victims
 from coxswain.schemas.policy import Prices, TenantRank
@@ -95,7 +95,8 @@ class Vtc:
     def __init__(self, params: Params, predictor: Predictor | None = None) -> None:
         self.prices = Prices(input=params.wp, cached=params.cached, output=params.wq)
         self.predictor = predictor or (MovingAverage() if params.predict == "average" else None)
-        self.sees_requests = self.predictor is not None or params.preempt_gap is not None
+        whole = self.predictor is not None or params.preempt_gap is not None
+        self.sees: Sees = "requests" if whole else "tenants"
         self.virtual: dict[str, float] = {}
         """V: each tenant's counter. Without prediction it never falls."""
         self.active: dict[str, frozenset[str]] = {}

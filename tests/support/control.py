@@ -12,7 +12,7 @@ class Fixed:
     """A policy that says what a test tells it to."""
 
     name = "fixed"
-    sees_requests = True
+    sees = "requests"
 
     def __init__(self, **directives: Any) -> None:
         self.directives = Directives(**directives)

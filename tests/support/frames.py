@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coxswain.control.core import Answer, Beat, Send
-from coxswain.schemas.commands import Configure, Rank
+from coxswain.schemas.commands import Configure, Continue, Preempt, Rank
 from coxswain.schemas.policy import Epoch, Prices, TenantPolicy, digest
 from coxswain.schemas.status import CommandStats, Frame, KvBlocks, Leader, RequestStatus, Slots, TenantStatus
 
@@ -71,6 +71,26 @@ class Account:
         return self.base + self.charged + self.lift
 
 
+@dataclass
+class Served:
+    """A request that the small worker has admitted."""
+
+    name: str
+    account: Account
+    input_tokens: int
+    length: int
+    output_tokens: int = 0
+    held: bool = False
+
+    def row(self) -> RequestStatus:
+        """As status shows it."""
+        return request(
+            self.name, self.account.name, prompt_tokens=self.input_tokens, output_tokens=self.output_tokens,
+            state="held" if self.held else "running", kv="kept" if self.held else "none",
+            held_by=("controller",) if self.held else (),
+        )  # fmt: skip
+
+
 class SmallWorker:
     """A worker with `slots` running requests; each step admits by virtual time and gives one token to each.
 
@@ -89,9 +109,16 @@ class SmallWorker:
         self.config = digest({}, {})
         self.epoch: Epoch | None = None
         self.got: list[Send | Beat] = []
-        self._seq = 0
+        self.lengths: dict[str, int] = {}
+        """Output tokens of every request that ever ran, by name."""
+        self._seq = self._serial = 0
         self._last_left: Account | None = None
-        self._running: list[tuple[Account, list[int]]] = []
+        self._running: list[Served] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._running) or any(each.queue for each in self.accounts.values())
 
     def account(self, tenant: str) -> Account:
         """The tenant's account, made on first sight."""
@@ -111,14 +138,19 @@ class SmallWorker:
     def step(self, count: int = 1) -> None:
         """Admit while there is room, then one output token each."""
         for _ in range(count):
-            while len(self._running) < self.slots and any(each.queue for each in self.accounts.values()):
+            while sum(not each.held for each in self._running) < self.slots and any(
+                each.queue for each in self.accounts.values()
+            ):
                 self._admit()
-            for account, left in self._running:
+            for served in self._running:
+                if served.held:
+                    continue
+                account = served.account
                 account.charged += self.prices.output / account.weight
                 account.output_tokens += 1
-                left[0] -= 1
-                account.running -= not left[0]
-            self._running = [each for each in self._running if each[1][0]]
+                served.output_tokens += 1
+                account.running -= served.output_tokens == served.length
+            self._running = [each for each in self._running if each.output_tokens < each.length]
 
     def _admit(self) -> None:
         waiting = [each for each in self.accounts.values() if each.queue]
@@ -129,7 +161,10 @@ class SmallWorker:
         account.charged += input_tokens * self.prices.input / account.weight
         account.input_tokens += input_tokens
         account.running += 1
-        self._running.append((account, [output_tokens]))
+        self._serial += 1
+        name = f"{account.name}-{self.name}{self.incarnation}-{self._serial}"
+        self.lengths[name] = output_tokens
+        self._running.append(Served(name, account, input_tokens, output_tokens))
 
     def frame(self) -> Frame:
         """A full frame as of now."""
@@ -138,7 +173,7 @@ class SmallWorker:
         return frame(
             self.name, self.incarnation, self._seq, *rows,
             config=self.config, leader=Leader(epoch=self.epoch), queued=sum(each.queued for each in rows),
-            running=len(self._running),
+            running=len(self._running), requests=tuple(each.row() for each in self._running),
         )  # fmt: skip
 
     def _row(self, account: Account) -> TenantStatus:
@@ -173,4 +208,8 @@ class SmallWorker:
             for tenant, rank in command.tenants.items():
                 account = self.account(tenant)
                 account.base, account.weight = rank.base, rank.weight
+        if isinstance(command, Preempt | Continue):
+            for served in self._running:
+                if served.name in command.targets.requests:
+                    served.held = isinstance(command, Preempt)
         return True

@@ -330,3 +330,13 @@ def test_help_loads_neither_nats_nor_vllm() -> None:
     heavy = "{'nats', 'vllm', 'torch'} & set(sys.modules)"
     line = [sys.executable, "-c", f"import sys, coxswain.control.cli; sys.exit(bool({heavy}))"]
     assert subprocess.run(line, check=False, timeout=60).returncode == 0
+
+
+def test_policies_lists_what_is_installed_and_what_it_takes() -> None:
+    """Names, a sentence each, and every parameter the way `--set` takes it; the same as JSON."""
+    text = _cox("policies").stdout
+    assert "vtc  Fair shares" in text
+    assert "--set wq=2.0  number, at least 0" in text
+    found = {each["name"]: each for each in json.loads(_cox("--json", "policies").stdout)["policies"]}
+    assert {"andes", "colocate", "edf", "fcfs", "strict", "vtc"} <= found.keys()
+    assert {"name": "predict", "kind": "average | none", "default": "none"} in found["vtc"]["parameters"]

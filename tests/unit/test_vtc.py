@@ -11,8 +11,10 @@ from coxswain.control.core import ControlCore, Inputs
 from coxswain.control.fleet import Fleet
 from coxswain.control.policies.vtc import KEEP, Vtc
 from coxswain.control.policy import Tables
+from coxswain.control.predict import MovingAverage, Oracle
 from coxswain.schemas.policy import TenantPolicy
-from tests.support.frames import SmallWorker, frame, row
+from coxswain.schemas.status import RequestStatus
+from tests.support.frames import SmallWorker, frame, request, row
 
 EPOCH = (1.0, 1)
 INPUT, OUTPUT, SLOTS = 10, 5, 4
@@ -227,3 +229,111 @@ def test_idle_counters_below_the_floor_are_forgotten() -> None:
     busy = row("busy", queued=1, charged=50.0, uncached_input_tokens_total=1)
     _observe(policy, fleet, 0.2, frame("w1", "01A", 3, busy, full=False))
     assert set(policy.virtual) == {"rich", "busy"}
+
+
+# Prediction
+
+
+class Guess:
+    """Expects the same of every request."""
+
+    def __init__(self, tokens: float) -> None:
+        self.tokens = tokens
+        self.learned: list[int] = []
+
+    def expect(self, row: RequestStatus) -> float:
+        """The same."""
+        return self.tokens
+
+    def learn(self, row: RequestStatus) -> None:
+        """Note it."""
+        self.learned.append(row.output_tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(periods, st.sampled_from([0.0, 3.0, 50.0]), st.integers(1, 3))
+def test_expectations_are_settled_in_the_end(script: list, guess: float, workers: int) -> None:
+    """Algorithm 3: whatever was expected, once all ended tenants were charged what they had (and lifts)."""
+    fleet = [SmallWorker(f"w{n}", slots=2) for n in range(workers)]
+    loop = Loop(fleet)
+    loop.policy = loop.core.policy = Vtc(Vtc.Params(), Guess(guess))
+    for number, (arrivals, steps) in enumerate(script):
+        for tenant, input_tokens, output_tokens, times in arrivals:
+            fleet[number % workers].arrive(tenant, input_tokens, output_tokens, times=times)
+        loop.turn(steps)
+    while any(worker.busy for worker in fleet):
+        loop.turn(5)
+    loop.turn(0)
+    assert all(not any(each.values()) for each in loop.policy._expected.values())
+    # What is in V beyond the charges are lifts, and these never take anything away.
+    for tenant, virtual in loop.virtual.items():
+        charged = sum(worker.account(tenant).charged for worker in fleet)
+        assert virtual >= charged - 1e-6
+
+
+def test_an_oracle_charges_a_request_when_it_is_admitted() -> None:
+    """With true lengths the counter stands where it will be in the end, as soon as a request runs."""
+    worker = SmallWorker(slots=1)
+    loop = Loop([worker])
+    loop.policy = loop.core.policy = Vtc(Vtc.Params(), Oracle(worker.lengths))
+    worker.arrive("a", 10, 20)
+    loop.turn(1)
+    assert loop.virtual["a"] == 10 + 2 * 20
+    loop.turn(10)
+    assert loop.virtual["a"] == 10 + 2 * 20
+    loop.turn(15)
+    assert loop.virtual["a"] == 10 + 2 * 20 == worker.account("a").charged
+
+
+def test_the_moving_average_learns_from_what_ended() -> None:
+    """p = (4p + length) / 5, from the first length on."""
+    average = MovingAverage()
+    assert average.expect(request("r", "a")) == 0.0
+    for length in (100, 50):
+        average.learn(request("r", "a", output_tokens=length))
+    assert average.expect(request("r", "a")) == (4 * 100 + 50) / 5
+    assert average.expect(request("r", "b")) == 0.0
+
+
+# Preemption
+
+
+def test_with_preemption_the_bound_of_who_cannot_is_beaten() -> None:
+    """Theorem 4.8: another arrives when the batch is full of one tenant. By holding they differ by less than wq × M."""
+    length, slots = 200, 4
+    differ = {}
+    for gap in (None, 20.0):
+        worker = SmallWorker(slots=slots)
+        loop = Loop([worker])
+        loop.policy = loop.core.policy = Vtc(Vtc.Params(preempt_gap=gap))
+        worker.arrive("first", 1, 1)
+        loop.turn(2)
+        worker.arrive("hog", 1, length, times=40)
+        loop.turn(1)
+        worker.arrive("late", 1, length, times=40)
+        begin = {name: worker.account(name).charged for name in ("hog", "late")}
+        gaps = []
+        for _ in range(length):
+            loop.turn(1)
+            served = {name: worker.account(name).charged - begin[name] for name in begin}
+            gaps.append(abs(served["hog"] - served["late"]))
+        differ[gap] = max(gaps)
+    assert differ[None] >= 2 * slots * (length - 5)
+    assert differ[20.0] < differ[None] / 4
+
+
+def test_who_is_held_goes_on_when_nobody_waits() -> None:
+    """A hold serves somebody who waits; without such a one there is none."""
+    worker = SmallWorker(slots=1)
+    loop = Loop([worker])
+    loop.policy = loop.core.policy = Vtc(Vtc.Params(preempt_gap=5.0))
+    worker.arrive("hog", 1, 100)
+    loop.turn(20)
+    worker.arrive("late", 1, 3)
+    for _ in range(10):
+        loop.turn(1)
+    assert worker.account("late").output_tokens == 3
+    assert worker.account("hog").output_tokens < 100
+    for _ in range(8):
+        loop.turn(20)
+    assert not worker.busy

@@ -1,0 +1,147 @@
+"""Earliest deadline first, with QLM's estimate of who can still make it (SoCC'24, arXiv 2407.00047).
+
+A request's deadline is for its first token: its arrival + the `slo_s` of its class. QLM estimates how long a request
+waits from what waits ahead of it,
+
+    W = Σ over requests ahead of expected output tokens ÷ Θ,        Θ: the worker's output tokens per second,
+
+and keeps requests that cannot make it from ruining others. QLM solves a linear program over groups; for one queue
+Moore's algorithm (Management Science 15, 1968) gives the most requests in time, exactly: go through them by due
+time, and whenever one would be late, the longest so far is given up. Here, per worker:
+
+    priority = deadline, in whole seconds, for requests that can make it        (negative, so before 0)
+               0                            for those without a deadline, or not looked at yet
+               deadline, after these        for those that cannot: they run when nothing else wants to
+
+Expected output is a moving average per tenant. All classes become one line: same position, `order: priority`.
+"""
+
+from typing import Annotated, ClassVar, Final, NamedTuple
+
+import msgspec
+
+from coxswain.control.fleet import Fleet, RequestKey, WorkerView
+from coxswain.control.policy import Directives, Sees, Tables, each_class
+from coxswain.control.predict import MovingAverage
+from coxswain.control.rates import Rates
+from coxswain.schemas.policy import CutIn
+from coxswain.schemas.status import RequestStatus
+
+SPAN: Final = 2**30
+"""Priorities of deadlines: −SPAN … −1 in time, 1 … SPAN given up. They begin again every 34 years."""
+RETURN: Final = 0.8
+"""A request that was given up is taken back if it makes it in this part of the time: no flipping at the edge."""
+
+
+class Job(NamedTuple):
+    """A request as the algorithm sees it. Times in seconds from now."""
+
+    key: RequestKey
+    deadline: float
+    """Its first token is due by then."""
+    length: float
+    """How long it takes the worker."""
+
+    @property
+    def due(self) -> float:
+        """When it must end to have begun in time."""
+        return self.deadline + self.length
+
+
+def late(jobs: list[Job]) -> set[RequestKey]:
+    """Moore's algorithm: who is given up so that the fewest begin after their deadline, one after the other."""
+    kept: list[Job] = []
+    given_up: set[RequestKey] = set()
+    ahead = 0.0
+    for job in sorted(jobs, key=lambda job: (job.due, job.key)):
+        kept.append(job)
+        ahead += job.length
+        if ahead > job.due:
+            longest = max(kept, key=lambda each: (each.length, each.due))
+            kept.remove(longest)
+            ahead -= longest.length
+            given_up.add(longest.key)
+    return given_up
+
+
+class Edf:
+    """Deadlines, as many as can be met."""
+
+    name: ClassVar[str] = "edf"
+    sees: ClassVar[Sees] = "queue"
+
+    class Params(msgspec.Struct, frozen=True, kw_only=True):
+        """How urgent requests get in, and what to expect of unknown ones."""
+
+        cut_in: CutIn = "slots"
+        """What a request may take from running ones with later deadlines."""
+        expected_tokens: Annotated[float, msgspec.Meta(ge=1, le=1e9)] = 256.0
+        """Output tokens of a request of a tenant none of whose requests has ended yet."""
+        every_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.2
+        """How often the queue is looked through."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self._lengths = MovingAverage()
+        self._rates = Rates()
+        self._given_up: dict[str, set[RequestKey]] = {}
+        self._tables = Tables()
+        self._fleet = Fleet()
+        self._directives = Directives()
+        self._decided_at = float("-inf")
+
+    def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:
+        """Learn how fast workers are and how long requests."""
+        self._fleet, self._tables = fleet, tables
+        self._rates.observe(fleet, now)
+        for view in fleet.live():
+            for row in view.left:
+                self._lengths.learn(row)
+
+    def decide(self, now: float) -> Directives:
+        """A priority for everything that waits and has a deadline."""
+        if now - self._decided_at >= self.params.every_s:
+            self._decided_at = now
+            classes = each_class(
+                self._tables.classes, order="priority", position=0, cut_in=self.params.cut_in
+            )
+            views = [view for view in self._fleet.live() if view.complete]
+            self._given_up = {view.worker: self._late_on(view, now) for view in views}
+            priorities = {view.worker: self._priorities(view) for view in views}
+            self._directives = Directives(classes=classes, priorities=priorities)
+        return self._directives
+
+    def _late_on(self, view: WorkerView, now: float) -> set[RequestKey]:
+        """Requests of this worker that cannot begin in time, or would keep more others from it."""
+        speed = self._rates.of(view.worker)
+        if speed is None:
+            return set()
+        before = self._given_up.get(view.worker, set())
+        jobs = []
+        for row in view.known():
+            if row.state == "queued" and row.deadline_s is not None and not row.output_tokens:
+                key = row.request, row.child
+                left = (row.deadline_s - now) * (RETURN if key in before else 1.0)
+                jobs.append(Job(key, left, self._length(row) / speed))
+        # What is late already takes part: it would be given up first, being due before all others.
+        return {job.key for job in jobs if job.deadline < 0.0} | late(
+            [job for job in jobs if job.deadline >= 0.0]
+        )
+
+    def _length(self, row: RequestStatus) -> float:
+        return max(1.0, self._lengths.expect(row) or self.params.expected_tokens)
+
+    def _priorities(self, view: WorkerView) -> dict[RequestKey, int]:
+        given_up = self._given_up[view.worker]
+        return {
+            (row.request, row.child): _priority(
+                row.deadline_s, in_time=(row.request, row.child) not in given_up
+            )
+            for row in view.known()
+            if row.deadline_s is not None and row.state == "queued"
+        }
+
+
+def _priority(deadline_s: float, *, in_time: bool) -> int:
+    place = int(deadline_s) % SPAN
+    return place - SPAN if in_time else place + 1
