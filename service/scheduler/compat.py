@@ -20,7 +20,7 @@ PRIVATE: Final = {
         "_preempt_request", "_free_request", "_enqueue_waiting_request", "_update_request_as_session",
         "_handle_stopped_request", "finish_requests",
         "has_requests", "has_finished_requests", "reset_prefix_cache", "get_request_counts",
-        "_request_blocks_can_be_freed",
+        "_request_blocks_can_be_freed", "_reserve_prefill_lookahead",
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager": (
         "allocate_slots", "get_blocks", "get_computed_blocks", "empty_kv_cache_blocks",

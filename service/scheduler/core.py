@@ -3,8 +3,8 @@
 Told of everything by the vLLM shell (`steered.py`), with the clock passed in; it acts on the engine only through
 the small port `Engine`. Knows ranks, holds and leases; knows no policy, no NATS, no event loop. Here: the life of
 a request, the leader, the tables. Its rooms: `roster` (who is where), `queue` (in which order they wait), `ledger`
-(what they cost), `holds` (who keeps whom from running), `room` (who makes way for whom), `tenants`. Commands are
-in `verbs.py`.
+(what they cost), `holds` (who keeps whom from running), `room` (who makes way for whom), `budget` (prompt tokens
+per step), `tenants`. Commands are in `verbs.py`.
 `validate()` checks all invariants and is called by tests after every step.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, Final
 from coxswain.schemas import events as ev
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import ClassPolicy, Epoch, Lead, TenantPolicy, TenantRank, digest
+from coxswain.service.scheduler.budget import StepBudget
 from coxswain.service.scheduler.engine import Engine
 from coxswain.service.scheduler.holds import Holds
 from coxswain.service.scheduler.ledger import Ledger
@@ -53,6 +54,7 @@ class SteeringCore:
         self.ledger = Ledger(self.roster, self.tenants, self.queue)
         self.holds = Holds(engine, self.roster, self.ledger, self.queue, self.tell, self._began)
         self.room = Room(engine, self.roster, self.queue, self.holds, self.evict, self.class_place)
+        self.budget = StepBudget(self.class_place)
         self.classes: dict[str, ClassPolicy] = {}
         self.digest = ""
         self.configure({}, {})
@@ -334,6 +336,7 @@ class SteeringCore:
             self.roster.touch(record)
         self.queue.set_classes(self.classes)
         self.room.set_classes(self.classes)
+        self.budget.set_classes(self.classes)
         for record in waiting:
             self.queue.add(record)
         for record in self.roster.records.values():
@@ -353,6 +356,12 @@ class SteeringCore:
     def class_place(self, name: str) -> int:
         """Place of a class among all, 0 runs first."""
         return self._places[name]
+
+    def best_place(self, running: int | None) -> int | None:
+        """Place of the best class of which anything waits or, as the engine says, runs."""
+        waiting = self.queue.first_class()
+        places = [running, None if waiting is None else self.class_place(waiting)]
+        return min((place for place in places if place is not None), default=None)
 
     def tell(self, now: float, record: Record | None, kind: type[ev.Event], **fields: Any) -> None:
         """Something happened: into the request's story, and out as an event."""

@@ -45,6 +45,10 @@ class Mechanism:
         self.parks: bool = scheduler.connector is None
         self.core: SteeringCore
         self._unsorted = False
+        self._chunks: bool = scheduler.scheduler_config.enable_chunked_prefill
+        self._left: dict[str, int] = {}
+        self._whole: dict[str, int] = {}
+        self._reserve_lookahead: Callable[..., Any] = scheduler._reserve_prefill_lookahead  # noqa: SLF001
         self._allocate: Callable[..., Any] = scheduler.kv_cache_manager.allocate_slots
 
     def attach(self, core: SteeringCore) -> None:
@@ -223,6 +227,39 @@ class Mechanism:
         if self._unsorted:
             self._unsorted = False
             self._scheduler.running.sort(key=_urgency)
+
+    def best_running(self) -> int | None:
+        """Place of the best class that runs; call `sort` before."""
+        running = self._scheduler.running
+        return (running[0].priority + CLASS_STRIDE // 2) // CLASS_STRIDE if running else None
+
+    def bound_prefill(self, left: dict[str, int]) -> None:
+        """Bound the prompt tokens per class of the step that begins.
+
+        vLLM asks `_reserve_prefill_lookahead` once per request and step how many tokens it may have, after its own
+        budget and before it allocates; 0 skips a running request, and ends the admission of waiting ones.
+        """
+        if self._scheduler.need_mamba_block_aligned_split:
+            return  # chunks of such models must end where vLLM put the end
+        self._left, self._whole = left, dict(left)
+        if left:
+            self._scheduler._reserve_prefill_lookahead = self._grant  # noqa: SLF001
+        else:
+            self._scheduler.__dict__.pop("_reserve_prefill_lookahead", None)
+
+    def _grant(self, request: Any, computed: int, tokens: int) -> int:
+        """What vLLM would give a request, within what is left to its class."""
+        granted = int(self._reserve_lookahead(request, computed, tokens))
+        name = request.steering.class_
+        left = self._left.get(name)
+        if left is None or request.num_tokens - computed <= 1:  # a decode
+            return granted
+        if self._chunks:
+            granted = min(granted, left)
+        elif granted > left and left < self._whole[name]:
+            return 0  # a prompt that cannot be cut goes whole when it is the step's first
+        self._left[name] = max(0, left - granted)
+        return granted
 
     def admitted(self) -> None:
         """vLLM put requests at the end of its running list."""

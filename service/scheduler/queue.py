@@ -151,6 +151,10 @@ class SteeredQueue:
         self._size -= 1
         return True
 
+    def first_class(self) -> str | None:
+        """The best class of which anything waits."""
+        return next((line_class.name for line_class in self._order if line_class.size), None)
+
     def peek(self) -> Record:
         """The request that should run next.
 

@@ -74,7 +74,10 @@ class Room:
         """Put class policies in force."""
         self._classes = classes
         self._cuts = any(policy.cut_in in ("slots", "kv") for policy in classes.values())
-        self.orders_running = any(policy.cut_in != "off" for policy in classes.values())
+        self.orders_running = any(
+            policy.cut_in != "off" or policy.max_prefill_tokens_per_step is not None
+            for policy in classes.values()
+        )
         self.ranks_changed()
 
     def ranks_changed(self) -> None:

@@ -154,7 +154,7 @@ def row(core: SteeringCore, record: Record, place: int | None) -> st.RequestStat
         kv=KV.get(state, "none"), arrived_at=record.arrived_at, prompt_tokens=record.prompt_tokens,
         cached_tokens=record.cached_tokens, output_tokens=len(record.outputs),
         deadline_s=None if slo_s is None else record.arrived_at + slo_s,
-        held_by=tuple(record.holds), position=place,
+        held_by=tuple(record.holds), position=place, protected_until=record.protected_until or None,
     )  # fmt: skip
 
 

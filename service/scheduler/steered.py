@@ -152,6 +152,10 @@ class SteeredScheduler(AsyncScheduler):
         if self.pause_state == PauseState.UNPAUSED:
             core.room.plan(now)
         self.mechanism.sort()
+        if core.budget:
+            self.mechanism.bound_prefill(
+                core.budget.begin(now, core.best_place(self.mechanism.best_running()))
+            )
         if core.queue and len(self.running) < self.max_num_active_reqs:
             core.ledger.settle_all()
         output = super().schedule(*args, **kwargs)

@@ -43,7 +43,9 @@ TABLES: Final[tuple[dict[str, Any], ...]] = (
         "classes": {
             "chat": ClassPolicy(position=-1, cut_in="kv", quantum_s=0.03),
             "default": ClassPolicy(order="priority", cut_in="slots", cooldown_s=0.1, ageing_s=1.0),
-            "batch": ClassPolicy(position=1, cut_in="queue", ageing_s=0.5),
+            "batch": ClassPolicy(
+                position=1, cut_in="queue", ageing_s=0.5, max_prefill_tokens_per_step=24, linger_s=0.05
+            ),
         },
         "tenants": {name: TenantPolicy(classes=("chat", "batch")) for name in TENANTS},
     },

@@ -1,0 +1,176 @@
+"""Cut-in, reclaim and the step budget on vLLM's real scheduler and KV manager, step by step, without a model."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from bench.rig import Rig, vllm_config
+from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+from coxswain.service.scheduler.states import State
+from tests.support.steered import KEY, engine_id, public_id
+
+pytestmark = pytest.mark.vllm
+
+URGENT = {"chat": TenantPolicy(class_="urgent")}
+
+
+@contextmanager
+def rig(classes: dict[str, ClassPolicy], *, depth: int = 1, **options: Any) -> Iterator[Rig]:
+    """A steered scheduler with two active slots of three, not joined to NATS; tenant `chat` is in class `urgent`."""
+    from coxswain.service.scheduler import SteeredScheduler
+
+    options = {"max_num_seqs": 3, "max_num_active_seqs": 2, **options}
+    with patch.dict(os.environ, {"COX_IDENTITY_KEY": KEY}):
+        os.environ.pop("COX_NATS_URL", None)
+        made = Rig(SteeredScheduler, vllm_config(async_scheduling=depth > 1, **options), depth=depth)
+    made.scheduler.core.configure(classes, URGENT)
+    try:
+        yield made
+    finally:
+        made.scheduler.shutdown()
+
+
+def add(rig: Rig, tenant: str, **fields: Any) -> str:
+    """A request of a tenant arrives; its engine's id."""
+    name = engine_id(public_id(tenant))
+    rig.add(name, **fields)
+    return name
+
+
+def state(rig: Rig, name: str) -> State:
+    """Where a request is."""
+    found: State = rig.scheduler.core.roster.records[name].state
+    return found
+
+
+def ended_well(rig: Rig, **tokens: int) -> None:
+    """Run to the end: every request said exactly what it would have said alone, and nothing is left."""
+    rig.run()
+    for name, count in tokens.items():
+        assert rig.outputs[name] == rig.expected(name, count)
+    assert rig.scheduler.kv_cache_manager.usage == 0
+    assert not rig.scheduler.core.roster.records
+    rig.scheduler.core.validate()
+
+
+DEPTHS = pytest.mark.parametrize("depth", [1, 2], ids=["sync", "async"])
+
+
+@DEPTHS
+def test_an_urgent_request_runs_in_the_next_step_and_nothing_is_computed_twice(depth: int) -> None:
+    """Its prompt is scheduled in the very step after its arrival; the victim's KV is kept, its tokens are the same."""
+    with rig({"urgent": ClassPolicy(position=-1, cut_in="slots")}, depth=depth) as made:
+        batch = [add(made, "bulk", prompt=40, tokens=30) for _ in range(2)]
+        for _ in range(5):
+            made.step()
+        urgent = add(made, "chat", prompt=24, tokens=3)
+        assert made.step()[urgent] == 24
+        assert [state(made, name) for name in batch] == [State.RUNNING, State.HELD_KEPT]
+        ended_well(made, **dict.fromkeys(batch, 30), **{urgent: 3})
+        assert [made.computed[name] for name in (*batch, urgent)] == [69, 69, 26]
+
+
+@DEPTHS
+def test_without_a_spare_slot_the_victim_is_parked_as_soon_as_nothing_of_it_is_in_flight(depth: int) -> None:
+    """The head waits for no more than the steps under way, and nothing is computed twice."""
+    with rig({"urgent": ClassPolicy(position=-1, cut_in="slots")}, depth=depth, max_num_seqs=2) as made:
+        batch = [add(made, "bulk", prompt=40, tokens=30) for _ in range(2)]
+        for _ in range(5):
+            made.step()
+        urgent = add(made, "chat", prompt=24, tokens=3)
+        steps = next(count for count in range(1, 9) if urgent in made.step())
+        assert steps <= depth
+        assert state(made, batch[1]) is State.HELD_PARKED
+        ended_well(made, **dict.fromkeys(batch, 30), **{urgent: 3})
+        assert [made.computed[name] for name in batch] == [69, 69]
+
+
+@DEPTHS
+def test_blocks_that_are_short_come_from_the_fewest_victims(depth: int) -> None:
+    """A class that is `kv` preempts one of two; with `slots` it waits until blocks are free."""
+    for cut_in, states in (("kv", [State.RUNNING, State.QUEUED]), ("slots", [State.RUNNING, State.RUNNING])):
+        options: dict[str, Any] = {"num_blocks": 9, "max_num_seqs": 4, "max_num_active_seqs": 3}
+        with rig({"urgent": ClassPolicy(position=-1, cut_in=cut_in)}, depth=depth, **options) as made:
+            batch = [add(made, "bulk", prompt=70, tokens=20) for _ in range(2)]  # 3 blocks each of 8
+            for _ in range(5):
+                made.step()
+            urgent = add(made, "chat", prompt=100, tokens=3)  # 4 blocks
+            scheduled = made.step()
+            assert (urgent in scheduled) == (cut_in == "kv")
+            assert [state(made, name) for name in batch] == states
+            ended_well(made, **dict.fromkeys(batch, 20), **{urgent: 3})
+
+
+@DEPTHS
+def test_held_kv_gives_way_to_what_runs(depth: int) -> None:
+    """An engine full of held KV serves on: blocks come from the held, nobody that runs is preempted."""
+    with rig({}, depth=depth, num_blocks=9) as made:
+        held = add(made, "bulk", prompt=100, tokens=20)
+        for _ in range(3):
+            made.step()
+        core = made.scheduler.core
+        core.holds.hold(0.0, core.roster.records[held], "operator", "keep", None, "test")
+        other = add(made, "bulk", prompt=150, tokens=90)  # 8 blocks in the end: all there are
+        while other not in made.finished:
+            made.step()
+        assert state(made, held) is State.HELD_DROPPED
+        assert made.computed[other] == 150 + 89
+        core.holds.release(0.0, core.roster.records[held], ["operator"], "operator", "command")
+        ended_well(made, **{held: 20, other: 90})
+
+
+class TestStepBudget:
+    """Prompt tokens per step of a class while a better one is present."""
+
+    CLASSES = {  # noqa: RUF012
+        "urgent": ClassPolicy(position=-1),
+        "default": ClassPolicy(max_prefill_tokens_per_step=48),
+    }
+
+    @pytest.mark.parametrize("depth", [1, 2], ids=["sync", "async"])
+    def test_batch_prefills_are_cut_while_something_urgent_runs(self, depth: int) -> None:
+        """48 tokens in all per step for prompts that run and prompts that wait; decodes and urgent prompts are free."""
+        with rig(self.CLASSES, depth=depth, max_num_seqs=6, max_num_active_seqs=5) as made:
+            decoding = add(made, "bulk", prompt=10, tokens=60)
+            made.step()
+            urgent = add(made, "chat", prompt=200, tokens=12)
+            bulk = [add(made, "bulk", prompt=700, tokens=5) for _ in range(2)]
+            while urgent not in made.finished:
+                scheduled = made.step()
+                if urgent in scheduled:
+                    assert sum(scheduled.get(name, 0) for name in bulk) <= 48
+                    assert scheduled.get(decoding, 1) == 1
+                    assert scheduled[urgent] in (200, 1)
+            assert sum(made.step().get(name, 0) for name in bulk) > 48
+            ended_well(made, **{decoding: 60, urgent: 12}, **dict.fromkeys(bulk, 5))
+
+    def test_a_budget_of_zero_stops_prefills_and_lets_decodes_go_on(self) -> None:
+        """What decodes goes on; what has a prompt to compute waits until the urgent one is done."""
+        classes = {**self.CLASSES, "default": ClassPolicy(max_prefill_tokens_per_step=0)}
+        with rig(classes) as made:
+            urgent = add(made, "chat", prompt=20, tokens=5)
+            bulk = add(made, "bulk", prompt=30, tokens=5)
+            while urgent not in made.finished:
+                assert bulk not in made.step() or urgent in made.finished
+            ended_well(made, **{urgent: 5, bulk: 5})
+
+
+def test_the_token_budget_follows_priority_as_it_changes() -> None:
+    """Of two prompts under way the one that is made more urgent gets the step's tokens first, whoever came first."""
+    classes = {"default": ClassPolicy(order="priority", cut_in="queue")}
+    with rig(classes, max_num_batched_tokens=64) as made:
+        first, second = (add(made, "bulk", prompt=300, tokens=5) for _ in range(2))
+        while second not in made.step():
+            pass
+        core = made.scheduler.core
+        third = add(made, "bulk", prompt=10, tokens=60)
+        made.step()
+        for name, priority in ((second, -1), (first, 1)):
+            core.reprioritize(0.0, core.roster.records[name], priority, None, "operator")
+        made.step()
+        assert [request.request_id for request in made.scheduler.running] == [second, first]
+        ended_well(made, **{first: 5, second: 5, third: 60})
