@@ -1,0 +1,157 @@
+"""What single changes cost at a long queue, what a status frame costs, and what a waiting request weighs.
+
+Used by `bench.scheduler`. Where stock vLLM has a way to the same end, its time stands beside ours.
+"""
+
+import random
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+from bench.sides import Side, no_collection
+
+FEW = 5
+"""Repetitions of what takes stock a tenth of a second."""
+
+
+def median_s(action: Callable[[], object], repeats: int, before: Callable[[], object] = lambda: None) -> float:
+    """Median time of an action, `before` it left out."""
+    spent = []
+    for _ in range(repeats):
+        before()
+        began = time.perf_counter()
+        action()
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent)
+
+
+def single(waiting: int, tenants: int, repeats: int) -> dict[str, Any]:
+    """Reprioritize one request, re-rank one tenant, abort one request: µs (median), ours and stock's own way."""
+    from vllm.v1.request import RequestStatus
+
+    from coxswain.schemas.policy import TenantRank
+
+    ours, stock = Side("on", 64, waiting, tenants), Side("priority", 64, waiting, tenants)
+    core, heap = ours.scheduler.core, stock.scheduler.waiting
+    queued = [record for record in core.roster.records.values() if record in core.queue]
+    source = random.Random(0)
+    source.shuffle(queued)
+    numbers = iter(range(10**9))
+
+    def reprioritize() -> None:
+        core.reprioritize(0.0, source.choice(queued), next(numbers) % 1_000, None, "bench")
+
+    def rerank() -> None:
+        core.rank("tenant-0", TenantRank(base=-float(next(numbers)), weight=1.0))
+        core.queue.peek()
+
+    def abort() -> None:
+        ours.scheduler.finish_requests(queued.pop().id, RequestStatus.FINISHED_ABORTED)
+
+    def stock_reprioritize() -> None:
+        request = source.choice(heap._heap)
+        heap.remove_request(request)
+        request.priority = next(numbers) % 1_000
+        heap.add_request(request)
+
+    def stock_rerank() -> None:
+        # A tenant's rank is part of the keys of all its requests: all of them move.
+        mine = [request for place, request in enumerate(heap._heap) if place % tenants == 0]
+        heap.remove_requests(mine)
+        for request in mine:
+            request.priority += 1
+            heap.add_request(request)
+
+    def stock_abort() -> None:
+        request = source.choice(heap._heap)
+        stock.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+
+    found: dict[str, Any] = {"waiting": waiting, "tenants": tenants}
+    with no_collection():
+        for name, mine, theirs in (
+            ("reprioritize", reprioritize, stock_reprioritize),
+            ("rerank", rerank, stock_rerank),
+            ("abort", abort, stock_abort),
+        ):
+            found[name] = {
+                "ours_us": median_s(mine, repeats) * 1e6, "stock_us": median_s(theirs, min(repeats, FEW)) * 1e6,
+            }  # fmt: skip
+    ours.close()
+    stock.close()
+    return found
+
+
+def command(waiting: int, ids: int, repeats: int) -> dict[str, Any]:
+    """One command that names `ids` waiting requests, applied: ms (median)."""
+    from ulid import ULID
+
+    from coxswain.schemas.commands import Abort, Continue, Preempt, Prioritize, Targets
+    from coxswain.schemas.subjects import OPERATOR
+
+    side = Side("on", 64, waiting, 100)
+    core, commands = side.scheduler.core, side.scheduler.commands
+    queued = [record.request for record in core.roster.records.values() if record in core.queue]
+    random.Random(0).shuffle(queued)
+    found: dict[str, Any] = {"waiting": waiting, "ids": ids}
+    spent: dict[str, list[float]] = {}
+    with no_collection():
+        for index in range(repeats):
+            targets = Targets(requests=tuple(queued[index * ids : (index + 1) * ids]))
+            for verb, asked in (
+                ("prioritize", Prioritize(id=str(ULID()), targets=targets, priority=index + 1)),
+                ("preempt", Preempt(id=str(ULID()), targets=targets)),
+                ("continue", Continue(id=str(ULID()), targets=targets)),
+                ("abort", Abort(id=str(ULID()), targets=targets)),
+            ):
+                began = time.perf_counter()
+                reply = commands.apply(side.scheduler.now(), OPERATOR, verb, asked)
+                spent.setdefault(verb, []).append(time.perf_counter() - began)
+                assert reply.counts == {"applied": ids}, reply
+                side.scheduler.port.collect()
+    side.close()
+    return found | {f"{verb}_ms": statistics.median(times) * 1e3 for verb, times in spent.items()}
+
+
+def frame(running: int, waiting: int, tenants: int, repeats: int) -> dict[str, Any]:
+    """A status frame after a step that changed every running request: ms (median), on the engine and on the bus."""
+    from coxswain.schemas.commands import encode
+
+    side = Side("quiet", running, waiting, tenants)
+    scheduler = side.scheduler
+    found: dict[str, Any] = {"running": running, "waiting": waiting, "tenants": tenants}
+
+    def make(*, full: bool) -> Any:
+        return scheduler._frame(scheduler.now(), full=full)
+
+    def make_delta() -> None:
+        drafts.append(make(full=False))
+
+    drafts: list[Any] = []
+    make(full=True)
+    with no_collection():
+        found["engine_ms"] = median_s(make_delta, repeats, side.step) * 1e3
+        found["engine_full_ms"] = median_s(lambda: make(full=True), repeats, side.step) * 1e3
+        found["bus_ms"] = median_s(lambda: encode(drafts[-1].complete()), repeats, side.step) * 1e3
+    found["bytes"] = len(encode(drafts[-1].complete()))
+    side.close()
+    return found
+
+
+def memory(waiting: int) -> dict[str, Any]:
+    """Bytes that a waiting request takes in the scheduler beside vLLM's own `Request` (tracemalloc)."""
+    found: dict[str, Any] = {"waiting": waiting}
+    for name in ("priority", "quiet", "on"):
+        side = Side(name, 8, 0, 100)
+        requests = [side.request() for _ in range(waiting)]
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        for request in requests:
+            side.scheduler.add_request(request)
+            if name == "on":
+                side.scheduler.port.collect()
+        found[f"{name}_bytes"] = (tracemalloc.get_traced_memory()[0] - before) / waiting
+        tracemalloc.stop()
+        side.close()
+    return found

@@ -1,0 +1,184 @@
+"""Stock vLLM and ours side by side: schedulers in the same state, stepped in turns, and what a ratio is worth.
+
+The real scheduler and KV manager without a device (`bench.rig`); used by `bench.scheduler` and `bench.changes`.
+"""
+
+import gc
+import os
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+from bench.rig import Rig, vllm_config
+
+STOCK = ("fcfs", "priority")
+OURS = ("quiet", "on")
+SIDES = (*STOCK, *OURS)
+KEY = "5e" * 32
+LIFE = 64
+"""Output tokens of a request where requests come and go."""
+LONG = 1_000
+"""Output tokens of a request that outlives the measurement."""
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """No NATS, and a key for the ids."""
+    saved = dict(os.environ)
+    os.environ.pop("COX_NATS_URL", None)
+    os.environ["COX_IDENTITY_KEY"] = KEY
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector out: it would stop in whatever side happens to run."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+class Side:
+    """One scheduler with `running` requests that decode and `waiting` behind them, of `tenants` in turn.
+
+    Args:
+        name: `fcfs` or `priority`: stock vLLM; `quiet`: ours without a bus; `on`: ours with accounting, events
+            and frames, handed to a bus that throws them away.
+        churn: requests have `LIFE` tokens, the first ones end at random; otherwise none ends.
+    """
+
+    def __init__(self, name: str, running: int, waiting: int, tenants: int, *, churn: bool = False) -> None:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        from coxswain.service.scheduler import SteeredScheduler
+
+        stock = name in STOCK
+        config = vllm_config(
+            max_num_seqs=running, max_num_batched_tokens=max(running * 16, 2_048), max_model_len=4_096,
+            num_blocks=running * 40 + 16, policy=name if stock else "fcfs",
+        )  # fmt: skip
+        self.name = name
+        self.rig = Rig(AsyncScheduler if stock else SteeredScheduler, config)
+        self.scheduler = self.rig.scheduler
+        self._tenants = tenants
+        self._numbers = count()
+        self._left_at = time.monotonic()
+        self._churn = churn
+        lengths = random.Random(0)
+        if name == "on":
+            self._switch_on()
+        for _ in range(running + waiting):
+            first = len(self.scheduler.requests) < running
+            tokens = lengths.randint(1, LIFE) if churn and first else LIFE if churn else LONG
+            self.scheduler.add_request(self.request(tokens))
+        while sum(not request.is_prefill_chunk for request in self.scheduler.running) < running // 2:
+            self.step()
+        if not stock:
+            self._spread()
+
+    def _switch_on(self) -> None:
+        self.scheduler.bus = _Nobody()
+        self.scheduler.port.connected = True
+        self.scheduler.port.attach_bus(self.scheduler.port.collect)
+
+    def _spread(self) -> None:
+        """Let virtual times stand apart, as they do after a while: here all began in the same moment."""
+        from coxswain.schemas.policy import TenantRank
+
+        source = random.Random(1)
+        self.scheduler.core.ledger.settle_all()
+        for name in self.scheduler.core.tenants.accounts:
+            self.scheduler.core.rank(name, TenantRank(base=source.uniform(0, LONG), weight=1.0))
+
+    def request(self, tokens: int = LIFE) -> Any:
+        """A request of the next tenant, for `scheduler.add_request`."""
+        from ulid import ULID
+
+        from coxswain.service.request_id import make
+
+        number = next(self._numbers)
+        public = make(bytes.fromhex(KEY), f"tenant-{number % self._tenants}", "", str(ULID()))
+        return self.rig.request(
+            f"cmpl-{public}-0-{number:08x}", prompt=16, tokens=tokens, seed=number, arrival_time=float(number)
+        )
+
+    def step(self, arrivals: int = 0) -> float:
+        """Seconds that the scheduler takes for a step and for `arrivals` before it; the device's part left out."""
+        scheduler = self.scheduler
+        requests = [self.request() for _ in range(arrivals)]
+        self._own_time()
+        began = time.perf_counter()
+        for request in requests:
+            scheduler.add_request(request)
+        output = scheduler.schedule()
+        scheduled = time.perf_counter()
+        result = self.rig._run(output)
+        again = time.perf_counter()
+        scheduler.update_from_output(output, result)
+        spent = scheduled - began + time.perf_counter() - again
+        self._left_at = time.monotonic()
+        return spent
+
+    def _own_time(self) -> None:
+        """Leave the other sides' turns out of this side's clock: frames are due by it."""
+        if self.name in OURS:
+            self.scheduler._clock_offset -= time.monotonic() - self._left_at
+
+    def close(self) -> None:
+        """End the scheduler."""
+        self.scheduler.shutdown()
+
+
+class _Nobody:
+    """A bus that is there and does nothing; what it is sent is collected on the engine's thread."""
+
+    def stop(self, **_: float) -> bool:
+        return True
+
+
+def interval(ratios: list[float], rounds: int = 1_000) -> tuple[float, float, float]:
+    """Median and its 95 % bootstrap interval."""
+    source = random.Random(0)
+    medians = sorted(statistics.median(source.choices(ratios, k=len(ratios))) for _ in range(rounds))
+    return statistics.median(ratios), medians[int(rounds * 0.025)], medians[int(rounds * 0.975)]
+
+
+def steps(running: int, waiting: int, tenants: int, rounds: int, *, churn: bool) -> dict[str, Any]:
+    """Step times of all sides in turns (µs, median), and our steps' ratios to stock's.
+
+    `x/y` is the median of the rounds' ratios with its 95 % interval; `x/y mean` is the ratio of all time spent, which
+    also counts what happens in few steps only: frames.
+    """
+    sides = [Side(name, running, waiting, tenants, churn=churn) for name in SIDES]
+    arrivals = max(1, running // LIFE) if churn else 0
+    times: dict[str, list[float]] = {name: [] for name in SIDES}
+    with no_collection():
+        for index in range(-10, rounds):
+            random.Random(index).shuffle(sides)
+            for side in sides:
+                spent = side.step(arrivals)
+                if index >= 0:
+                    times[side.name].append(spent)
+    for side in sides:
+        side.close()
+    found: dict[str, Any] = {"running": running, "waiting": waiting, "tenants": tenants, "rounds": rounds}
+    found["step_us"] = {name: statistics.median(values) * 1e6 for name, values in times.items()}
+    for ours in OURS:
+        for stock in STOCK:
+            pairs = zip(times[ours], times[stock], strict=True)
+            found[f"{ours}/{stock}"] = interval([mine / theirs for mine, theirs in pairs])
+            found[f"{ours}/{stock} mean"] = sum(times[ours]) / sum(times[stock])
+    return found
