@@ -68,7 +68,7 @@ def line(name: str, case: Case) -> str:
     kind = name.partition("/")[0]
     if kind in ("steps", "churn"):
         ratios = (
-            "{0} {1:.3f} [{2:.3f} {3:.3f}] mean {4:.3f}".format(
+            "{} {:.3f} [{:.3f} {:.3f}] mean {:.3f}".format(
                 ours, *case[f"{ours}/priority"], case[f"{ours}/priority mean"]
             )
             for ours in OURS
@@ -90,7 +90,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--case", action="append", help="only cases that match: steps/64/*, several times if need be")
+    parser.add_argument(
+        "--case", action="append", help="only cases that match: steps/64/*, several times if need be"
+    )
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--quick", action="store_true", help="one small case of each kind")
     parser.add_argument("--list", action="store_true", help="say which cases there are")
@@ -101,7 +103,10 @@ def main() -> int:
     if chosen.list:
         print("\n".join(todo))
         return 0
-    found: dict[str, Any] = {"machine": f"{os.cpu_count()} × {platform.processor() or platform.machine()}", "cases": {}}
+    found: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} × {platform.processor() or platform.machine()}",
+        "cases": {},
+    }
     if chosen.json and chosen.json.exists():
         found = msgspec.json.decode(chosen.json.read_bytes())
     with environment():

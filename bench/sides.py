@@ -1,6 +1,7 @@
 """Stock vLLM and ours side by side: schedulers in the same state, stepped in turns, and what a ratio is worth.
 
 The real scheduler and KV manager without a device (`bench.rig`); used by `bench.scheduler` and `bench.changes`.
+Times are CPU times of the thread: what others do on the machine stays out, as far as caches allow.
 """
 
 import gc
@@ -120,15 +121,15 @@ class Side:
         scheduler = self.scheduler
         requests = [self.request() for _ in range(arrivals)]
         self._own_time()
-        began = time.perf_counter()
+        began = time.thread_time()
         for request in requests:
             scheduler.add_request(request)
         output = scheduler.schedule()
-        scheduled = time.perf_counter()
+        scheduled = time.thread_time()
         result = self.rig._run(output)
-        again = time.perf_counter()
+        again = time.thread_time()
         scheduler.update_from_output(output, result)
-        spent = scheduled - began + time.perf_counter() - again
+        spent = scheduled - began + time.thread_time() - again
         self._left_at = time.monotonic()
         return spent
 

@@ -122,9 +122,25 @@ class FrameOut(NamedTuple):
 
 
 class EventOut(NamedTuple):
-    """An event for the log."""
+    """An event for the log; the bus puts it into its envelope."""
 
-    event: Event
+    kind: type[Event]
+    seq: int
+    at: float
+    step: int
+    subject: tuple[str, int, str, str, int] | None
+    """Request, child, tenant, class and priority; None if it concerns no request."""
+    fields: dict[str, Any]
+    """Those of its kind. Not to be changed: the request's story has the same."""
+
+    def event(self, worker: str, incarnation: str) -> Event:
+        """The event, whole."""
+        request, child, tenant, class_, priority = self.subject or (None,) * 5
+        return self.kind(
+            id=f"{worker}:{incarnation}:{self.seq}", worker=worker, incarnation=incarnation, seq=self.seq,
+            at=self.at, step=self.step, request=request, child=child, tenant=tenant, class_=class_, priority=priority,
+            **self.fields,
+        )  # fmt: skip
 
 
 Inbound = CommandIn | QueryIn | LeadIn

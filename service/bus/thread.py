@@ -184,7 +184,7 @@ class Bus:
         frame_sent = False
         for item in self._port.collect():
             if isinstance(item, EventOut):
-                self._events.add(item.event)
+                self._events.add(item.event(self._settings.worker, self._incarnation))
             elif session is None:
                 # What it was for is gone with the connection, but for what an idle engine last said.
                 if isinstance(item, FrameOut):

@@ -83,15 +83,16 @@ class SteeringCore:
         account = self.tenants.account(tenant)
         policy = account.policy
         record = Record(
-            id=id, request=request, child=self.roster.next_child(request), account=account, asked_class=asked_class,
-            priority=min(max(priority, policy.priority_min), policy.priority_max),
+            id=id, request=request, child=self.roster.families.next_child(request), account=account,
+            asked_class=asked_class, priority=min(max(priority, policy.priority_min), policy.priority_max),
             arrived_at=arrived_at, prompt_tokens=prompt_tokens, payload=payload, outputs=outputs,
         )  # fmt: skip
         record.class_ = self._class_for(record)
         record.queued_since = now
         self.tenants.arriving(account)
         self.roster.enter(record)
-        self.tell(now, record, ev.Queued, prompt_tokens=prompt_tokens)
+        record.came = (now, self.step, prompt_tokens)
+        self._emit(now, record, ev.Queued, {"prompt_tokens": prompt_tokens})
         return record
 
     def admitting(self, record: Record, cached: int) -> None:

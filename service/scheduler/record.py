@@ -6,7 +6,7 @@ reads two growing numbers and nothing else.
 
 from typing import Any, Final, Protocol
 
-from coxswain.schemas.events import Event
+from coxswain.schemas.events import Event, Queued
 from coxswain.schemas.status import RequestStatus, StoryLine
 from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.tenants import Account
@@ -39,8 +39,8 @@ class Record:
     """One request (one child, when a client's request has several)."""
 
     __slots__ = (
-        "account", "admitted_at", "aged", "arrived_at", "asked_class", "cached_tokens", "charged_input",
-        "child", "class_", "discarded_tokens", "earlier_outputs", "earlier_turns", "external_tokens",
+        "account", "admitted_at", "aged", "arrived_at", "asked_class", "cached_tokens", "came",
+        "charged_input", "child", "class_", "discarded_tokens", "earlier_outputs", "earlier_turns", "external_tokens",
         "first_token_at", "has_kv", "held_s", "held_since", "holds", "id", "lost_mark", "outputs",
         "payload", "priority", "prompt_tokens", "protected_until", "queued_s", "queued_since",
         "recomputed_tokens", "reloaded_tokens", "request", "restored_tokens", "resumed_at", "row",
@@ -117,23 +117,31 @@ class Record:
         """Its row in the last status frame, output tokens apart; None if that did not list it."""
         self.shown = 0
         """The output tokens that it had there."""
-        self.story: list[tuple[float, int, type[Event], dict[str, Any]]] = []
+        self.came: tuple[float, int, int] = (arrived_at, 0, prompt_tokens)
+        """When it was first queued, in which step, its input tokens: the first line of its story."""
+        self.story: list[tuple[float, int, type[Event], dict[str, Any]]] | None = None
+        """The other lines; a request that waits has none."""
 
     def __repr__(self) -> str:
         return f"<Record {self.request}#{self.child} {self.account.name} {self.class_} {self.state.name}>"
 
     def tell(self, now: float, step: int, kind: type[Event], fields: dict[str, Any]) -> None:
         """Add to the story; past `MAX_STORY` lines the middle gives way, never the beginning."""
-        if len(self.story) >= MAX_STORY:
+        if self.story is None:
+            self.story = []
+        elif len(self.story) >= MAX_STORY - 1:
             del self.story[MAX_STORY // 2]
         self.story.append((now, step, kind, fields))
 
     def told(self) -> tuple[StoryLine, ...]:
         """The story so far, for people."""
-        return tuple(
-            StoryLine(at=at, step=step, kind=str(kind.__struct_config__.tag), detail=_detail(fields))
-            for at, step, kind, fields in self.story
-        )
+        at, step, prompt_tokens = self.came
+        first = _line(at, step, Queued, {"prompt_tokens": prompt_tokens})
+        return (first, *(_line(*line) for line in self.story or ()))
+
+
+def _line(at: float, step: int, kind: type[Event], fields: dict[str, Any]) -> StoryLine:
+    return StoryLine(at=at, step=step, kind=str(kind.__struct_config__.tag), detail=_detail(fields))
 
 
 def _detail(fields: dict[str, Any]) -> str:

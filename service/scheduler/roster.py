@@ -4,6 +4,7 @@ The core lets requests in and out; core and holds move them. All sets and counts
 place (`move`), so that they cannot disagree. Knows no clock, no charge, no reason.
 """
 
+from coxswain.service.scheduler.families import Families
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import HELD, State, Transition, after
 from coxswain.service.scheduler.tenants import Tenants
@@ -16,9 +17,8 @@ class Roster:
         self._tenants = tenants
         self.records: dict[str, Record] = {}
         """By the engine's id."""
-        self.families: dict[str, dict[Record, None]] = {}
-        """By public id: all children of a client's request that have not ended."""
-        self._children: dict[str, int] = {}
+        self.families = Families()
+        """By public id."""
         self.running: dict[Record, None] = {}
         self.held: dict[Record, None] = {}
         self.kept: dict[Record, None] = {}
@@ -33,26 +33,17 @@ class Roster:
         self.changed = True
         """Whether there is anything new for status."""
 
-    def next_child(self, request: str) -> int:
-        """The number of a client's request's next child; the first is 0."""
-        child = self._children.get(request, 0)
-        self._children[request] = child + 1
-        return child
-
     def enter(self, record: Record) -> None:
         """A new request is here, and waits."""
         self.records[record.id] = record
-        self.families.setdefault(record.request, {})[record] = None
+        self.families.enter(record)
         self._tenants.joined(record.account, record)
         self.touch(record)
 
     def leave(self, record: Record) -> None:
         """Forget a request that has ended, but for the next frame, which says that it is gone."""
         del self.records[record.id]
-        family = self.families[record.request]
-        del family[record]
-        if not family:
-            del self.families[record.request], self._children[record.request]
+        self.families.leave(record)
         if record.row is None:
             self.touched.pop(record, None)
         else:
@@ -108,7 +99,6 @@ class Roster:
             assert (record.state is State.HELD_KEPT) == (record in self.kept), record
             assert (record.state is State.HELD_PARKED) == (record in self.parked), record
             assert (record.state is State.QUEUED) == (record in record.account.waiting), record
-            assert record in self.families[record.request]
             index = 0 if record.state is State.QUEUED else 1 if record.state is State.RUNNING else 2
             counts[record.account.name][index] += 1
         for name, account in self._tenants.accounts.items():
@@ -118,5 +108,4 @@ class Roster:
             assert group.keys() <= live
         ended = self.touched.keys() - live
         assert all(record.state is State.FINISHED and record.row is not None for record in ended)
-        assert sum(len(family) for family in self.families.values()) == len(self.records)
-        assert self.families.keys() == self._children.keys()
+        self.families.validate(live)

@@ -98,7 +98,7 @@ class RequestRows:
         again = {
             (record.request, record.child)
             for request in {request for request, _ in names}
-            for record in families.get(request, ())
+            for record in families.get(request)
             if record.row is not None
         }
         return tuple(st.Gone(request=request, child=child) for request, child in names - again)

@@ -73,7 +73,7 @@ class SteeredScheduler(AsyncScheduler):
         )
         self.incarnation = str(ULID())
         self.port = Port()
-        self.journal = Journal(self.port, self.settings.worker, self.incarnation)
+        self.journal = Journal(self.port)
         engine = compat.find_engine()
         self.mechanism = Mechanism(self, engine)
         self.core = SteeringCore(self.mechanism, self._emit, leader_lease_s=self.settings.leader_lease_s)

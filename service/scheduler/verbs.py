@@ -149,7 +149,7 @@ class Commands:
         for name in targets.requests:
             family = core.roster.families.get(name) or core.roster.families.get(normalise(name))
             if family:
-                found.update(family)
+                found.update(dict.fromkeys(family))
             else:
                 missing.append((name, ("not_found", "no such request: finished, aborted, or never here", 0)))
         unknown = (name for name in targets.classes if name not in core.classes)

@@ -14,7 +14,7 @@ from coxswain.schemas.status import decode_frame
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import eventlog
 from tests.support.bus import FLEET, Worker, eventually
-from tests.support.engine import WORKER, event, frame
+from tests.support.engine import INCARNATION, WORKER, event, frame
 from tests.support.nats import NatsServer
 
 pytestmark = pytest.mark.nats
@@ -185,7 +185,7 @@ async def test_event_whose_acknowledgement_was_lost_is_stored_once(nats_server: 
     await add_stream(nats_server.url)
     async with await nats.connect(nats_server.url) as client:
         for seq in range(1, 11):
-            sent = event(seq)
+            sent = event(seq).event(WORKER, INCARNATION)
             await client.jetstream().publish(
                 SUBJECTS.event(WORKER, "queued"),
                 encode(sent),

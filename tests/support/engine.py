@@ -77,7 +77,7 @@ class Engine:
         """Give the bus `count` events, numbered on from the last."""
         for _ in range(count):
             self._events += 1
-            self.port.put(EventOut(event(self._events)))
+            self.port.put(event(self._events))
         self.port.flush()
 
     def _run(self) -> None:
@@ -103,18 +103,10 @@ class Engine:
             self.port.put(AnswerOut(item.token, answers[item.what]))
 
 
-def event(seq: int) -> Queued:
+def event(seq: int) -> EventOut:
     """An event with number `seq`."""
-    return Queued(
-        id=f"{WORKER}:{INCARNATION}:{seq}",
-        worker=WORKER,
-        incarnation=INCARNATION,
-        seq=seq,
-        at=time.time(),
-        step=seq,
-        request=f"r{seq}",
-        prompt_tokens=1,
-    )
+    subject = (f"r{seq}", 0, "default", "default", 0)
+    return EventOut(Queued, seq, time.time(), seq, subject, {"prompt_tokens": 1})
 
 
 def frame(*, full: bool = True, requests: int = 0, tenants: int = 0, age_s: float | None = None) -> Frame:

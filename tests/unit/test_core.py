@@ -292,8 +292,8 @@ def test_story_is_bounded_and_keeps_its_beginning_and_end() -> None:
     record = engine.submit()
     for priority in range(1, 1_000):
         engine.core.reprioritize(engine.now, record, priority, None, "operator")
-    assert len(record.story) == MAX_STORY
     lines = record.told()
+    assert len(lines) == MAX_STORY
     assert lines[0].kind == "queued"
     assert "to_priority=999" in lines[-1].detail
 
