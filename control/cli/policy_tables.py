@@ -154,7 +154,11 @@ async def classes_set(
     ] = None,
     cooldown: Annotated[
         float | None,
-        typer.Option(metavar="DURATION", parser=option(parse.duration_s), help="Time between cut-ins."),
+        typer.Option(
+            metavar="DURATION",
+            parser=option(parse.duration_s),
+            help="A victim that went on is safe this long.",
+        ),
     ] = None,
     ageing: Annotated[
         str | None,

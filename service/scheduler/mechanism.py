@@ -1,6 +1,6 @@
 """What steering does to vLLM's scheduler: hold, park, drop, resume, and what it asks of it. The port `Engine`.
 
-No decisions here: the core says what, this file knows how (docs/decisions/0002 and 0010). Everything touches only
+No decisions here: the core says what, this file knows how (docs/decisions/0002 and 0011). Everything touches only
 the scheduler's own state, on the engine's thread, between two of its steps or, for reclaim, inside one.
 
 * hold: the request leaves `running`; status, blocks and slot stay. What was in flight is processed as usual.
