@@ -1,6 +1,6 @@
 """Who leads: a lease in JetStream KV, held by one controller at a time. The shell around one key.
 
-The bucket forgets the key 3 s after its last renewal; the holder renews it every second and steps down by its
+The bucket forgets the key 2 s after its last renewal; the holder renews it twice a second and steps down by its
 own clock before that. The epoch (bucket created at, revision of the create) grows with every new holder, and
 workers refuse lower ones: that, and not the clock, is what makes a second leader harmless.
 Called by `daemon`, which asks `epoch` at every step.
@@ -23,7 +23,7 @@ from coxswain.schemas.policy import Epoch, LeaseHolder
 from coxswain.schemas.subjects import Subjects
 
 KEY: Final = "leader"
-RENEW_S: Final = 1.0
+RENEW_S: Final = 0.5
 RETRY_S: Final = 0.25
 MARGIN_S: Final = 0.5
 """We step down this long before the server forgets our key."""

@@ -15,8 +15,8 @@ from coxswain.control.told import ECHO_S, Told
 from coxswain.schemas.commands import Targets
 from coxswain.schemas.subjects import CONTROLLER
 
-HOLD_LEASE_S: Final = 5.0
-"""A hold that nobody renews ends after this, whatever became of us."""
+HOLD_LEASE_S: Final = 8.0
+"""A hold that nobody renews ends after this, whatever became of us; longer than another leader takes to take over."""
 RENEW_S: Final = 2.0
 """How often a hold's lease is renewed."""
 MAX_TARGETS: Final = 1_000

@@ -18,7 +18,7 @@ from coxswain.control.errors import JetStreamRefusedError, NotSetUpError, RowErr
 from coxswain.control.rows import Row, Rows, check
 from coxswain.schemas.subjects import Subjects
 
-LEASE_TTL_S: Final = 3.0
+LEASE_TTL_S: Final = 2.0
 """The lease's bucket forgets its key after this long without a renewal."""
 HISTORY: Final = 8
 """Revisions kept per row, so that a bad edit does not lose the last good one, even over a failover."""

@@ -4,113 +4,51 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import nats
 import pytest
-from nats.aio.msg import Msg
 from nats.js.errors import KeyNotFoundError
 
 from coxswain.control.client import Client
-from coxswain.control.core import Beat, Send
+from coxswain.control.core import Send
 from coxswain.control.daemon import Controller, run
 from coxswain.control.errors import NotSetUpError, RowError, UnreachableError
 from coxswain.control.lease import KEY, Lease
 from coxswain.control.policies.fcfs import Fcfs
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.tables import LEASE_TTL_S, Limits, init
-from coxswain.schemas.commands import Reply, decode, encode
-from coxswain.schemas.connection import Connection
+from coxswain.schemas.commands import decode, encode
 from coxswain.schemas.names import tenant_key
-from coxswain.schemas.policy import ClassPolicy, Lead, LeaseHolder, TenantPolicy, digest
-from coxswain.schemas.subjects import CONTROLLER, Subjects
-from tests.support.frames import SmallWorker
+from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy, digest
+from coxswain.schemas.subjects import CONTROLLER
 from tests.support.nats import NatsServer
+from tests.support.working import connection, until, working
 
-FLEET = "test"
 pytestmark = pytest.mark.nats
 
 
 @pytest.fixture
 async def client(nats_server: NatsServer) -> AsyncIterator[Client]:
     """A client of a fleet that was set up."""
-    async with await Client.connect(_connection(nats_server)) as client:
+    async with await Client.connect(connection(nats_server)) as client:
         await init(client.js, client.subjects)
         yield client
-
-
-def _connection(server: NatsServer) -> Connection:
-    return Connection(urls=(server.url,), fleet=FLEET)
 
 
 @asynccontextmanager
 async def controlling(server: NatsServer, policy: Any = None, name: str = "") -> AsyncIterator[Controller]:
     """A controller that runs beside the test and is stopped in order at the end."""
-    controller = Controller(_connection(server), policy or Vtc(Vtc.Params()), name=name)
+    controller = Controller(connection(server), policy or Vtc(Vtc.Params()), name=name)
     task = asyncio.create_task(controller.run())
     try:
         yield controller
     finally:
         controller.stopping.set()
         await asyncio.wait_for(task, 10)
-
-
-@asynccontextmanager
-async def working(server: NatsServer, name: str = "w1") -> AsyncIterator[SmallWorker]:
-    """A small worker on the bus: it publishes a frame every 50 ms and obeys commands and heartbeats."""
-    worker, subjects = SmallWorker(name), Subjects(FLEET)
-    nc = await nats.connect(server.url, max_reconnect_attempts=-1, reconnect_time_wait=0.1, error_cb=_ignore)
-
-    async def on_command(message: Msg) -> None:
-        verb = subjects.parse_command(message.subject).verb
-        command, _ = decode(verb, message.data)
-        rejected = worker.epoch is None or (command.epoch or (0, 0)) < worker.epoch
-        if not rejected:
-            rejected = not worker.obey([Send(name, verb, command)])[0].ok
-        outcome = (
-            {"outcome": "rejected", "code": 409, "error": "stale"} if rejected else {"outcome": "applied"}
-        )
-        reply = {"id": command.id, "worker": name, "incarnation": "01A", "worker_now": time.time(), "step": 0}
-        await message.respond(encode(msgspec.convert(reply | outcome, Reply)))
-
-    async def on_lead(message: Msg) -> None:
-        lead = msgspec.json.decode(message.data, type=Lead)
-        if worker.epoch is None or lead.epoch >= worker.epoch:
-            worker.obey([Beat(lead)])
-
-    async def publish() -> None:
-        while True:
-            await asyncio.sleep(0.05)
-            try:
-                await nc.publish(subjects.status(name), encode(worker.frame()))
-            except nats.errors.Error:
-                continue
-
-    await nc.subscribe(subjects.commands_of(name)[0], cb=on_command)
-    await nc.subscribe(subjects.lead, cb=on_lead)
-    task = asyncio.create_task(publish())
-    try:
-        yield worker
-    finally:
-        task.cancel()
-        await nc.close()
-
-
-async def _ignore(_: Exception) -> None:
-    """NATS is stopped on purpose in these tests."""
-
-
-async def until(true: Callable[[], Any], timeout_s: float = 8.0) -> float:
-    """Wait until something is true; returns the seconds that it took."""
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < timeout_s, "it did not come true in time"
-        await asyncio.sleep(0.01)
-    return time.monotonic() - began
 
 
 def leads(controller: Controller) -> bool:
@@ -264,7 +202,7 @@ async def test_a_controller_waits_for_nats_and_for_init(
         try:
             await asyncio.sleep(1.5)
             assert not leads(controller)
-            async with await Client.connect(_connection(server)) as client:
+            async with await Client.connect(connection(server)) as client:
                 await init(client.js, client.subjects)
                 await until(lambda: leads(controller))
         finally:
@@ -280,7 +218,7 @@ async def test_a_controller_waits_for_nats_and_for_init(
 
 async def test_init_is_idempotent_and_says_what_it_did(nats_server: NatsServer) -> None:
     """The first run creates, the second keeps, and limits that are given change the log only."""
-    async with await Client.connect(_connection(nats_server)) as client:
+    async with await Client.connect(connection(nats_server)) as client:
         with pytest.raises(NotSetUpError, match="cox init"):
             await client.tenants.put("acme", TenantPolicy())
         with pytest.raises(NotSetUpError, match="cox init"):
@@ -339,7 +277,7 @@ async def test_a_leader_cut_off_steps_down_by_its_own_clock(nats_server: NatsSer
 
 async def test_sigterm_ends_it_in_order(nats_server: NatsServer, client: Client) -> None:
     """`run` returns on SIGTERM, and the lease is free at once."""
-    task = asyncio.create_task(run(_connection(nats_server), Vtc(Vtc.Params()), name="brief"))
+    task = asyncio.create_task(run(connection(nats_server), Vtc(Vtc.Params()), name="brief"))
     bucket = await client.js.key_value(client.subjects.lease_bucket)
 
     async def held() -> bool:

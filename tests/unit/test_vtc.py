@@ -337,3 +337,77 @@ def test_who_is_held_goes_on_when_nobody_waits() -> None:
     for _ in range(8):
         loop.turn(20)
     assert not worker.busy
+
+
+# A fleet
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_shares_hold_over_eight_workers_with_skewed_arrivals(weight: float) -> None:
+    """Two tenants backlogged on each of 8 workers, nine of ten requests of each on its own half: service by weight."""
+    fleet = [SmallWorker(f"w{n}", slots=SLOTS) for n in range(8)]
+    loop = Loop(fleet, {"heavy": TenantPolicy(weight=weight)})
+    loop.turn()
+    for number, worker in enumerate(fleet):
+        many, few = ("heavy", "light") if number < 4 else ("light", "heavy")
+        worker.arrive(many, INPUT, OUTPUT, times=9_000)
+        worker.arrive(few, INPUT, OUTPUT, times=1_000)
+    for _ in range(1_200):
+        loop.turn()
+    served = {
+        name: sum(
+            worker.account(name).input_tokens + 2 * worker.account(name).output_tokens for worker in fleet
+        )
+        for name in ("heavy", "light")
+    }
+    assert all(worker.account(name).queue for worker in fleet for name in ("heavy", "light"))
+    assert served["heavy"] / served["light"] == pytest.approx(weight, rel=0.03)
+
+
+frames_of = st.lists(
+    st.tuples(st.integers(0, 2), st.sampled_from("ab"), st.integers(1, 50), st.integers(0, 9)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(frames_of, st.randoms(use_true_random=False))
+def test_counters_survive_a_hostile_transport(script: list, random: randomness.Random) -> None:
+    """Loss, repetition, reordering, delay and restarts: V ends as the sum of what all incarnations charged.
+
+    Both tenants have something queued all the time, so that nothing but charges moves V. The last frame of each
+    incarnation arrives: what a worker did after the last that was heard of it, and died, nobody can know.
+    """
+    policy, fleet = vtc(), Fleet()
+    now, expected = 0.0, dict.fromkeys("ab", 0.0)
+    lives: list[dict[str, float]] = [dict.fromkeys("ab", 0.0) for _ in range(3)]
+    births, seqs = [0, 0, 0], [1, 1, 1]
+    backlog: list = []
+
+    def status(worker: int):
+        rows = [row(name, charged=charged, queued=1) for name, charged in lives[worker].items()]
+        seqs[worker] += 1
+        return frame(f"w{worker}", f"01{births[worker]}", seqs[worker], *rows)
+
+    _observe(policy, fleet, now, *(status(worker) for worker in range(3)))
+    for worker, tenant, cost, fate in script:
+        now += 0.05
+        lives[worker][tenant] += cost
+        expected[tenant] += cost
+        last = status(worker)
+        backlog.append(last)
+        restarts = fate == 0 and worker > 0  # worker 0 keeps both tenants active throughout
+        delivered = [last] if restarts or fate > 3 else []
+        delivered += random.choices(backlog, k=fate % 3)
+        if restarts:
+            delivered.sort(key=lambda each: each is last)  # and nothing of it is newer
+            births[worker] += 1
+            lives[worker], seqs[worker] = dict.fromkeys("ab", 0.0), 0
+        else:
+            random.shuffle(delivered)
+        _observe(policy, fleet, now, *delivered)
+        fleet.validate()
+    _observe(policy, fleet, now + 0.05, *(status(worker) for worker in range(3)))
+    _observe(policy, fleet, now + 0.10, *random.choices(backlog, k=5))
+    assert policy.virtual == pytest.approx(expected)

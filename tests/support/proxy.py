@@ -1,0 +1,63 @@
+"""A TCP proxy that can be cut: a partition between two that both live on. For tests."""
+
+import asyncio
+from contextlib import suppress
+from typing import Self
+
+
+class Proxy:
+    """Stands between clients and a server on the loopback; use it as a context.
+
+    Args:
+        port: the server's.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._port = 0
+        self._ends: set[asyncio.StreamWriter] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+
+    @property
+    def url(self) -> str:
+        """Where clients connect to."""
+        return f"nats://127.0.0.1:{self._port}"
+
+    async def __aenter__(self) -> Self:
+        """Listen."""
+        await self.mend()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Drop everybody."""
+        await self.cut()
+
+    async def mend(self) -> None:
+        """Whoever connects gets through."""
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def cut(self) -> None:
+        """Nothing passes any more: connections end, new ones are refused."""
+        self._server.close()
+        for end in tuple(self._ends):
+            end.close()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to)
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            self._ends.add(sink)
+            task = asyncio.create_task(self._pump(source, sink))
+            self._pumps.add(task)
+            task.add_done_callback(self._pumps.discard)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65_536):
+                sink.write(data)
+                await sink.drain()
+        self._ends.discard(sink)
+        sink.close()
+        with suppress(OSError):
+            await sink.wait_closed()
