@@ -1,0 +1,132 @@
+"""Interactive requests beside a batch that fills the engine: who waits how long, and what the batch still gets.
+
+Called by `host`. The same arrivals in every variant; a variant is how the engine is told to treat them.
+"""
+
+import asyncio
+import random
+import time
+from typing import Any
+
+from bench.gpu.engine import ask
+from bench.gpu.load import Line, Request, backlog, prompt, steps
+from bench.gpu.plan import STEERED, Sizes
+from bench.gpu.wire import INTERACTIVE, name
+
+LINGER_S = 0.5
+"""How long the batch's step budget outlasts the last interactive request: some ten times their mean distance."""
+
+BLOCK_S = 0.5
+"""Batch tokens are counted in blocks of this length."""
+
+
+def due_times(sizes: Sizes) -> list[float]:
+    """When interactive requests arrive, in seconds from the beginning: Poisson, the same in every variant."""
+    source = random.Random(11)
+    now, times = 0.0, []
+    for _ in range(sizes.arrivals):
+        now += source.expovariate(sizes.rate)
+        times.append(now)
+    return times
+
+
+async def arrive(llm: Any, sizes: Sizes) -> list[Request]:
+    """Send them when they are due, whatever became of the ones before (open loop)."""
+    begin = time.perf_counter()
+    sent = []
+    for index, at in enumerate(due_times(sizes)):
+        await asyncio.sleep(max(0.0, begin + at - time.perf_counter()))
+        text = prompt(7_000_000 + index, sizes.interactive.prompt)
+        request = Request(llm, name(INTERACTIVE), text, sizes.interactive.tokens, due=begin + at)
+        sent.append(request.start())
+    return sent
+
+
+async def colocation(
+    llm: Any, wire: Any, sizes: Sizes, *, variant: str, batch: bool = True, interactive: bool = True,
+    policy: str = "fcfs", cut_in: str = "off", spare: int = 0, budget: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One variant: time to first token of every interactive request, batch tokens/s while they arrive.
+
+    Args:
+        llm: the engine.
+        wire: commands to it; None for stock.
+        sizes: of the run.
+        variant: its name in the tables.
+        batch: whether the batch is there.
+        interactive: whether the interactive requests are.
+        policy: stock's.
+        cut_in: of the interactive class, ours.
+        spare: slots for holds, ours.
+        budget: the batch's prefill tokens per step, ours.
+    """
+    slots = sizes.slots[0]
+    await ask(llm, "resize", {"active": slots, "spare": spare, "policy": policy})
+    before = None
+    if wire is not None:
+        wire.ignored.clear()
+        await wire.classes(cut_in=cut_in, budget=budget, linger_s=LINGER_S)
+        before = await wire.status()
+    count = sizes.outstanding if batch else 0
+    # Lower runs first; under fcfs nobody looks at it.
+    async with backlog(llm, count, sizes.shapes[0], staggered=slots, priority=int(policy == "priority")):
+        await asyncio.sleep(sizes.ramp_s[0] if batch else 0)
+        found = await _window(llm, sizes, interactive=interactive)
+        if wire is not None:
+            after = await wire.status()
+            found["preempted"] = after.preempted_total - before.preempted_total
+            found["recomputed_tokens"] = after.recomputed_tokens_total - before.recomputed_tokens_total
+            found["ignored"] = sorted(wire.ignored)
+    return {"variant": variant, "side": STEERED if wire is not None else "stock", "cut_in": cut_in, "spare": spare,
+            "budget": budget, "policy": policy, **found}  # fmt: skip
+
+
+async def _window(llm: Any, sizes: Sizes, *, interactive: bool) -> dict[str, Any]:
+    await ask(llm, "meter")
+    begin = time.perf_counter()
+    sent = await arrive(llm, sizes) if interactive else []
+    if not interactive:
+        await asyncio.sleep(due_times(sizes)[-1])
+    end = time.perf_counter()
+    lines = await ask(llm, "meter")
+    tasks = [request.task for request in sent]
+    if tasks:
+        done, late = await asyncio.wait(tasks, timeout=sizes.drain_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        for task in done:
+            task.result()
+    measured = steps(lines, begin, end)
+    arrived = [at for request in sent for at in request.times]
+    theirs = sum(begin <= at <= end for at in arrived)
+    return {
+        "window_s": end - begin,
+        "ttft_s": [request.times[0] - request.began for request in sent if request.times],
+        "inter_token_s": _gaps(sent),
+        "unanswered": sum(not request.times for request in sent),
+        "batch_tokens_per_s": (measured["output_tokens"] - theirs) / (end - begin),
+        "batch_tokens_by_block": _blocks(lines, arrived, begin, end),
+        "interactive_tokens_per_s": theirs / (end - begin),
+        "steps": measured,
+    }
+
+
+def _blocks(lines: list[Line], arrived: list[float], begin: float, end: float) -> list[int]:
+    """Batch tokens in each whole block of time: what an interval of the rate is drawn from."""
+    blocks = [0] * int((end - begin) / BLOCK_S)
+    tokens = [*((line[0], line[3]) for line in lines), *((at, -1) for at in arrived)]
+    for at, count in tokens:
+        place = int((at - begin) / BLOCK_S)
+        if 0 <= place < len(blocks):
+            blocks[place] += count
+    return blocks
+
+
+def _gaps(sent: list[Request]) -> list[float]:
+    """Per request: the mean time between its tokens."""
+    return [
+        (request.times[-1] - request.times[0]) / (len(request.tokens) - 1)
+        for request in sent
+        if len(request.tokens) > 1
+    ]

@@ -1,0 +1,73 @@
+"""The command path on a busy engine: from publishing to the reply, which says that the command is in force.
+
+Called by `host`. The client is a process of its own (`client`), as operators and controllers are. Beside it:
+step time with and without commands, and with the bus thread against without it.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from typing import Any
+
+import msgspec
+
+from bench.gpu.engine import ask
+from bench.gpu.load import Request, backlog, prompt, steps
+from bench.gpu.plan import Sizes
+from bench.gpu.wire import BATCH, name
+
+CLIENT_S = 60.0
+TURNS = ("with", "without", "with again", "without again")
+
+
+async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str, Any]:
+    """Commands to one of `slots` running requests, while the others come and go."""
+    many = slots == sizes.slots[1]
+    await ask(llm, "resize", {"active": slots, "spare": sizes.spare, "policy": "fcfs"})
+    await wire.classes()
+    target = Request(llm, name(BATCH), prompt(1, 64), sizes.max_model_len - 128).start()
+    await target.until(1)
+    async with backlog(llm, slots - 1, sizes.shapes[many], staggered=slots):
+        try:
+            await asyncio.sleep(sizes.ramp_s[many])
+            quiet = await _steps(llm, sizes.window_s / 2)
+            begin = time.perf_counter()
+            samples = await _client(wire, target.name, sizes.commands)
+            busy = steps(await ask(llm, "meter"), begin, time.perf_counter())
+            bus = {}
+            for turn in TURNS:
+                await ask(llm, "connect", not turn.startswith("without"))
+                await asyncio.sleep(0.5)
+                bus[turn] = await _steps(llm, sizes.window_s / 4)
+            await ask(llm, "connect", True)
+            await wire.ready()
+        finally:
+            assert target.task is not None
+            target.task.cancel()
+            await asyncio.gather(target.task, return_exceptions=True)
+    return {"slots": slots, "in_force_s": samples, "steps": quiet, "steps_with_commands": busy, "bus": bus}
+
+
+async def _steps(llm: Any, seconds: float) -> dict[str, float]:
+    await ask(llm, "meter")
+    begin = time.perf_counter()
+    await asyncio.sleep(seconds)
+    return steps(await ask(llm, "meter"), begin, time.perf_counter())
+
+
+async def _client(wire: Any, request: str, count: int) -> list[float]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "bench.gpu", "client", request, "--worker", wire.worker, "--count", str(count),
+        stdout=asyncio.subprocess.PIPE, env=dict(os.environ),
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(CLIENT_S):
+            out, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        raise RuntimeError(f"the client ended with {process.returncode}")
+    return msgspec.json.decode(out, type=list[float])

@@ -1,0 +1,68 @@
+"""An engine in this process's children: made for a GPU or for a dry run, asked, and brought to rest.
+
+Called by `host` and `identity`. vLLM is imported inside the functions, and torch is never used here: an engine
+is forked from this process, and one forked from a process that has used torch hangs.
+"""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.plan import STEERED, Sizes
+
+IDLE_S = 60.0
+
+
+def make(model: Path, *, scheduler: str, dry: bool, **options: Any) -> Any:
+    """An AsyncLLM without prefix caching, so that every token is computed."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if not dry:
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+    arguments = AsyncEngineArgs(
+        model=str(model), skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=True,
+        scheduler_cls=scheduler, **options,
+    )  # fmt: skip
+    return AsyncLLM.from_engine_args(arguments)
+
+
+def make_8b(model: Path, side: str, sizes: Sizes, *, kv_bytes: int, dry: bool) -> Any:
+    """The engine of one side: 8B shape on the GPU, or on the simulated device."""
+    options: dict[str, Any] = {
+        "load_format": "dummy", "max_model_len": sizes.max_model_len, "max_num_batched_tokens": sizes.batched_tokens,
+        "max_num_seqs": sizes.slots[1] + sizes.spare, "max_num_active_seqs": sizes.slots[1],
+    }  # fmt: skip
+    if dry:
+        from coxswain.service.simulated.settings import EXECUTOR
+
+        os.environ.update(COX_SIM_PRESET="h200-8b", COX_SIM_CHECK="1", VLLM_USE_V2_MODEL_RUNNER="1",
+                          VLLM_WORKER_MULTIPROC_METHOD="fork")  # fmt: skip
+        options |= {
+            "distributed_executor_backend": EXECUTOR,
+            "block_size": 16,
+            "num_gpu_blocks_override": 4_096,
+        }
+    else:
+        # Given, not measured: other engines of this run take and free memory at the same time. The share
+        # that vLLM checks at start is then only a lower bound on what must be free.
+        options |= {"kv_cache_memory_bytes": kv_bytes, "gpu_memory_utilization": 0.3}
+    scheduler = f"bench.gpu.schedulers.{'Steered' if side == STEERED else 'Stock'}"
+    return make(model, scheduler=scheduler, dry=dry, **options)
+
+
+async def ask(llm: Any, what: str, value: Any = None) -> Any:
+    """Call `bench.gpu.schedulers.bench` in the engine."""
+    return await llm.engine_core.call_utility_async("bench", what, value)
+
+
+async def at_rest(llm: Any) -> None:
+    """Wait until the scheduler knows of no request.
+
+    Raises:
+        TimeoutError: some are still there after a minute.
+    """
+    async with asyncio.timeout(IDLE_S):
+        while await ask(llm, "requests"):  # noqa: ASYNC110 - the engine is another process
+            await asyncio.sleep(0.05)

@@ -1,0 +1,158 @@
+"""What is measured, in which order and for how long. Pure; called by `run`, whose clock it is given.
+
+A unit is the smallest thing that is run, saved and resumed. Units are in order of importance: when time is
+short the last ones are left out. Stock's and ours of one comparison stand next to each other.
+"""
+
+from collections.abc import Collection
+from typing import Any, Final
+
+import msgspec
+
+STOCK, STEERED = "stock", "steered"
+
+LLAMA_8B: Final = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4_096, "intermediate_size": 14_336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "vocab_size": 128_256, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 500_000.0,
+}  # fmt: skip
+"""The shape of Llama 3.1 8B: all that dummy weights need."""
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """Tokens of a request: prompt and output."""
+
+    prompt: int
+    tokens: int
+
+
+class Sizes(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that makes a run long or short."""
+
+    slots: tuple[int, int] = (128, 512)
+    """Requests that run at once: in co-location, and in the second round of overhead and command path."""
+    spare: int = 32
+    """Model-runner slots beyond the active ones, for holds."""
+    batched_tokens: int = 2_048
+    """vLLM's step budget: the same for stock and ours, alone and mixed."""
+    max_model_len: int = 20_480
+    least_kv_tokens: int = 280_000
+    """Two engines share the GPU only if each gets this much KV cache; else they run one after the other."""
+    shapes: tuple[Shape, Shape] = (Shape(512, 512), Shape(256, 256))
+    """Closed-loop requests at the two numbers of slots."""
+    outstanding: int = 384
+    interactive: Shape = Shape(256, 48)
+    rate: float = 25.0
+    """Interactive requests per second, Poisson."""
+    arrivals: int = 310
+    ramp_s: tuple[float, float] = (4.0, 7.0)
+    """From the first request to the batch in its stride, at the two numbers of slots."""
+    drain_s: float = 25.0
+    """How long interactive requests are waited for after the last arrival."""
+    window_s: float = 7.0
+    contexts: tuple[int, ...] = (1_024, 4_096, 16_384)
+    cycles: int = 8
+    beside: int = 64
+    commands: int = 300
+    budgets: tuple[int, ...] = (256, 512, 1_024)
+    identity_requests: int = 128
+    identity_victims: int = 16
+    identity_tokens: int = 100
+    identity_spare: int = 8
+
+
+FULL: Final = Sizes()
+DRY: Final = Sizes(
+    slots=(6, 10), spare=4, batched_tokens=512, max_model_len=4_096, least_kv_tokens=0,
+    shapes=(Shape(48, 40), Shape(24, 24)), outstanding=14, interactive=Shape(24, 6), rate=6.0, arrivals=12,
+    ramp_s=(1.0, 1.0), drain_s=8.0, window_s=1.5, contexts=(256, 1_024), cycles=2, beside=3, commands=20,
+    budgets=(64, 128), identity_requests=8, identity_victims=3, identity_tokens=120, identity_spare=2,
+)  # fmt: skip
+"""Every line of the same code on a laptop: the simulated device, and a tiny model on the CPU."""
+
+
+class Unit(msgspec.Struct, frozen=True, kw_only=True):
+    """One measurement on one engine."""
+
+    name: str
+    part: str
+    """Which file it is saved in."""
+    side: str
+    kind: str
+    """Which function of the host runs it."""
+    seconds: float
+    """About how long it takes."""
+    fields: dict[str, Any] = {}
+
+
+def units(sizes: Sizes) -> list[Unit]:
+    """All units, the most important first."""
+    window_s = sizes.arrivals / sizes.rate
+    few, many = sizes.slots
+
+    def mixed(name: str, side: str, *, extra_s: float = 2.5, **fields: Any) -> Unit:
+        return Unit(name=name, part="colocation", side=side, kind="colocation", fields={"variant": name, **fields},
+                    seconds=sizes.ramp_s[0] + window_s + extra_s)  # fmt: skip
+
+    def held(name: str, budget: int | None) -> Unit:
+        return mixed(name, STEERED, cut_in="slots", spare=sizes.spare, budget=budget)
+
+    def loop(slots: int, round_: int, side: str) -> Unit:
+        return Unit(
+            name=f"{slots}-{round_}-{side}", part="overhead", side=side, kind="overhead", fields={"slots": slots},
+            seconds=sizes.ramp_s[slots == many] + sizes.window_s + 1.5,
+        )  # fmt: skip
+
+    def path(slots: int) -> Unit:
+        return Unit(
+            name=f"command-{slots}", part="command", side=STEERED, kind="command", fields={"slots": slots},
+            seconds=sizes.ramp_s[slots == many] + 1.5 * sizes.window_s + 0.02 * sizes.commands + 6.0,
+        )  # fmt: skip
+
+    middle = sizes.budgets[len(sizes.budgets) // 2]
+    turns = ((1, STOCK), (1, STEERED), (2, STEERED), (2, STOCK))
+    return [
+        mixed("alone", STOCK, batch=False),
+        mixed("stock priority", STOCK, policy="priority", extra_s=6.0),
+        held("hold", None),
+        held(f"hold, budget {middle}", middle),
+        mixed("drop", STEERED, cut_in="kv", spare=0),
+        mixed("fcfs", STOCK, policy="fcfs", extra_s=18.0),
+        *(loop(few, round_, side) for round_, side in turns),
+        *(
+            Unit(
+                name=f"continue-{context}", part="continue", side=STEERED, kind="continuing",
+                fields={"context": context}, seconds=4.0 + sizes.cycles * 0.4 * (2 + context / 4_096),
+            )
+            for context in sizes.contexts
+        ),
+        path(few),
+        *(held(f"hold, budget {budget}", budget) for budget in sizes.budgets if budget != middle),
+        *(loop(many, round_, side) for round_, side in turns),
+        path(many),
+        mixed("batch alone", STEERED, interactive=False, extra_s=2.0),
+    ]  # fmt: skip
+
+
+def choose(todo: list[Unit], sides: Collection[str], left_s: float) -> Unit | None:
+    """The first unit that an engine at hand can run and that fits in the time left, or None."""
+    return next((unit for unit in todo if unit.side in sides and unit.seconds <= left_s), None)
+
+
+def kv_bytes(memory: float, *, engines: int) -> int:
+    """KV cache of each 8B engine, if so many share a GPU with this much memory (bytes).
+
+    Set aside: 5 % of the memory, 7 GiB for the small engine and for each 21 GiB of weights, graphs and activations.
+    """
+    gib = 2**30
+    return int((memory * 0.95 - 7 * gib - engines * 21 * gib) / engines)
+
+
+def share(memory: float, sizes: Sizes) -> tuple[tuple[tuple[str, ...], ...], int]:
+    """Which engines live at the same time, and the KV cache of each in bytes."""
+    per_token = 2 * LLAMA_8B["num_hidden_layers"] * LLAMA_8B["num_key_value_heads"] * LLAMA_8B["head_dim"] * 2
+    together = kv_bytes(memory, engines=2)
+    if together >= sizes.least_kv_tokens * per_token:
+        return ((STOCK, STEERED),), together
+    return ((STOCK,), (STEERED,)), kv_bytes(memory, engines=1)

@@ -1,0 +1,100 @@
+"""The two schedulers that are compared, each with the same meter, and a utility call to change them between units.
+
+Imported inside the engine's process, because vLLM is told to use these classes. The meter adds one line per
+step on both sides; nothing else of vLLM's or ours is changed. `EngineCore.bench` is how a host reaches the
+scheduler in the other process: vLLM's own utility calls, which run between steps.
+"""
+
+import time
+from collections import deque
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
+from vllm.v1.engine.core import EngineCore
+
+from coxswain.service.bus import Bus
+from coxswain.service.scheduler import SteeredScheduler
+
+
+class Metered:
+    """A line per step: when it was done (`perf_counter`), requests, scheduled and delivered tokens, held requests."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.meter: deque[tuple[float, int, int, int, int]] = deque(maxlen=200_000)
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the class behind this one, and note the step."""
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        delivered = sum(len(item.new_token_ids) for part in outputs.values() for item in part.outputs)
+        self.meter.append((
+            time.perf_counter(), len(scheduler_output.num_scheduled_tokens),
+            scheduler_output.total_num_scheduled_tokens, delivered, self.held_requests(),
+        ))  # fmt: skip
+        return outputs
+
+    def held_requests(self) -> int:
+        """How many requests are held."""
+        return 0
+
+
+class Stock(Metered, AsyncScheduler):
+    """vLLM's own."""
+
+
+class Steered(Metered, SteeredScheduler):
+    """Ours."""
+
+    def held_requests(self) -> int:
+        """How many requests are held."""
+        return len(self.core.roster.held)
+
+
+def bench(engine: Any, what: str, value: Any) -> Any:
+    """Ask or change the scheduler of an idle or busy engine; see the functions below."""
+    return OPERATIONS[what](engine.scheduler, value)
+
+
+def meter(scheduler: Any, _: Any) -> list[tuple[float, int, int, int, int]]:
+    """The lines since the last call."""
+    lines = list(scheduler.meter)
+    scheduler.meter.clear()
+    return lines
+
+
+def requests(scheduler: Any, _: Any) -> int:
+    """How many requests the scheduler knows."""
+    return len(scheduler.requests)
+
+
+def resize(scheduler: Any, value: dict[str, Any]) -> None:
+    """Set active and spare slots, and stock's policy, of an idle engine: what its flags would have set at start.
+
+    The model runner keeps the slots that it was started with; the scheduler uses fewer of them.
+    """
+    assert not scheduler.requests, "only an idle engine changes its size"
+    active = value["active"]
+    scheduler.max_num_running_reqs = active + value["spare"]
+    scheduler.max_num_active_reqs = active
+    if isinstance(scheduler, Steered):
+        assert hasattr(scheduler, "_active_slots"), "renamed: change it here too"
+        scheduler._active_slots = active
+    else:
+        scheduler.policy = SchedulingPolicy(value["policy"])
+        scheduler.waiting = create_request_queue(scheduler.policy)
+
+
+def connect(scheduler: Any, on: bool) -> None:
+    """Stop the bus thread, or start another: for what it costs a step."""
+    old = scheduler.bus
+    old.stop(timeout_s=2.0)
+    if on:
+        scheduler.bus = Bus(
+            scheduler.settings, scheduler.port, incarnation=scheduler.incarnation, hello=old._hello
+        )
+        scheduler.bus.start()
+
+
+OPERATIONS = {"meter": meter, "requests": requests, "resize": resize, "connect": connect}
+EngineCore.bench = bench

@@ -1,0 +1,133 @@
+"""NATS for a run: a server, commands to the worker of this process, class tables, signed names of requests.
+
+Called by `run` (the server) and by whoever steers.
+"""
+
+import asyncio
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from ulid import ULID
+
+from coxswain.control.client import Client
+from coxswain.schemas.commands import COMMANDS, Configure, Targets
+from coxswain.schemas.connection import Connection
+from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+from coxswain.service.request_id import make
+
+FLEET = "bench"
+KEY = "5e" * 32
+INTERACTIVE, BATCH = "interactive", "batch"
+START_S = 20.0
+
+
+@asynccontextmanager
+async def nats_server() -> AsyncIterator[str]:
+    """A nats-server on a free loopback port; its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    binary = shutil.which("nats-server") or str(Path(sys.executable).parent / "nats-server")
+    with tempfile.TemporaryDirectory(prefix="cox-nats-") as folder:
+        process = await asyncio.create_subprocess_exec(
+            binary, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", folder,
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(START_S):
+                while not await _listens(port):  # noqa: ASYNC110 - another process
+                    await asyncio.sleep(0.05)
+            yield f"nats://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            await process.wait()
+
+
+@asynccontextmanager
+async def server_at_hand() -> AsyncIterator[str]:
+    """The server of the run that this process is part of, or one of its own."""
+    if url := os.environ.get("COX_NATS_URL"):
+        yield url
+        return
+    async with nats_server() as url:
+        yield url
+
+
+async def _listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+def environment(worker: str, url: str) -> dict[str, str]:
+    """What makes a process's engine the worker of this name."""
+    return {"COX_NATS_URL": url, "COX_FLEET": FLEET, "COX_WORKER": worker, "COX_IDENTITY_KEY": KEY}
+
+
+def name(tenant: str) -> str:
+    """A request's id that proves its tenant, as the HTTP edge makes it."""
+    return make(bytes.fromhex(KEY), tenant, "", str(ULID()))
+
+
+async def connect(url: str | None = None) -> Client:
+    """A client of the run's fleet."""
+    return await Client.connect(Connection(urls=(url or os.environ["COX_NATS_URL"],), fleet=FLEET))
+
+
+class Wire:
+    """Commands to one worker, whose refusals are errors."""
+
+    def __init__(self, client: Client, worker: str) -> None:
+        self.client = client
+        self.worker = worker
+        self.ignored: set[str] = set()
+        """Fields that the worker said it does not act on: a number measured with them proves nothing."""
+
+    async def ready(self) -> None:
+        """Wait until the worker answers."""
+        async with asyncio.timeout(START_S):
+            while self.worker not in await self.client.statuses(wait_s=1.0):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+    async def __call__(self, verb: str, names: Iterable[str] = (), **fields: Any) -> Any:
+        """Send a command about these requests; its reply.
+
+        Raises:
+            RuntimeError: the worker refused.
+        """
+        if verb != "configure":
+            fields["targets"] = Targets(requests=tuple(names))
+        command = COMMANDS[verb](id=str(ULID()), issuer="bench", **fields)
+        (reply,) = await self.client.command(self.worker, verb, command, timeout_s=30)
+        if reply.outcome == "rejected" and reply.code != 404:
+            raise RuntimeError(f"{verb}: {reply.error}")
+        self.ignored.update(reply.ignored)
+        return reply
+
+    async def classes(
+        self, *, cut_in: str = "off", budget: int | None = None, linger_s: float = 0.0
+    ) -> Configure:
+        """Two classes, interactive before batch, one tenant each: what a mixed load is steered by."""
+        tables = {
+            "classes": {
+                INTERACTIVE: ClassPolicy(position=0, cut_in=cut_in),
+                BATCH: ClassPolicy(position=1, max_prefill_tokens_per_step=budget, linger_s=linger_s),
+            },
+            "tenants": {who: TenantPolicy(class_=who) for who in (INTERACTIVE, BATCH)},
+        }
+        return await self("configure", **tables)
+
+    async def status(self) -> Any:
+        """The worker's full frame."""
+        (frame,) = await self.client.query(self.worker, "status", timeout_s=30)
+        return frame
