@@ -5,6 +5,8 @@ import asyncio
 import sys
 from pathlib import Path
 
+from bench.gpu.plan import Mode
+
 
 def main() -> int:
     """Run one of them."""
@@ -18,7 +20,21 @@ def main() -> int:
     run.add_argument(
         "--deadline", type=float, default=3_600.0, metavar="S", help="end within so many seconds"
     )
-    run.add_argument("--dry", action="store_true", help="small, without a GPU: is every line of it in order?")
+    run.add_argument(
+        "--dry",
+        dest="mode",
+        action="store_const",
+        const=Mode.DRY,
+        default=Mode.GPU,
+        help="small, without a GPU: is every line of it in order?",
+    )
+    run.add_argument(
+        "--simulated",
+        dest="mode",
+        action="store_const",
+        const=Mode.SIMULATED,
+        help="all of it, without a GPU: what should be seen?",
+    )
     run.add_argument(
         "--only", default="", metavar="TEXT,…", help="parts or units whose name begins with one of these"
     )
@@ -31,11 +47,11 @@ def main() -> int:
     host.add_argument("side", choices=["stock", "steered"])
     host.add_argument("--model", type=Path, required=True)
     host.add_argument("--kv-bytes", type=int, default=0)
-    host.add_argument("--dry", action="store_true")
+    host.add_argument("--mode", type=Mode, default=Mode.GPU)
 
     identity = words.add_parser("identity", help="held requests say the same; alone or inside a run")
     identity.add_argument("--json", type=Path, required=True)
-    identity.add_argument("--dry", action="store_true")
+    identity.add_argument("--mode", type=Mode, default=Mode.GPU)
     identity.add_argument("--deadline", type=float, default=3_600.0, metavar="S")
 
     model = words.add_parser("model", help="(inside a run) write the seeded model")
@@ -56,9 +72,9 @@ def _do(chosen: argparse.Namespace) -> int:
 
             only = tuple(filter(None, chosen.only.split(",")))
             if chosen.list:
-                print(listing(dry=chosen.dry, only=only))
+                print(listing(chosen.mode, only))
                 return 0
-            return asyncio.run(run(chosen.out, deadline_s=chosen.deadline, dry=chosen.dry, only=only))
+            return asyncio.run(run(chosen.out, mode=chosen.mode, deadline_s=chosen.deadline, only=only))
         case "summary":
             from bench.gpu.summary import summary
 
@@ -70,11 +86,11 @@ def _do(chosen: argparse.Namespace) -> int:
         case "host":
             from bench.gpu.host import host
 
-            asyncio.run(host(chosen.side, chosen.model, chosen.kv_bytes, dry=chosen.dry))
+            asyncio.run(host(chosen.side, chosen.model, chosen.kv_bytes, chosen.mode))
         case "identity":
             from bench.gpu.identity import identity
 
-            return asyncio.run(identity(chosen.json, dry=chosen.dry, deadline_s=chosen.deadline))
+            return asyncio.run(identity(chosen.json, chosen.mode, deadline_s=chosen.deadline))
         case "model":
             from bench.gpu.identity import write_model
 

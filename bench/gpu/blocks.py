@@ -32,9 +32,7 @@ def _swap_v2(runner: Any, names: list[str]) -> int:
     tables = runner.block_tables
     count = int(min(tables.num_blocks.np[0, one], tables.num_blocks.np[0, other]))
     table = tables.block_tables[0].gpu
-    held = table[one, :count].clone()
-    table[one, :count] = table[other, :count]
-    table[other, :count] = held
+    table[[one, other], :count] = table[[other, one], :count]
     return count
 
 

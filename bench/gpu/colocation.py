@@ -45,6 +45,7 @@ async def arrive(llm: Any, sizes: Sizes) -> list[Request]:
 async def colocation(
     llm: Any, wire: Any, sizes: Sizes, *, variant: str, batch: bool = True, interactive: bool = True,
     policy: str = "fcfs", cut_in: str = "off", spare: int = 0, budget: int | None = None,
+    steady: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """One variant: time to first token of every interactive request, batch tokens/s while they arrive.
 
@@ -59,6 +60,8 @@ async def colocation(
         cut_in: of the interactive class, ours.
         spare: slots for holds, ours.
         budget: the batch's prefill tokens per step, ours.
+        steady: whether the batch's ends are spread evenly, as after a long time; else it begins at once and
+            goes on in waves, and slots become free together.
     """
     slots = sizes.slots[0]
     await ask(llm, "resize", {"active": slots, "spare": spare, "policy": policy})
@@ -69,7 +72,9 @@ async def colocation(
         before = await wire.status()
     count = sizes.outstanding if batch else 0
     # Lower runs first; under fcfs nobody looks at it.
-    async with backlog(llm, count, sizes.shapes[0], staggered=slots, priority=int(policy == "priority")):
+    async with backlog(
+        llm, count, sizes.shapes[0], staggered=slots * steady, priority=int(policy == "priority")
+    ):
         await asyncio.sleep(sizes.ramp_s[0] if batch else 0)
         found = await _window(llm, sizes, interactive=interactive)
         if wire is not None:
@@ -78,7 +83,7 @@ async def colocation(
             found["recomputed_tokens"] = after.recomputed_tokens_total - before.recomputed_tokens_total
             found["ignored"] = sorted(wire.ignored)
     return {"variant": variant, "side": STEERED if wire is not None else "stock", "cut_in": cut_in, "spare": spare,
-            "budget": budget, "policy": policy, **found}  # fmt: skip
+            "budget": budget, "policy": policy, "steady": steady, **found}  # fmt: skip
 
 
 async def _window(llm: Any, sizes: Sizes, *, interactive: bool) -> dict[str, Any]:

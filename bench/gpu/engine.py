@@ -9,17 +9,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.plan import STEERED, Sizes
+from bench.gpu.plan import STEERED, Mode
 
 IDLE_S = 60.0
 
 
-def make(model: Path, *, scheduler: str, dry: bool, **options: Any) -> Any:
+def make(model: Path, *, scheduler: str, mode: Mode, **options: Any) -> Any:
     """An AsyncLLM without prefix caching, so that every token is computed."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    if not dry:
+    if mode is Mode.GPU:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     arguments = AsyncEngineArgs(
         model=str(model), skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=True,
@@ -28,28 +28,33 @@ def make(model: Path, *, scheduler: str, dry: bool, **options: Any) -> Any:
     return AsyncLLM.from_engine_args(arguments)
 
 
-def make_8b(model: Path, side: str, sizes: Sizes, *, kv_bytes: int, dry: bool) -> Any:
+def make_8b(model: Path, side: str, *, kv_bytes: int, mode: Mode) -> Any:
     """The engine of one side: 8B shape on the GPU, or on the simulated device."""
+    sizes = mode.sizes
     options: dict[str, Any] = {
         "load_format": "dummy", "max_model_len": sizes.max_model_len, "max_num_batched_tokens": sizes.batched_tokens,
         "max_num_seqs": sizes.slots[1] + sizes.spare, "max_num_active_seqs": sizes.slots[1],
     }  # fmt: skip
-    if dry:
+    if mode is not Mode.GPU:
         from coxswain.service.simulated.settings import EXECUTOR
 
-        os.environ.update(COX_SIM_PRESET="h200-8b", COX_SIM_CHECK="1", VLLM_USE_V2_MODEL_RUNNER="1",
-                          VLLM_WORKER_MULTIPROC_METHOD="fork")  # fmt: skip
+        os.environ.update(
+            COX_SIM_PRESET="h200-8b",
+            COX_SIM_CHECK=str(int(mode is Mode.DRY)),
+            VLLM_USE_V2_MODEL_RUNNER="1",
+            VLLM_WORKER_MULTIPROC_METHOD="fork",
+        )
         options |= {
             "distributed_executor_backend": EXECUTOR,
             "block_size": 16,
-            "num_gpu_blocks_override": 4_096,
+            "num_gpu_blocks_override": 20_000,
         }
     else:
         # Given, not measured: other engines of this run take and free memory at the same time. The share
         # that vLLM checks at start is then only a lower bound on what must be free.
         options |= {"kv_cache_memory_bytes": kv_bytes, "gpu_memory_utilization": 0.3}
     scheduler = f"bench.gpu.schedulers.{'Steered' if side == STEERED else 'Stock'}"
-    return make(model, scheduler=scheduler, dry=dry, **options)
+    return make(model, scheduler=scheduler, mode=mode, **options)
 
 
 async def ask(llm: Any, what: str, value: Any = None) -> Any:

@@ -1,6 +1,6 @@
 """One engine of a run, in a process of its own: takes units over NATS, one at a time, and answers with results.
 
-    python -m bench.gpu host stock|steered --model DIR --kv-bytes N [--dry]
+    python -m bench.gpu host stock|steered --model DIR --kv-bytes N [--mode gpu|simulated|dry]
 
 Started by `run`. A unit that fails answers with its traceback; the engine is brought to rest and the next one
 is tried.
@@ -17,7 +17,7 @@ import msgspec
 
 from bench.gpu import colocation, command, continuing, overhead, wire
 from bench.gpu.engine import at_rest, make_8b
-from bench.gpu.plan import DRY, FULL, STEERED, Unit
+from bench.gpu.plan import STEERED, Mode, Unit
 
 KINDS = {
     "overhead": overhead.overhead,
@@ -32,11 +32,10 @@ def subject(side: str) -> str:
     return f"bench.{side}"
 
 
-async def host(side: str, model: Path, kv_bytes: int, *, dry: bool) -> None:
+async def host(side: str, model: Path, kv_bytes: int, mode: Mode) -> None:
     """Load the engine, say so by listening, run what is asked until the process is ended."""
-    sizes = DRY if dry else FULL
     os.environ.update(wire.environment(side, os.environ["COX_NATS_URL"]))
-    llm = make_8b(model, side, sizes, kv_bytes=kv_bytes, dry=dry)
+    llm = make_8b(model, side, kv_bytes=kv_bytes, mode=mode)
     client = await wire.connect()
     steer = None
     if side == STEERED:
@@ -53,7 +52,7 @@ async def host(side: str, model: Path, kv_bytes: int, *, dry: bool) -> None:
         message = await asked.get()
         unit = msgspec.json.decode(message.data, type=Unit)
         print(f"{side}: {unit.name}", flush=True)
-        await message.respond(msgspec.json.encode(await _run(llm, steer, sizes, unit)))
+        await message.respond(msgspec.json.encode(await _run(llm, steer, mode.sizes, unit)))
 
 
 async def _here(message: Any) -> None:

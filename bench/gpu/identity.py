@@ -1,6 +1,6 @@
 """Held, parked, dropped and cut-in requests say what they say undisturbed, token for token.
 
-    python -m bench.gpu identity --json PATH [--deadline S] [--dry]
+    python -m bench.gpu identity --json PATH [--deadline S] [--mode gpu|dry]
 
 A seeded model whose tokens depend on its KV, and batch-invariant kernels, so that a request's tokens do not depend
 on who else is in the batch. Negative control: two block tables swapped while their requests are held must
@@ -27,7 +27,7 @@ from bench.gpu import wire
 from bench.gpu.blocks import swap_tables
 from bench.gpu.engine import make
 from bench.gpu.load import Request
-from bench.gpu.plan import DRY, FULL, Sizes
+from bench.gpu.plan import DRY, FULL, Mode, Sizes
 
 WORKER = "identity"
 FILLER_TOKENS = 12
@@ -231,9 +231,10 @@ def passed(found: dict[str, Any]) -> bool:
     )  # fmt: skip
 
 
-async def identity(out: Path, *, dry: bool, deadline_s: float) -> int:
+async def identity(out: Path, mode: Mode, *, deadline_s: float) -> int:
     """Make the model and the engine, measure, write the JSON; 0 if all of it passed."""
     until = time.monotonic() + deadline_s
+    dry = mode is not Mode.GPU
     sizes = DRY if dry else FULL
     # The control sends a function to the worker.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -252,7 +253,7 @@ async def identity(out: Path, *, dry: bool, deadline_s: float) -> int:
             os.environ.update(wire.environment(WORKER, url))
             model, options, vocabulary = _model(Path(folder), dry=dry)
             llm = make(
-                model, scheduler="coxswain.service.scheduler.SteeredScheduler", dry=dry, enforce_eager=True,
+                model, scheduler="coxswain.service.scheduler.SteeredScheduler", mode=mode, enforce_eager=True,
                 max_num_seqs=count + sizes.identity_spare, max_num_active_seqs=count, **options,
             )  # fmt: skip
             async with await wire.connect() as client:

@@ -5,6 +5,7 @@ short the last ones are left out. Stock's and ours of one comparison stand next 
 """
 
 from collections.abc import Collection
+from enum import StrEnum
 from typing import Any, Final
 
 import msgspec
@@ -72,6 +73,21 @@ DRY: Final = Sizes(
 """Every line of the same code on a laptop: the simulated device, and a tiny model on the CPU."""
 
 
+class Mode(StrEnum):
+    """What a run runs on, and how large it is."""
+
+    GPU = "gpu"
+    SIMULATED = "simulated"
+    """All of it on the simulated device: what the GPU's numbers should look like. Identity stays small."""
+    DRY = "dry"
+    """Small, on the simulated device: is every line of it in order?"""
+
+    @property
+    def sizes(self) -> Sizes:
+        """How large."""
+        return DRY if self is Mode.DRY else FULL
+
+
 class Unit(msgspec.Struct, frozen=True, kw_only=True):
     """One measurement on one engine."""
 
@@ -93,10 +109,10 @@ def units(sizes: Sizes) -> list[Unit]:
 
     def mixed(name: str, side: str, *, extra_s: float = 2.5, **fields: Any) -> Unit:
         return Unit(name=name, part="colocation", side=side, kind="colocation", fields={"variant": name, **fields},
-                    seconds=sizes.ramp_s[0] + window_s + extra_s)  # fmt: skip
+                    seconds=sizes.ramp_s[0] * fields.get("batch", True) + window_s + extra_s)  # fmt: skip
 
-    def held(name: str, budget: int | None) -> Unit:
-        return mixed(name, STEERED, cut_in="slots", spare=sizes.spare, budget=budget)
+    def held(name: str, budget: int | None, *, steady: bool = False) -> Unit:
+        return mixed(name, STEERED, cut_in="slots", spare=sizes.spare, budget=budget, steady=steady)
 
     def loop(slots: int, round_: int, side: str) -> Unit:
         return Unit(
@@ -118,7 +134,10 @@ def units(sizes: Sizes) -> list[Unit]:
         held("hold", None),
         held(f"hold, budget {middle}", middle),
         mixed("drop", STEERED, cut_in="kv", spare=0),
-        mixed("fcfs", STOCK, policy="fcfs", extra_s=18.0),
+        # The frontier: batch rates can be compared only where no wave falls into one window and not the other.
+        mixed("steady: stock priority", STOCK, policy="priority", steady=True),
+        held("steady: hold", None, steady=True),
+        *(held(f"steady: hold, budget {budget}", budget, steady=True) for budget in sizes.budgets),
         *(loop(few, round_, side) for round_, side in turns),
         *(
             Unit(
@@ -128,10 +147,10 @@ def units(sizes: Sizes) -> list[Unit]:
             for context in sizes.contexts
         ),
         path(few),
-        *(held(f"hold, budget {budget}", budget) for budget in sizes.budgets if budget != middle),
+        mixed("fcfs", STOCK, extra_s=22.0),
+        mixed("steady: batch alone", STEERED, interactive=False, steady=True),
         *(loop(many, round_, side) for round_, side in turns),
         path(many),
-        mixed("batch alone", STEERED, interactive=False, extra_s=2.0),
     ]  # fmt: skip
 
 

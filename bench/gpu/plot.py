@@ -24,7 +24,8 @@ def plot(folder: Path) -> Path:
 
     part: dict[str, Any] = msgspec.json.decode((folder / "colocation.json").read_bytes())
     alone = part.pop("alone", None)
-    part = {name: result for name, result in part.items() if result["ttft_s"]}
+    # In waves the batch's rate depends on how many fell into the window: see `colocation`.
+    part = {name: result for name, result in part.items() if result["ttft_s"] and result["steady"]}
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for share, label, mark in SHARES:
         for index, (name, result) in enumerate(part.items()):
@@ -32,12 +33,12 @@ def plot(folder: Path) -> Path:
             axes.errorbar(
                 x.value, y.value * 1e3, xerr=[[max(0.0, x.value - x.low)], [max(0.0, x.high - x.value)]],
                 yerr=[[(y.value - y.low) * 1e3], [(y.high - y.value) * 1e3]], fmt=mark, color=f"C{index}", capsize=2,
-                label=name if label == "p50" else None,
+                label=name.removeprefix("steady: ") if label == "p50" else None,
             )  # fmt: skip
         frontier = sorted(
             (batch_rate(result).value, ttft(result, share).value * 1e3)
             for name, result in part.items()
-            if name.startswith("hold")
+            if "hold" in name
         )
         axes.plot(*zip(*frontier, strict=True), color="grey", linewidth=0.8, zorder=0) if frontier else None
         if alone is not None:

@@ -24,7 +24,7 @@ import nats.errors
 
 from bench.gpu import wire
 from bench.gpu.host import subject
-from bench.gpu.plan import DRY, FULL, LLAMA_8B, STEERED, STOCK, Sizes, Unit, choose, share, units
+from bench.gpu.plan import LLAMA_8B, STEERED, STOCK, Mode, Sizes, Unit, choose, share, units
 from bench.gpu.summary import summary
 
 LOAD_S = 300.0
@@ -68,9 +68,9 @@ def wanted(sizes: Sizes, only: tuple[str, ...]) -> list[Unit]:
     ]
 
 
-def listing(*, dry: bool, only: tuple[str, ...]) -> str:
+def listing(mode: Mode, only: tuple[str, ...]) -> str:
     """The plan as text."""
-    todo = wanted(DRY if dry else FULL, only)
+    todo = wanted(mode.sizes, only)
     lines = [f"{unit.seconds:6.0f} s  {unit.part:<10}  {unit.side:<7}  {unit.name}" for unit in todo]
     return "\n".join([*lines, f"{sum(unit.seconds for unit in todo):6.0f} s  beside loading"])
 
@@ -108,25 +108,20 @@ class Run:
 
     Args:
         saved: where results go.
-        sizes: full or dry.
+        mode: what it runs on.
         url: of NATS.
         log: an open file for everybody's output.
         end_at: when everything must be over (monotonic s).
     """
 
-    def __init__(self, saved: Saved, sizes: Sizes, url: str, log: Any, end_at: float) -> None:
+    def __init__(self, saved: Saved, mode: Mode, url: str, log: Any, end_at: float) -> None:
         self.saved = saved
-        self.sizes = sizes
+        self.mode = mode
         self.log = log
         self.end_at = end_at
         self.env = {**os.environ, "COX_NATS_URL": url}
         self.children: dict[str, Child] = {}
         self._began = time.monotonic()
-
-    @property
-    def dry(self) -> list[str]:
-        """The flag that children are given too."""
-        return ["--dry"] if self.sizes is DRY else []
 
     def left_s(self) -> float:
         """Seconds until the run must begin to end."""
@@ -140,7 +135,7 @@ class Run:
         """Start a child."""
         # Two engines that compile the same model at the same time must not write the same files.
         env = {**self.env, "VLLM_CACHE_ROOT": str(CACHE / f"bench-{name}")}
-        self.children[name] = await Child.start(self.log, *arguments, *self.dry, env=env)
+        self.children[name] = await Child.start(self.log, *arguments, "--mode", self.mode, env=env)
 
     async def end(self, *names: str) -> None:
         """End children."""
@@ -167,7 +162,7 @@ class Run:
         child = self.children.get("identity")
         if child is None:
             return
-        patience_s = IDENTITY_DRY_S if self.dry else IDENTITY_S
+        patience_s = IDENTITY_S if self.mode is Mode.GPU else IDENTITY_DRY_S
         await asyncio.wait((child.ended,), timeout=max(0.0, min(patience_s, self.left_s())))
         found = self.saved.part("identity")
         self.say(f"identity: {len(found.get('cases', ()))} cases, passed: {found.get('passed')}")
@@ -225,24 +220,25 @@ def machine() -> dict[str, Any]:
     return {**found, "gpu": name, "memory_mib": int(memory), "driver": driver}
 
 
-async def run(out: Path, *, deadline_s: float, dry: bool, only: tuple[str, ...]) -> int:
+async def run(out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...]) -> int:
     """Measure what is not measured yet, print the table; 0 if something is saved and nothing failed to load."""
     end_at = time.monotonic() + deadline_s
-    sizes = DRY if dry else FULL
     saved = Saved(out)
-    todo = [unit for unit in wanted(sizes, only) if not saved.has(unit)]
+    todo = [unit for unit in wanted(mode.sizes, only) if not saved.has(unit)]
     found = machine()
-    if not dry and "memory_mib" not in found:
+    if mode is Mode.GPU and "memory_mib" not in found:
         print("nvidia-smi names no GPU: this needs one. `--dry` runs the same code without.", file=sys.stderr)
         return 2
     (out / "machine.json").write_text(json.dumps(found, indent=1) + "\n")
-    waves, kv_bytes = (((STOCK, STEERED),), 0) if dry else share(found["memory_mib"] * 2**20, sizes)
+    waves, kv_bytes = (((STOCK, STEERED),), 0)
+    if mode is Mode.GPU:
+        waves, kv_bytes = share(found["memory_mib"] * 2**20, mode.sizes)
     with tempfile.TemporaryDirectory(prefix="cox-shape-") as folder, (out / "engines.log").open("ab") as log:
         model = Path(folder)
         (model / "config.json").write_text(json.dumps(LLAMA_8B))
         async with wire.nats_server() as url:
             await _prepare(url)
-            state = Run(saved, sizes, url, log, end_at)
+            state = Run(saved, mode, url, log, end_at)
             link = await nats.connect(url)
             try:
                 if (not only or "identity".startswith(only)) and not saved.part("identity").get("passed"):

@@ -1,0 +1,111 @@
+"""The GPU benchmark's own arithmetic: what is run when time is short, what the table says, what sabotage does."""
+
+import random
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from bench.gpu.blocks import swap_tables
+from bench.gpu.plan import DRY, FULL, STEERED, STOCK, choose, share, units
+from bench.gpu.summary import bootstrap, percentile, summary
+
+GIB = 2**30
+
+
+def test_names_are_unique_and_a_dry_run_covers_every_kind() -> None:
+    """A unit's name is its key in the JSON, and the rehearsal leaves nothing out on either engine."""
+    full, dry = units(FULL), units(DRY)
+    assert len({unit.name for unit in full}) == len(full)
+    assert {(unit.kind, unit.side, *unit.fields) for unit in full} == {
+        (unit.kind, unit.side, *unit.fields) for unit in dry
+    }
+
+
+def test_the_most_important_unit_that_fits_goes_next() -> None:
+    """Short of time, a long unit is passed over for a shorter one; an engine that is not there gets nothing."""
+    todo = units(FULL)
+    assert choose(todo, {STOCK, STEERED}, 1e9) is todo[0]
+    shortest = min(todo, key=lambda unit: unit.seconds)
+    chosen = choose(todo, {STOCK, STEERED}, shortest.seconds)
+    assert chosen is not None
+    assert chosen.seconds == shortest.seconds
+    assert choose(todo, {STOCK, STEERED}, shortest.seconds - 0.1) is None
+    ours = choose(todo, {STEERED}, 1e9)
+    assert ours is not None
+    assert ours.side == STEERED
+    assert choose(todo, set(), 1e9) is None
+
+
+def test_engines_share_a_gpu_only_where_both_have_room() -> None:
+    """On 141 GB both live at once; on 80 GB one follows the other, with more KV cache than a share would be."""
+    both, kv = share(140 * GIB, FULL)
+    assert both == ((STOCK, STEERED),)
+    assert 2 * kv + 2 * 16 * GIB < 140 * GIB
+    one_by_one, alone = share(80 * GIB, FULL)
+    assert one_by_one == ((STOCK,), (STEERED,))
+    assert 16 * GIB < alone < 60 * GIB
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """Of bootstrap intervals of the median of a known distribution, about 95 % hold the true one."""
+    source = random.Random(1)
+    held = 0
+    for _ in range(60):
+        samples = [source.expovariate(1.0) for _ in range(80)]
+        estimate = bootstrap(samples, statistics.median)
+        held += estimate.low <= 0.6931 <= estimate.high
+    assert held >= 51
+
+
+@pytest.mark.parametrize("share_", [0.0, 0.5, 0.99, 1.0])
+def test_percentiles_are_numpys(share_: float) -> None:
+    """The same interpolation as everybody's."""
+    samples = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0]
+    assert percentile(samples, share_) == pytest.approx(np.quantile(samples, share_))
+
+
+def test_the_table_pairs_rounds_and_says_what_was_not_acted_on(tmp_path: Path) -> None:
+    """A round that only one side ran is left out of the ratio; fields a worker ignored are named under the table."""
+    overhead = {
+        f"128-{turn}-{side}": {"slots": 128, "output_tokens_per_s": rate, "inter_token_ms": 9.0}
+        for turn, side, rate in ((1, STOCK, 1_000.0), (1, STEERED, 990.0), (2, STEERED, 500.0))
+    }
+    mixed = {
+        "hold": {
+            "ttft_s": [0.020, 0.030, 0.040], "unanswered": 0, "batch_tokens_per_s": 900.0, "steps": {"step_ms": 9.0},
+            "batch_tokens_by_block": [440, 460], "recomputed_tokens": 0, "ignored": ["classes.interactive.cut_in"],
+        }
+    }  # fmt: skip
+    (tmp_path / "overhead.json").write_bytes(msgspec.json.encode(overhead))
+    (tmp_path / "colocation.json").write_bytes(msgspec.json.encode(mixed))
+    text = summary(tmp_path)
+    assert "| 990 " in text
+    assert "| 0.990 | 0.990 " in text
+    assert "| 30 [20 40]" in text
+    assert "| 900 [880 920]" in text
+    assert "prove nothing: classes.interactive.cut_in" in text
+
+
+def v2_runner() -> Any:
+    """As vLLM's V2 runner: one table for all slots."""
+    rows = np.array([[11, 12, 13, 0], [0, 0, 0, 0], [21, 22, 0, 0]])
+    return SimpleNamespace(
+        req_states=SimpleNamespace(req_id_to_index={"a-12345678": 0, "b-12345678": 2}),
+        block_tables=SimpleNamespace(
+            block_tables=[SimpleNamespace(gpu=rows)], num_blocks=SimpleNamespace(np=np.array([[3, 0, 2]]))
+        ),
+    )
+
+
+def test_sabotage_swaps_the_blocks_that_both_have() -> None:
+    """The control must change both requests and nobody else, and leave every write a block to go to."""
+    runner = v2_runner()
+    assert swap_tables(SimpleNamespace(model_runner=runner), ["a", "b"]) == 2
+    assert runner.block_tables.block_tables[0].gpu.tolist() == [[21, 22, 13, 0], [0, 0, 0, 0], [11, 12, 0, 0]]
+    with pytest.raises(LookupError, match="0 such requests"):
+        swap_tables(SimpleNamespace(model_runner=runner), ["a", "c"])
