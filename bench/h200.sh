@@ -13,5 +13,4 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src:$PWD:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
 # Nothing is downloaded, and the sampler needs no compiler.
 export HF_HUB_OFFLINE=1 VLLM_USE_FLASHINFER_SAMPLER="${VLLM_USE_FLASHINFER_SAMPLER:-0}"
-export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}"
 exec "${PYTHON:-python3}" -m bench.gpu run "$@"

@@ -21,6 +21,7 @@ def plot(folder: Path) -> Path:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     part: dict[str, Any] = msgspec.json.decode((folder / "colocation.json").read_bytes())
     alone = part.pop("alone", None)
@@ -49,6 +50,9 @@ def plot(folder: Path) -> Path:
             )
     axes.set(yscale="log", xlabel="batch output tokens/s", ylabel="time to first token, ms (○ p50, □ p99)",
              title="Interactive requests beside a batch that fills the engine")  # fmt: skip
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter("")
     axes.legend(fontsize="small")
     axes.grid(visible=True, which="both", alpha=0.25)
     path = folder / "frontier.png"

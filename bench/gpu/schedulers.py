@@ -78,8 +78,10 @@ def resize(scheduler: Any, value: dict[str, Any]) -> None:
     scheduler.max_num_running_reqs = active + value["spare"]
     scheduler.max_num_active_reqs = active
     if isinstance(scheduler, Steered):
-        assert hasattr(scheduler, "_active_slots"), "renamed: change it here too"
-        scheduler._active_slots = active
+        mechanism = scheduler.mechanism
+        assert {"_active", "_total"} <= vars(mechanism).keys(), "renamed: change it here too"
+        mechanism._active, mechanism._total = active, scheduler.max_num_running_reqs
+        mechanism.fit()
     else:
         scheduler.policy = SchedulingPolicy(value["policy"])
         scheduler.waiting = create_request_queue(scheduler.policy)
