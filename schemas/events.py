@@ -28,9 +28,24 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="ev
 
 
 class Queued(Event, frozen=True, kw_only=True, tag="queued"):
-    """The request joined the queue."""
+    """The request joined the queue. What it met there tells later why it waited."""
 
     prompt_tokens: int
+    waiting: int = 0
+    """Requests that waited here already, its own tenant's among them."""
+    tenant_waiting: int = 0
+    """Of these: its own tenant's."""
+    running: int = 0
+    """Requests that ran here."""
+    virtual_time: float | None = None
+    """Its tenant's; in a `fair` class the lowest goes next."""
+    next_request: str | None = None
+    """The request that was to run next; null: nothing waited."""
+    next_tenant: str | None = None
+    next_class: str | None = None
+    next_priority: int | None = None
+    next_virtual_time: float | None = None
+    """Of that request: its tenant, class and priority, and its tenant's virtual time."""
 
 
 class Admitted(Event, frozen=True, kw_only=True, tag="admitted"):
@@ -45,6 +60,10 @@ class Admitted(Event, frozen=True, kw_only=True, tag="admitted"):
     """Of the cached ones: loaded by a KV connector; the others were in the prefix cache, or had been kept."""
     queued_s: float
     resumed: bool = False
+    virtual_time: float | None = None
+    """Its tenant's, this input charged."""
+    waiting: int = 0
+    """Requests that go on waiting."""
 
 
 class FirstToken(Event, frozen=True, kw_only=True, tag="first_token"):

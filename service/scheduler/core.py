@@ -14,6 +14,7 @@ from typing import Any, Final
 from coxswain.schemas import events as ev
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import ClassPolicy, Epoch, Lead, TenantPolicy, TenantRank, digest
+from coxswain.service.scheduler.arrival import met
 from coxswain.service.scheduler.budget import StepBudget
 from coxswain.service.scheduler.engine import Engine
 from coxswain.service.scheduler.holds import Holds
@@ -92,7 +93,7 @@ class SteeringCore:
         self.tenants.arriving(account)
         self.roster.enter(record)
         record.came = (now, self.step, prompt_tokens)
-        self._emit(now, record, ev.Queued, {"prompt_tokens": prompt_tokens})
+        self._emit(now, record, ev.Queued, met(record, self.queue, self.roster))
         return record
 
     def admitting(self, record: Record, cached: int) -> None:
@@ -134,7 +135,7 @@ class SteeringCore:
             now, record, ev.Admitted,
             uncached_input_tokens=record.uncached_tokens if first else max(0, record.lost_mark - computed),
             cached_input_tokens=record.cached_tokens if first else computed, external_input_tokens=external,
-            queued_s=waited, resumed=not first,
+            queued_s=waited, resumed=not first, virtual_time=record.account.virtual_time, waiting=len(self.queue),
         )  # fmt: skip
 
     def _began(self, now: float, record: Record) -> None:

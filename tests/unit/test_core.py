@@ -383,3 +383,33 @@ def test_tables_are_applied_in_time_linear_in_what_waits() -> None:
     assert len(calls) == 5_000
     assert all(record.class_ == "gold" for record in calls)
     engine.check()
+
+
+# What events tell of the order
+
+
+def test_a_request_tells_whom_it_met_when_it_joined_the_queue() -> None:
+    """How many waited, whose turn it was, and the virtual times that say why."""
+    engine = FakeEngine(slots=1)
+    engine.core.configure({"gold": ClassPolicy(position=-1)}, {"b": TenantPolicy(class_="gold")})
+    for tenant in ("a", "a", "b", "a"):
+        engine.submit(tenant, prompt=10)
+    met = [fields for _, kind, fields in engine.events if kind is ev.Queued]
+    assert met[0] == {
+        "prompt_tokens": 10,
+        "waiting": 0,
+        "tenant_waiting": 0,
+        "running": 0,
+        "virtual_time": 0.0,
+    }
+    engine.admit()
+    engine.admit()
+    engine.submit("a", prompt=5)
+    met = [fields for _, kind, fields in engine.events if kind is ev.Queued]
+    assert met[3]["waiting"] == 3
+    assert met[3]["tenant_waiting"] == 2
+    assert (met[3]["next_request"], met[3]["next_tenant"], met[3]["next_class"]) == ("r3", "b", "gold")
+    assert (met[4]["running"], met[4]["next_request"], met[4]["next_priority"]) == (2, "r2", 0)
+    assert met[4]["virtual_time"] == met[4]["next_virtual_time"] == 10.0
+    admitted = [fields for _, kind, fields in engine.events if kind is ev.Admitted]
+    assert [(each["virtual_time"], each["waiting"]) for each in admitted] == [(10.0, 3), (10.0, 2)]
