@@ -135,9 +135,6 @@ COMMANDS: Final[dict[str, type[Command]]] = {
     "abort": Abort,
     "drain": Drain,
 }
-NOT_BUILT: Final = frozenset({"limit", "drain"})
-"""Verbs of the contract that workers of this version answer with 501."""
-
 Outcome = Literal["applied", "unchanged", "not_found", "not_possible"]
 
 

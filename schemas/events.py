@@ -103,7 +103,7 @@ class Continued(Event, frozen=True, kw_only=True, tag="continued"):
 
     by: str
     reason: str
-    """`command`, `lease`, `failover` or `room`."""
+    """`command`, `lease`, `failover`, `drain` or `room`."""
     held_s: float
     output_tokens: int = 0
 

@@ -92,16 +92,13 @@ NOT_BUILT_CLASS = frozenset(
         "cut_in",
         "quantum_s",
         "cooldown_s",
-        "ageing_s",
         "max_prefill_tokens_per_step",
-        "borrow",
-        "max_running",
         "max_queued",
         "linger_s",
     },
 )
 """Class fields that workers of this version store but do not act on."""
-NOT_BUILT_TENANT = frozenset({"max_running", "max_queued"})
+NOT_BUILT_TENANT = frozenset({"max_queued"})
 """Tenant fields that workers of this version store but do not act on."""
 
 

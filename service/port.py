@@ -135,11 +135,15 @@ class EventOut(NamedTuple):
 
     def event(self, worker: str, incarnation: str) -> Event:
         """The event, whole."""
-        request, child, tenant, class_, priority = self.subject or (None,) * 5
+        fields = self.fields
+        if self.subject is not None:
+            request, child, tenant, class_, priority = self.subject
+            fields = {
+                "request": request, "child": child, "tenant": tenant, "class_": class_, "priority": priority, **fields,
+            }  # fmt: skip
         return self.kind(
             id=f"{worker}:{incarnation}:{self.seq}", worker=worker, incarnation=incarnation, seq=self.seq,
-            at=self.at, step=self.step, request=request, child=child, tenant=tenant, class_=class_, priority=priority,
-            **self.fields,
+            at=self.at, step=self.step, **fields,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from coxswain.schemas.commands import MAX_AHEAD_S, NOT_BUILT, Command, Preempt, Rank, Reply, decode
+from coxswain.schemas.commands import MAX_AHEAD_S, Command, Preempt, Rank, Reply, decode
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, UNREADABLE, Code, RefusedError
 from coxswain.schemas.names import ALL
 from coxswain.schemas.policy import Lead
@@ -43,7 +43,7 @@ def command(subject: CommandSubject, payload: bytes, now: float) -> tuple[Comman
         now: this worker's clock (Unix s).
 
     Raises:
-        RefusedError: 413, 403, 400, 410 or 501, in this order.
+        RefusedError: 413, 403, 400 or 410, in this order.
     """
     _check_size(payload)
     if subject.role not in ROLES:
@@ -60,11 +60,6 @@ def command(subject: CommandSubject, payload: bytes, now: float) -> tuple[Comman
     if isinstance(asked, Rank) and subject.worker == ALL:
         raise RefusedError(
             Code.MALFORMED, "rank is for one worker, never for all: bases differ between workers"
-        )
-    if subject.verb in NOT_BUILT:
-        raise RefusedError(
-            Code.NOT_BUILT,
-            f"{subject.verb} is in the protocol but not in this worker's version: it comes with the next one",
         )
     return asked, ignored
 

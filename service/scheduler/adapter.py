@@ -42,7 +42,9 @@ class SteeredRequestQueue(RequestQueue):
             return
         if record.state is State.RUNNING:
             self._core.not_admitted(record)
-        self._queue.add(record)
+            self._queue.put_back(record)
+        else:
+            self._queue.add(record)
 
     def prepend_requests(self, requests: Iterable[Any]) -> None:
         """Put back all that were skipped in this step; their keys say where."""
@@ -59,6 +61,7 @@ class SteeredRequestQueue(RequestQueue):
             self._queue.remove(request.steering)
 
     def __bool__(self) -> bool:
+        """Whether anything may run; what its caps keep back counts in `len` alone."""
         return bool(self._queue)
 
     def __len__(self) -> int:

@@ -3,8 +3,8 @@
 Told of everything by the vLLM shell (`steered.py`), with the clock passed in; it acts on the engine only through
 the small port `Engine`. Knows ranks, holds and leases; knows no policy, no NATS, no event loop. Here: the life of
 a request, the leader, the tables. Its rooms: `roster` (who is where), `queue` (in which order they wait), `ledger`
-(what they cost), `holds` (who keeps whom from running), `room` (who makes way for whom), `budget` (prompt tokens
-per step), `tenants`. Commands are in `verbs.py`.
+(what they cost), `holds` (who keeps whom from running), `limits` (how many may run), `room` (who makes way for
+whom), `budget` (prompt tokens per step), `drain`, `tenants`. Commands are in `verbs.py`.
 `validate()` checks all invariants and is called by tests after every step.
 """
 
@@ -14,17 +14,21 @@ from typing import Any, Final
 from coxswain.schemas import events as ev
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import ClassPolicy, Epoch, Lead, TenantPolicy, TenantRank, digest
+from coxswain.schemas.subjects import CONTROLLER
 from coxswain.service.scheduler.arrival import met
 from coxswain.service.scheduler.budget import StepBudget
+from coxswain.service.scheduler.drain import Drain
 from coxswain.service.scheduler.engine import Engine
+from coxswain.service.scheduler.groups import ClassGroup
 from coxswain.service.scheduler.holds import Holds
 from coxswain.service.scheduler.ledger import Ledger
+from coxswain.service.scheduler.limits import Limits
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Progress, Record
 from coxswain.service.scheduler.room import Room
 from coxswain.service.scheduler.roster import Roster
 from coxswain.service.scheduler.states import HELD, State, Transition
-from coxswain.service.scheduler.tenants import Tenants
+from coxswain.service.scheduler.tenants import MAX_TENANTS, Tenants
 
 BUILT_IN_CLASSES: Final = {DEFAULT: ClassPolicy()}
 
@@ -51,9 +55,11 @@ class SteeringCore:
         self.step = 0
         self.queue = SteeredQueue()
         self.tenants = Tenants()
-        self.roster = Roster(self.tenants)
+        self.limits = Limits(self.queue, self.tenants, self.tell)
+        self.roster = Roster(self.tenants, self.limits)
         self.ledger = Ledger(self.roster, self.tenants, self.queue)
         self.holds = Holds(engine, self.roster, self.ledger, self.queue, self.tell, self._began)
+        self.drain = Drain(self.roster, self.holds)
         self.room = Room(engine, self.roster, self.queue, self.holds, self.evict, self.class_place)
         self.budget = StepBudget(self.class_place)
         self.classes: dict[str, ClassPolicy] = {}
@@ -149,9 +155,9 @@ class SteeringCore:
 
     def evicted(self, now: float, record: Record, reason: str = "no free KV blocks") -> None:
         """A running request was preempted, by vLLM itself unless `reason` says otherwise."""
+        record.queued_since = now
         self.roster.move(record, Transition.EVICT)
         self.ledger.lose_kv(record)
-        record.queued_since = now
         self.roster.touch(record)
         self.tell(now, record, ev.Preempted, reason=reason)
 
@@ -168,9 +174,9 @@ class SteeringCore:
 
     def waits_again(self, now: float, record: Record) -> None:
         """A running streaming session waits for its next input; its KV stays."""
+        record.queued_since = now
         self.roster.move(record, Transition.EVICT)
         self.ledger.settle(record)
-        record.queued_since = now
         self.roster.touch(record)
 
     def turn_ended(self, record: Record, in_flight: int) -> None:
@@ -235,7 +241,10 @@ class SteeringCore:
         if silent_at is not None and silent_at <= now:
             self._leader_silent = True
             self.roster.changed = True
+            # What a leader keeps back must not outlive it.
             self.holds.fail_over(now)
+            self.limits.fail_over(now)
+            self.drain.end(CONTROLLER)
             self.tell(now, None, ev.LeaderChanged, epoch=None, reason="silent")
 
     def deadline(self) -> float | None:
@@ -291,7 +300,9 @@ class SteeringCore:
         if (new_priority, new_class) == (old_priority, old_class):
             return False
         waited = self.queue.remove(record)
-        record.priority, record.class_ = new_priority, new_class
+        record.priority = new_priority
+        if new_class != old_class:
+            self.roster.reclass(record, new_class)
         if waited:
             self.queue.add(record)
         self.engine.reprioritized(record)
@@ -333,10 +344,11 @@ class SteeringCore:
         waiting = [record for record in self.roster.records.values() if record in self.queue]
         for record in waiting:
             self.queue.remove(record)
-        for record in self.roster.records.values():
-            record.class_ = self._class_for(record)
-            self.roster.touch(record)
-        self.queue.set_classes(self.classes)
+        groups = {name: ClassGroup(name, policy) for name, policy in self.classes.items()}
+        self.roster.set_classes(groups, self._class_for)
+        self.queue.set_classes(groups)
+        self.limits.set_classes(groups)
+        self._put_rows(tenants)
         self.room.set_classes(self.classes)
         self.budget.set_classes(self.classes)
         for record in waiting:
@@ -344,6 +356,13 @@ class SteeringCore:
         for record in self.roster.records.values():
             self.engine.reprioritized(record)
         return True
+
+    def _put_rows(self, rows: dict[str, TenantPolicy]) -> None:
+        for account in self.tenants.accounts.values():
+            self.limits.put_in_force(account)
+        for name, row in rows.items():  # those with caps are listed before they first come
+            if (row.max_running, row.max_queued) != (None, None) and len(self.tenants.accounts) < MAX_TENANTS:
+                self.tenants.account(name).seen = True
 
     def _class_for(self, record: Record) -> str:
         """The class a request runs in: what a command set, what it asked for and may, its tenant's, `default`."""
@@ -373,7 +392,7 @@ class SteeringCore:
 
     def validate(self) -> None:
         """Check every invariant of the core; raises AssertionError."""
-        for room in (self.queue, self.roster, self.ledger, self.holds, self.tenants):
+        for room in (self.queue, self.roster, self.ledger, self.holds, self.limits, self.tenants):
             room.validate()
         for record in self.roster.records.values():
             assert record.class_ in self.classes

@@ -165,6 +165,8 @@ class Holds:
         was = record.state
         held_s = now - record.held_since
         record.held_s += held_s
+        if was is not State.HELD_KEPT:
+            record.queued_since = now
         # No counter lift here: a tenant whose requests were all held was kept from its share, it did not idle.
         self._roster.move(record, Transition.RELEASE)
         self.tidy()
@@ -172,7 +174,6 @@ class Holds:
             self._engine.resume(record)
             self._began(now, record)
         else:
-            record.queued_since = now
             self._engine.enqueue(record)
         self._tell(
             now, record, ev.Continued, by=by, reason=reason, held_s=held_s, output_tokens=len(record.outputs)

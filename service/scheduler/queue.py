@@ -1,91 +1,23 @@
 """The waiting queue: classes in order; in a class, tenants by virtual time or all by priority. Pure.
 
 Order: (class position, class name); in a `fair` class (virtual time, tenant), then (priority, arrival, id);
-in a `priority` class (priority, arrival, id) across tenants, which is one line that all tenants share.
+in a `priority` class (priority, arrival, id) across tenants. Before them the head of a class that was passed over
+for too long (`age`); behind them what is over its tenant's or its class's cap: of classes that may borrow it runs when
+nothing within its caps waits, of others it is not offered at all. Who is at a cap is known from the groups' counts.
+
 Changing one request or one tenant's rank is O(log n): the old heap item stays where it is and is known as
-stale by its ticket; it goes when it reaches the top, or when stale items outnumber live ones.
+stale by its ticket; it goes when it reaches the top, or when stale items outnumber live ones. Passing over any
+number of capped requests is O(classes).
 """
 
-import heapq
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Final
 
-from coxswain.schemas.policy import ClassPolicy
+from coxswain.service.scheduler.groups import ClassGroup, Group
+from coxswain.service.scheduler.lines import ClassLine, Line, Lines
 from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.tenants import Account, RankHeap
-
-Item = tuple[int, float, str, int, Record]
-"""(priority, arrival, id, ticket, record): the order inside a line."""
-
-EVERYBODY: Final = ""
-"""Name of the one line of a `priority` class."""
-
-
-class Line:
-    """The requests of one tenant in one class (of all tenants in a `priority` class), in order."""
-
-    __slots__ = ("account", "items", "name", "size")
-
-    def __init__(self, account: Account | None) -> None:
-        self.account = account
-        self.name = account.name if account else EVERYBODY
-        self.items: list[Item] = []
-        self.size = 0
-
-    @property
-    def virtual_time(self) -> float:
-        """The tenant's; a line of everybody has none to compare."""
-        return self.account.virtual_time if self.account else 0.0
-
-    def head(self) -> Record:
-        """The first live request; the line must not be empty."""
-        items = self.items
-        while items[0][3] != items[0][4].ticket:
-            heapq.heappop(items)
-        return items[0][4]
-
-    def compact(self) -> None:
-        """Drop stale items when they outnumber live ones, and all of them when nothing is left."""
-        if not self.size:
-            self.items.clear()
-        elif len(self.items) > 2 * self.size + 64:
-            self.items = [item for item in self.items if item[3] == item[4].ticket]
-            heapq.heapify(self.items)
-
-    def walk(self) -> Iterator[Record]:
-        """Live requests in order, lazily: the first k cost O(k log k), whatever the length."""
-        items = self.items
-        frontier = [(items[0], 0)] if items else []
-        while frontier:
-            item, index = heapq.heappop(frontier)
-            if item[3] == item[4].ticket:
-                yield item[4]
-            for child in (2 * index + 1, 2 * index + 2):
-                if child < len(items):
-                    heapq.heappush(frontier, (items[child], child))
-
-
-class ClassLine:
-    """One class: its policy and its lines."""
-
-    __slots__ = ("heap", "lines", "name", "policy", "size")
-
-    def __init__(self, name: str, policy: ClassPolicy) -> None:
-        self.name = name
-        self.policy = policy
-        self.lines: dict[str, Line] = {}
-        self.heap: RankHeap[Line] = RankHeap()
-        self.size = 0
-
-    def line_of(self, account: Account) -> Line:
-        """The line in which a tenant's requests wait, made on first use."""
-        fair = self.policy.order == "fair"
-        name = account.name if fair else EVERYBODY
-        line = self.lines.get(name)
-        if line is None:
-            line = self.lines[name] = Line(account if fair else None)
-        return line
+from coxswain.service.scheduler.tenants import Account
 
 
 class SteeredQueue:
@@ -94,6 +26,12 @@ class SteeredQueue:
     def __init__(self) -> None:
         self._classes: dict[str, ClassLine] = {}
         self._order: list[ClassLine] = []
+        self._borrowing: list[ClassLine] = []
+        """Those of them that may borrow."""
+        self._ageing: list[ClassLine] = []
+        """Those of them with a bound on how long they may be passed over."""
+        self._overdue: list[ClassLine] = []
+        """Those that were passed over for longer when the clock was last read, the longest first."""
         self._tickets = 0
         self._size = 0
 
@@ -101,7 +39,8 @@ class SteeredQueue:
         return self._size
 
     def __bool__(self) -> bool:
-        return self._size > 0
+        """Whether there is anything that may run: not the same as its length."""
+        return self._size > 0 and self._next() is not None
 
     def __contains__(self, record: Record) -> bool:
         return record.ticket != 0
@@ -110,127 +49,231 @@ class SteeredQueue:
         sizes = ", ".join(f"{line.name}: {line.size}" for line in self._order)
         return f"<SteeredQueue {self._size} waiting ({sizes})>"
 
-    def set_classes(self, policies: dict[str, ClassPolicy]) -> None:
+    def set_classes(self, groups: dict[str, ClassGroup]) -> None:
         """Put new class policies in force; members whose class is gone must have been moved before."""
         old = self._classes
-        self._classes = {name: ClassLine(name, policy) for name, policy in policies.items()}
-        self._order = sorted(self._classes.values(), key=lambda line: (line.policy.position, line.name))
+        self._classes = {name: ClassLine(group) for name, group in groups.items()}
+        self._order = sorted(self._classes.values(), key=lambda each: (each.group.policy.position, each.name))
+        self._borrowing = [each for each in self._order if each.group.policy.borrow]
+        self._ageing = [each for each in self._order if each.group.policy.ageing_s is not None]
+        self._overdue = []
         self._size = 0
-        members = [record for line in old.values() for part in line.lines.values() for record in part.walk()]
+        members = [item[4] for each in old.values() for line in each.lines.values() for item in line.walk()]
         for record in members:
             record.ticket = 0
             self.add(record)
+        for each in self._ageing:  # or a table that is edited all the time would stop all clocks
+            if each.name in old:
+                each.since, each.popped = old[each.name].since, old[each.name].popped
 
     def add(self, record: Record) -> None:
         """Put a request in its place; its class must be one of those set."""
         assert not record.ticket, f"{record} is already queued"
-        line_class = self._classes[record.class_]
-        line = line_class.line_of(record.account)
         self._tickets += 1
         record.ticket = self._tickets
-        heapq.heappush(line.items, (record.priority, record.arrived_at, record.id, record.ticket, record))
-        line.size += 1
-        if line.size == 1:
-            line_class.heap.push(line)
-        line_class.size += 1
+        item = (record.priority, record.arrived_at, record.id, record.ticket, record)
+        self._classes[record.class_].add(item, record.account)
         self._size += 1
 
     def remove(self, record: Record) -> bool:
         """Take a request out, wherever it stands; False if it is not here."""
         if not record.ticket:
             return False
-        line_class = self._classes[record.class_]
-        line = line_class.line_of(record.account)
         record.ticket = 0
-        line.size -= 1
-        line.compact()
-        if not line.size:
-            line_class.heap.discard(line)
-            del line_class.lines[line.name]
-        line_class.size -= 1
+        self._classes[record.class_].take(record.account)
         self._size -= 1
         return True
 
+    # What runs next
+
     def first_class(self) -> str | None:
-        """The best class of which anything waits."""
-        return next((line_class.name for line_class in self._order if line_class.size), None)
+        """The best class of which anything waits within its caps."""
+        return next((class_line.name for class_line in self._order if class_line.offers), None)
 
     def peek(self) -> Record:
         """The request that should run next.
 
         Raises:
-            IndexError: if nothing waits.
+            IndexError: if nothing waits that may run.
         """
-        for line_class in self._order:
-            if line_class.size:
-                line = line_class.heap.least()
-                assert line is not None
-                return line.head()
-        raise IndexError("peek into an empty queue")
+        line = self._next()
+        if line is None:
+            raise IndexError("peek into a queue with nothing that may run")
+        return line.head()
 
     def pop(self) -> Record:
         """Take out the request that should run next.
 
         Raises:
-            IndexError: if nothing waits.
+            IndexError: if nothing waits that may run.
         """
         record = self.peek()
+        class_line = self._classes[record.class_]
+        record.aged = class_line in self._overdue and not class_line.popped
+        class_line.popped += 1
         self.remove(record)
         return record
 
+    def put_back(self, record: Record) -> None:
+        """Put back a request that was popped and not admitted: nothing has become of it."""
+        record.aged = False
+        class_line = self._classes[record.class_]
+        class_line.popped = max(0, class_line.popped - 1)
+        self.add(record)
+
+    def _next(self) -> Line | None:
+        for class_line in self._overdue:
+            if class_line.offers and not class_line.popped:
+                return class_line.open.first()
+        for class_line in self._order:
+            if class_line.offers:
+                return class_line.open.first()
+        for class_line in self._borrowing:
+            if class_line.size:
+                return class_line.open.first() or class_line.aside.first()
+        return None
+
+    def offered(self) -> Iterator[tuple[Record, bool]]:
+        """What may run, in order, lazily, and whether it would borrow its room.
+
+        Each as if all before it ran by then: caps hold for all of them together.
+        """
+        taken: Counter[Group] = Counter()
+
+        def fits(group: Group) -> bool:
+            return group.max_running is None or group.running + taken[group] < group.max_running
+
+        given: set[Record] = set()
+        for record in self._first_within_caps(fits):
+            if record not in given:
+                given.add(record)
+                taken.update((record.account, self._classes[record.class_].group))
+                yield record, False
+        for class_line in self._borrowing:
+            for lines in (class_line.open, class_line.aside):
+                yield from ((record, True) for record in lines.walk() if record not in given)
+
+    def _first_within_caps(self, fits: Callable[[Group], bool]) -> Iterator[Record]:
+        yield from (record for record in self._aged_heads() if fits(record.account))
+        for class_line in self._order:
+            records = class_line.open.offered(fits)
+            while fits(class_line.group) and (record := next(records, None)) is not None:
+                yield record
+
+    @property
+    def within_caps(self) -> bool:
+        """Whether anything waits that may run without borrowing."""
+        return any(class_line.offers for class_line in self._order)
+
+    @property
+    def blocked(self) -> int:
+        """How many wait that may not run now, because of caps. O(classes)."""
+        return sum(
+            class_line.size if class_line.group.full else class_line.aside.size
+            for class_line in self._order
+            if not class_line.group.policy.borrow
+        )
+
+    def age(self, now: float) -> None:
+        """Read the clock, once per step before anything is popped.
+
+        A class with `ageing_s` that has had something within its caps to offer for that long, and none of it was
+        admitted, goes first with its head, once: then its clock begins again. So of a class that is never
+        without an offer at least one request is among the first D admissions after every `ageing_s`, where D
+        is the number of classes with a bound.
+        """
+        if self._ageing:
+            self._overdue = [class_line for class_line in self._ageing if class_line.age(now)]
+            self._overdue.sort(key=lambda class_line: class_line.since or 0.0)
+
+    # What was told
+
+    def room_changed(self, account: Account) -> bool:
+        """A tenant may have come to its cap, or under it; whether it did."""
+        full = account.full
+        if full is account.shut:
+            return False
+        for class_line in self._order:
+            line = class_line.lines.get(account.name)
+            if line is not None and line.account is account:
+                source, target = class_line.open, class_line.aside
+                if not full:
+                    source, target = target, source
+                source.leave(line)
+                target.join(line)
+        account.shut = full
+        return True
+
     def moved_back(self, account: Account) -> None:
         """A tenant's virtual time fell. Growth needs no telling."""
-        for line_class in self._order:
-            line = line_class.lines.get(account.name)
+        for class_line in self._order:
+            line = class_line.lines.get(account.name)
             if line is not None and line.account is account:
-                line_class.heap.push(line)
+                class_line.of(account).heap.push(line)
+
+    # What is where
 
     def walk(self, skip: int = 0) -> Iterator[Record]:
-        """Everything that waits from place `skip` on, in order, lazily."""
-        for line_class in self._order:
-            if skip >= line_class.size:
-                skip -= line_class.size
-                continue
-            for line in line_class.heap.walk():
-                if skip >= line.size:
-                    skip -= line.size
-                    continue
-                yield from islice(line.walk(), skip, None)
+        """Everything that waits from place `skip` on, in order, lazily; what may not run now is last."""
+        heads = self._aged_heads()
+        yield from heads[skip:]
+        skip = max(0, skip - len(heads))
+        if heads:
+            rest = (record for lines in self._all_lines() for record in lines.walk() if record not in heads)
+            yield from islice(rest, skip, None)
+            return
+        for lines in self._all_lines():
+            if skip >= lines.size:
+                skip -= lines.size
+            else:
+                yield from lines.walk(skip)
                 skip = 0
 
+    def _aged_heads(self) -> list[Record]:
+        return [
+            line.head()
+            for class_line in self._overdue
+            if class_line.offers and not class_line.popped and (line := class_line.open.first())
+        ]
+
+    def _all_lines(self) -> Iterator[Lines]:
+        """In order: what is within its caps, what may borrow, what may not run now."""
+        for class_line in self._order:
+            if not class_line.group.full:
+                yield class_line.open
+        for borrow in (True, False):
+            for class_line in self._order:
+                if class_line.group.policy.borrow is borrow:
+                    if class_line.group.full:
+                        yield class_line.open
+                    yield class_line.aside
+
     def position(self, record: Record) -> int | None:
-        """The request's place (0 is next), or None if it is not here. O(its line + classes + tenants)."""
+        """The request's place (0 is next), or None if it is not here. O(its class + classes + tenants)."""
         if not record.ticket:
             return None
+        heads = self._aged_heads()
+        if record in heads:
+            return heads.index(record)
+        place = self._place(record)
+        return place + sum(self._place(head) > place for head in heads)
+
+    def _place(self, record: Record) -> int:
+        """The place that it would have if no class had waited for too long."""
+        class_line = self._classes[record.class_]
+        mine = class_line.of(record.account)
         place = 0
-        for line_class in self._order:
-            if line_class.name != record.class_:
-                place += line_class.size
-                continue
-            mine = line_class.line_of(record.account)
-            before = (mine.virtual_time, mine.name)
-            place += sum(
-                line.size for line in line_class.lines.values() if (line.virtual_time, line.name) < before
-            )
-            key = (record.priority, record.arrived_at, record.id)
-            return place + sum(1 for item in mine.items if item[:3] < key and item[3] == item[4].ticket)
-        raise AssertionError(f"{record} has a ticket but no class")
+        for lines in self._all_lines():
+            if lines is mine:
+                return place + lines.place(record, class_line.lines[record.account.name])
+            place += lines.size
+        raise AssertionError(f"{record} has a ticket but no line")
 
     def validate(self) -> None:
         """Check every invariant; for tests."""
-        seen = 0
-        for line_class in self._order:
-            assert self._classes[line_class.name] is line_class
-            assert line_class.size == sum(line.size for line in line_class.lines.values())
-            assert set(line_class.heap) == set(line_class.lines.values())
-            line_class.heap.validate()
-            for line in line_class.lines.values():
-                assert len(line.items) <= 2 * line.size + 64
-                live = [item for item in line.items if item[3] == item[4].ticket]
-                assert line.size == len(live) > 0
-                for priority, arrival, name, _, record in live:
-                    assert (priority, arrival, name) == (record.priority, record.arrived_at, record.id)
-                    assert record.class_ == line_class.name
-                    assert line.account in (None, record.account)
-            seen += line_class.size
-        assert seen == self._size
+        for class_line in self._order:
+            assert self._classes[class_line.name] is class_line
+            class_line.validate()
+            accounts = [line.account for line in class_line.lines.values()]
+            assert all(account.shut == account.full for account in accounts), "a cap was not told"
+        assert sum(class_line.size for class_line in self._order) == self._size

@@ -13,7 +13,7 @@ from coxswain.schemas.policy import Epoch
 from coxswain.service.port import Draft
 from coxswain.service.request_id import normalise
 from coxswain.service.scheduler.core import SteeringCore
-from coxswain.service.scheduler.rows import RequestRows, TenantRows, row
+from coxswain.service.scheduler.rows import ClassRows, RequestRows, TenantRows, row
 
 MAX_PAGE = 1_000
 
@@ -55,6 +55,7 @@ class Reporter:
         self.identity = identity
         self._requests = RequestRows(core, head)
         self._tenants = TenantRows(core.tenants)
+        self._classes = ClassRows(core.roster)
 
     def frame(
         self,
@@ -76,9 +77,11 @@ class Reporter:
         if full:
             requests = self._requests.full(peek=peek)
             tenants = self._tenants.full(now, peek=peek)
+            classes = self._classes.full(now, peek=peek)
         else:
             requests, gone = self._requests.delta()
             tenants = self._tenants.delta(now)
+            classes = self._classes.delta(now)
         if not peek:
             roster.changed = False
         identity = self.identity
@@ -97,7 +100,7 @@ class Reporter:
                 applied_total=applied, rejected_total=dict(rejected), queue_depth=gauges.queue_depth,
             ),
             leader=self.leader(now), config=core.digest, events_dropped_total=gauges.events_dropped,
-            gone=gone,
+            classes=classes, gone=gone,
         )  # fmt: skip
         return Draft(frame, requests, tenants)
 

@@ -115,7 +115,7 @@ class Room:
 
     def _place(self, now: float) -> None:
         engine = self._engine
-        backs, heads = iter(self._waiting_for_room(now)), iter(self._queue.walk())
+        backs, heads = iter(self._waiting_for_room(now)), (record for record, _ in self._queue.offered())
         back, head = next(backs, None), next(heads, None)
         slots, tokens, claimed = engine.free_slots(), engine.step_tokens(), 0
         for _ in range(MOST):
@@ -246,7 +246,7 @@ class Room:
 
     def _park_surplus(self) -> None:
         """Kept requests beyond the spare slots cost others theirs: park them, or drop them where nobody parks."""
-        engine, wanted = self._engine, len(self._queue) + len(self._holds.returning)
+        engine, wanted = self._engine, len(self._queue) - self._queue.blocked + len(self._holds.returning)
         while engine.spare_slots() < 0 and engine.free_slots() < wanted:
             if self._park_one("its slot is needed"):
                 continue

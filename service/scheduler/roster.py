@@ -4,17 +4,28 @@ The core lets requests in and out; core and holds move them. All sets and counts
 place (`move`), so that they cannot disagree. Knows no clock, no charge, no reason.
 """
 
+from collections.abc import Callable
+
 from coxswain.service.scheduler.families import Families
+from coxswain.service.scheduler.groups import ClassGroup
+from coxswain.service.scheduler.limits import Limits
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import HELD, State, Transition, after
-from coxswain.service.scheduler.tenants import Tenants
+from coxswain.service.scheduler.tenants import Account, Tenants
 
 
 class Roster:
-    """All requests on one engine that have not ended."""
+    """All requests on one engine that have not ended.
 
-    def __init__(self, tenants: Tenants) -> None:
+    Args:
+        tenants: told who waits.
+        limits: told of every change of a count that has a cap.
+    """
+
+    def __init__(self, tenants: Tenants, limits: Limits) -> None:
         self._tenants = tenants
+        self._limits = limits
+        self.classes: dict[str, ClassGroup] = {}
         self.records: dict[str, Record] = {}
         """By the engine's id."""
         self.families = Families()
@@ -38,6 +49,7 @@ class Roster:
         self.records[record.id] = record
         self.families.enter(record)
         self._tenants.joined(record.account, record)
+        self.classes[record.class_].joined(record)
         self.touch(record)
 
     def leave(self, record: Record) -> None:
@@ -57,25 +69,29 @@ class Roster:
         """
         old = record.state
         new = after(old, transition)
-        account = record.account
+        account, group = record.account, self.classes[record.class_]
         if old is State.QUEUED:
             self._tenants.left(account, record)
+            group.left()
         elif old is State.RUNNING:
             del self.running[record]
-            account.running -= 1
+            self._count(account, group, -1)
         elif new not in HELD:
             del self.held[record]
             account.held -= 1
+            group.held -= 1
         self.kept.pop(record, None)
         self.parked.pop(record, None)
         if new is State.QUEUED:
             self._tenants.joined(account, record)
+            group.joined(record)
         elif new is State.RUNNING:
             self.running[record] = None
-            account.running += 1
+            self._count(account, group, 1)
         elif new in HELD and old not in HELD:
             self.held[record] = None
             account.held += 1
+            group.held += 1
         if new is State.HELD_KEPT:
             self.kept[record] = None
         elif new is State.HELD_PARKED:
@@ -83,6 +99,56 @@ class Roster:
         record.state = new
         account.touch()
         self.changed = True
+
+    def _count(self, account: Account, group: ClassGroup, change: int) -> None:
+        """One more or one less runs: the one place where caps see it."""
+        account.running += change
+        if account.max_running is not None:
+            self._limits.counted(account)
+        self._count_class(account, group, change)
+
+    def _count_class(self, account: Account, group: ClassGroup, change: int) -> None:
+        group.running += change
+        if group.policy.borrow:
+            account.borrowing += change
+            group.borrowing += change
+        if group.max_running is not None:
+            self._limits.counted(group)
+
+    # Classes
+
+    def reclass(self, record: Record, class_: str) -> None:
+        """Another class for a request; the queue must not have it at the moment."""
+        old, new = self.classes[record.class_], self.classes[class_]
+        record.class_ = class_
+        if record.state is State.QUEUED:
+            old.left()
+            new.joined(record)
+            new.reordered = True
+        elif record.state is State.RUNNING:
+            self._count_class(record.account, old, -1)
+            self._count_class(record.account, new, 1)
+        else:
+            old.held -= 1
+            new.held += 1
+
+    def set_classes(self, classes: dict[str, ClassGroup], class_of: Callable[[Record], str]) -> None:
+        """Other classes, empty as yet, and the class of every request anew; the queue must not have any."""
+        self.classes = classes
+        for account in self._tenants.accounts.values():
+            account.borrowing = 0
+        for group in classes.values():
+            group.reordered = True
+        for record in self.records.values():
+            record.class_ = class_of(record)
+            group = classes[record.class_]
+            if record.state is State.QUEUED:
+                group.joined(record)
+            elif record.state is State.RUNNING:
+                self._count_class(record.account, group, 1)
+            else:
+                group.held += 1
+            self.touch(record)
 
     def touch(self, record: Record) -> None:
         """Something about a request changed that its row in status shows."""
@@ -92,6 +158,8 @@ class Roster:
     def validate(self) -> None:
         """Check every invariant; for tests."""
         counts: dict[str, list[int]] = {name: [0, 0, 0] for name in self._tenants.accounts}
+        by_class: dict[str, list[int]] = {name: [0, 0, 0] for name in self.classes}
+        borrowing = 0
         for record in self.records.values():
             assert record.state is not State.FINISHED
             assert (record.state in HELD) == bool(record.holds) == (record in self.held), record
@@ -101,11 +169,18 @@ class Roster:
             assert (record.state is State.QUEUED) == (record in record.account.waiting), record
             index = 0 if record.state is State.QUEUED else 1 if record.state is State.RUNNING else 2
             counts[record.account.name][index] += 1
+            by_class[record.class_][index] += 1
+            borrowing += index == 1 and self.classes[record.class_].policy.borrow
         for name, account in self._tenants.accounts.items():
             assert counts[name] == [account.queued, account.running, account.held], name
+        for name, group in self.classes.items():
+            group.validate()
+            assert by_class[name] == [group.queued, group.running, group.held], name
+            assert group.borrowing == (group.running if group.policy.borrow else 0)
+        assert borrowing == sum(account.borrowing for account in self._tenants.accounts.values())
         live = set(self.records.values())
-        for group in (self.running, self.held, self.kept, self.parked, self.awaiting_first):
-            assert group.keys() <= live
+        for some in (self.running, self.held, self.kept, self.parked, self.awaiting_first):
+            assert some.keys() <= live
         ended = self.touched.keys() - live
         assert all(record.state is State.FINISHED and record.row is not None for record in ended)
         self.families.validate(live)

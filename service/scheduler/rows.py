@@ -1,4 +1,4 @@
-"""Rows of status: a request's, a tenant's, and which of them have changed since the last frame. Pure.
+"""Rows of status: a request's, a tenant's, a class's, and which of them have changed since the last frame. Pure.
 
 A frame costs what changed, not what is there: a row is kept until something touches its request or tenant, and of
 what was only served the numbers are handed over beside the old row (`port.Draft`). Called by `report.py` only.
@@ -12,7 +12,9 @@ from msgspec.structs import replace
 from coxswain.schemas import status as st
 from coxswain.service.port import Charged, Served
 from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.groups import ClassGroup
 from coxswain.service.scheduler.record import Record
+from coxswain.service.scheduler.roster import Roster
 from coxswain.service.scheduler.states import HELD, KV, State
 from coxswain.service.scheduler.tenants import Account, Tenants
 
@@ -143,6 +145,44 @@ class TenantRows:
         return charged
 
 
+class ClassRows:
+    """Rows of all classes: few, so they are made anew for each frame and compared.
+
+    Args:
+        roster: who counts.
+    """
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+        self._rows: dict[str, st.ClassStatus] = {}
+        """As the last frame had them."""
+
+    def full(self, now: float, *, peek: bool) -> tuple[st.ClassStatus, ...]:
+        """All rows. `peek` takes no note of them: the next delta is what it would have been."""
+        rows = {name: class_row(now, group) for name, group in self._roster.classes.items()}
+        if not peek:
+            self._rows = rows
+        return tuple(rows.values())
+
+    def delta(self, now: float) -> tuple[st.ClassStatus, ...]:
+        """Rows of those that changed since the last frame, their ages apart."""
+        old, new = self._rows, self.full(now, peek=False)
+        return tuple(
+            each
+            for each in new
+            if each.class_ not in old
+            or replace(each, oldest_queued_s=old[each.class_].oldest_queued_s) != old[each.class_]
+        )
+
+
+def class_row(now: float, group: ClassGroup) -> st.ClassStatus:
+    """A class as status shows it."""
+    return st.ClassStatus(
+        class_=group.name, queued=group.queued, running=group.running, held=group.held,
+        oldest_queued_s=group.oldest_queued_s(now), max_running=group.max_running, max_queued=group.max_queued,
+    )  # fmt: skip
+
+
 def row(core: SteeringCore, record: Record, place: int | None) -> st.RequestStatus:
     """A request as status shows it."""
     state = record.state
@@ -180,4 +220,5 @@ def tenant_row(now: float, account: Account) -> st.TenantStatus:
         uncomputed_input_tokens_total=account.uncomputed_input_tokens,
         restored_tokens_total=account.restored_tokens, reloaded_tokens_total=account.reloaded_tokens,
         discarded_tokens_total=account.discarded_tokens,
+        max_running=account.max_running, max_queued=account.max_queued,
     )  # fmt: skip

@@ -149,6 +149,7 @@ class SteeredScheduler(AsyncScheduler):
         if now >= self._tick_at:
             self._tick(now)
         core = self.core
+        core.queue.age(now)
         if self.pause_state == PauseState.UNPAUSED:
             core.room.plan(now)
         self.mechanism.sort()
@@ -200,6 +201,13 @@ class SteeredScheduler(AsyncScheduler):
             return True
         self._rest(now)
         return False
+
+    def get_num_unfinished_requests(self) -> int:
+        """As vLLM, but what caps keep back while nothing runs is no reason for a step: a step could not admit it."""
+        unfinished = int(super().get_num_unfinished_requests())
+        if unfinished and not self.running and self.pause_state == PauseState.UNPAUSED:
+            unfinished -= self.core.queue.blocked
+        return unfinished
 
     def has_finished_requests(self) -> bool:
         """As vLLM, but a held request is not one that waits for a connector's clean-up."""
@@ -323,7 +331,8 @@ class SteeredScheduler(AsyncScheduler):
         roster = self.core.roster
         held_blocks = sum(map(self.mechanism.blocks, (*roster.kept, *roster.parked)))
         return Gauges(
-            state="serving" if self.pause_state == PauseState.UNPAUSED else "paused",
+            state="draining" if self.core.drain
+            else "serving" if self.pause_state == PauseState.UNPAUSED else "paused",
             active_slots=self.max_num_active_reqs, total_slots=self.max_num_running_reqs,
             # Block 0 is vLLM's null block: never free, never used.
             total_blocks=pool.num_gpu_blocks - 1, used_blocks=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),

@@ -7,12 +7,13 @@ is done here; `lift` grows when a tenant returns from idle (VTC's counter lift, 
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from math import isfinite
-from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from coxswain.schemas.policy import Prices, TenantPolicy
+from coxswain.service.scheduler.groups import Group
 
 if TYPE_CHECKING:
     from coxswain.service.scheduler.record import Record
@@ -24,7 +25,7 @@ MANY_GREW: Final = 8
 """Members with old keys that a walk through a small `RankHeap` puts up with; of a large one, an eighth more."""
 
 
-class Account:
+class Account(Group):
     """One tenant's counts and totals since this incarnation began.
 
     Args:
@@ -34,14 +35,13 @@ class Account:
     """
 
     __slots__ = (
-        "base", "cached_input_tokens", "charged", "discarded_tokens", "external_input_tokens", "finished", "held",
-        "lift", "name", "output_tokens", "policy", "recomputed_tokens", "reloaded_tokens", "restored_tokens",
-        "running", "seen", "touched", "uncached_input_tokens", "uncomputed_input_tokens", "virtual_time", "waiting",
-        "weight",
+        "base", "cached_input_tokens", "charged", "discarded_tokens", "external_input_tokens", "finished", "lift",
+        "output_tokens", "policy", "recomputed_tokens", "reloaded_tokens", "restored_tokens", "seen", "shut", "touched",
+        "uncached_input_tokens", "uncomputed_input_tokens", "virtual_time", "waiting", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, policy: TenantPolicy, touched: "dict[Account, bool]") -> None:
-        self.name = name
+        super().__init__(name)
         self.policy = policy
         self.weight = policy.weight
         self.base = 0.0
@@ -50,12 +50,13 @@ class Account:
         self.virtual_time = 0.0
         self.waiting: OrderedDict[Record, None] = OrderedDict()
         """Its queued requests, the longest waiting first."""
-        self.running = self.held = 0
         self.uncached_input_tokens = self.cached_input_tokens = self.external_input_tokens = 0
         self.uncomputed_input_tokens = self.output_tokens = self.finished = 0
         self.recomputed_tokens = self.restored_tokens = self.reloaded_tokens = self.discarded_tokens = 0
         self.seen = False
-        """Whether it ever had a request here: only those are listed in status."""
+        """Whether it ever had a request here, or caps of its own: only those are listed in status."""
+        self.shut = False
+        """The queue's: whether its lines stand aside because it was full when the queue was last told."""
         self.touched = touched
 
     def __repr__(self) -> str:
@@ -68,6 +69,11 @@ class Account:
     def queued(self) -> int:
         """How many of its requests wait."""
         return len(self.waiting)
+
+    @property
+    def rank(self) -> tuple[float, str]:
+        """What orders tenants."""
+        return self.virtual_time, self.name
 
     def charge(self, cost: float) -> None:
         """Add `cost` (tokens × price) at the weight in force now."""
@@ -104,12 +110,15 @@ class Tenants:
     """All accounts of a worker, the prices, and who is active (has anything queued)."""
 
     def __init__(self) -> None:
+        self.on_new: Callable[[Account], None] | None = None
+        """Told of each account that is made."""
         self.prices = Prices()
         self.table: dict[str, TenantPolicy] = {}
         self.accounts: dict[str, Account] = {}
         self.touched: dict[Account, bool] = {}
         """Changed since the last status frame, ages apart; False: it was charged and delivered to, nothing else."""
-        self._active: RankHeap[Account] = RankHeap()
+        self._open: RankHeap[Account] = RankHeap()
+        """Those with anything queued that are not at their cap."""
         self._last_left: Account | None = None
 
     def policy_of(self, name: str) -> TenantPolicy:
@@ -123,36 +132,37 @@ class Tenants:
             if len(self.accounts) >= MAX_TENANTS and name != OVERFLOW:
                 return self.account(OVERFLOW)
             found = self.accounts[name] = Account(name, self.policy_of(name), self.touched)
+            if self.on_new is not None:
+                self.on_new(found)
         return found
 
     def arriving(self, account: Account) -> None:
-        """Lift a tenant that returns from idle; call before its request is queued.
-
-        The floor is the least virtual time among active tenants; with none active, that of the tenant that
-        left the queue last.
-        """
+        """Lift a tenant that returns from idle; call before its request is queued."""
         account.seen = True
-        if account.waiting:
-            return
-        least = self._active.least()
-        if least is None:
-            least = self._last_left
-        if least is not None:
-            account.lift_to(least.virtual_time)
+        if not account.waiting and (floor := self.floor()) is not None:
+            account.lift_to(floor)
+
+    def floor(self) -> float | None:
+        """The least virtual time among those with anything queued that are not at their cap.
+
+        With none, that of the tenant that left the queue last; None if there never was any.
+        """
+        least = self._open.least() or self._last_left
+        return least.virtual_time if least is not None else None
 
     def joined(self, account: Account, record: "Record") -> None:
         """One more of its requests waits."""
         account.waiting[record] = None
         account.touch()
-        if len(account.waiting) == 1:
-            self._active.push(account)
+        if len(account.waiting) == 1 and not account.shut:
+            self._open.push(account)
 
     def left(self, account: Account, record: "Record") -> None:
         """One of its requests waits no more."""
         del account.waiting[record]
         account.touch()
         if not account.waiting:
-            self._active.discard(account)
+            self._open.discard(account)
             self._last_left = account
 
     def keeps_place(self, account: Account, record: "Record") -> None:
@@ -162,13 +172,21 @@ class Tenants:
 
     def moved_back(self, account: Account) -> None:
         """Its virtual time fell: heaps that only notice growth must be told."""
-        if account.waiting:
-            self._active.push(account)
+        if account.waiting and not account.shut:
+            self._open.push(account)
+
+    def room_changed(self, account: Account) -> None:
+        """It came to its cap, or under it."""
+        if account.shut:
+            self._open.discard(account)
+        elif account.waiting:
+            self._open.push(account)
 
     def validate(self) -> None:
         """Check every invariant; for tests."""
-        self._active.validate()
-        assert set(self._active) == {account for account in self.accounts.values() if account.waiting}
+        self._open.validate()
+        active = {account for account in self.accounts.values() if account.waiting}
+        assert set(self._open) == {account for account in active if not account.shut}
         assert len(self.accounts) <= MAX_TENANTS + 1
         assert self.touched.keys() <= set(self.accounts.values())
         for account in self.accounts.values():
@@ -177,22 +195,18 @@ class Tenants:
 
 
 class Ranked(Protocol):
-    """What a `RankHeap` orders: by `virtual_time`, then `name`."""
+    """What a `RankHeap` orders."""
 
     @property
-    def name(self) -> str:
-        """Second key."""
-
-    @property
-    def virtual_time(self) -> float:
-        """First key."""
+    def rank(self) -> tuple[Any, ...]:
+        """Least comes first; no two members of a heap have the same."""
 
 
 R = TypeVar("R", bound=Ranked)
 
 
 class RankHeap(Generic[R]):
-    """A heap of things whose virtual time grows while they are in it.
+    """A heap of things whose rank grows while they are in it.
 
     Growth costs nothing when it happens: a stored key is then too small, which is noticed and mended when it
     reaches the top. A fall must be told by `push`. Every operation is O(log n) amortised.
@@ -201,7 +215,7 @@ class RankHeap(Generic[R]):
     __slots__ = ("_heap", "_serial", "_serials")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, str, int, R]] = []
+        self._heap: list[tuple[tuple[Any, ...], int, R]] = []
         self._serials: dict[R, int] = {}
         self._serial = 0
 
@@ -213,10 +227,10 @@ class RankHeap(Generic[R]):
         return iter(self._serials)
 
     def push(self, item: R) -> None:
-        """Add a member, or tell that its virtual time fell."""
+        """Add a member, or tell that its rank fell."""
         self._serial += 1
         self._serials[item] = self._serial
-        heapq.heappush(self._heap, (item.virtual_time, item.name, self._serial, item))
+        heapq.heappush(self._heap, (item.rank, self._serial, item))
         self._compact()
 
     def discard(self, item: R) -> None:
@@ -230,18 +244,18 @@ class RankHeap(Generic[R]):
 
     def _rebuild(self) -> None:
         """Every member once, with the key that it has now."""
-        self._heap = [(i.virtual_time, i.name, s, i) for i, s in self._serials.items()]
+        self._heap = [(item.rank, serial, item) for item, serial in self._serials.items()]
         heapq.heapify(self._heap)
 
     def least(self) -> R | None:
         """The member that comes first, or None."""
         heap = self._heap
         while heap:
-            key, name, serial, item = heap[0]
+            key, serial, item = heap[0]
             if self._serials.get(item) != serial:
                 heapq.heappop(heap)
-            elif item.virtual_time > key:
-                heapq.heapreplace(heap, (item.virtual_time, name, serial, item))
+            elif (rank := item.rank) > key:
+                heapq.heapreplace(heap, (rank, serial, item))
             else:
                 return item
         return None
@@ -254,23 +268,23 @@ class RankHeap(Generic[R]):
         have grown, it is cheaper to rebuild the heap and go on behind what was already given.
         """
         heap = self._heap
-        frontier = [(*heap[0][:3], 0)] if heap else []
+        frontier = [(*heap[0][:2], 0)] if heap else []
         given = grown = 0
         while frontier:
-            key, name, serial, index = heapq.heappop(frontier)
-            item = heap[index if index >= 0 else ~index][3]
+            key, serial, index = heapq.heappop(frontier)
+            item = heap[index if index >= 0 else ~index][2]
             if index >= 0:
                 for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
-                    heapq.heappush(frontier, (*heap[child][:3], child))
+                    heapq.heappush(frontier, (*heap[child][:2], child))
                 if self._serials.get(item) != serial:
                     continue
-                if item.virtual_time > key:
+                if (rank := item.rank) > key:
                     grown += 1
                     if grown > MANY_GREW + len(heap) // 8:
                         self._rebuild()
                         yield from islice(self.walk(), given, None)
                         return
-                    heapq.heappush(frontier, (item.virtual_time, name, serial, ~index))
+                    heapq.heappush(frontier, (rank, serial, ~index))
                     continue
             given += 1
             yield item
@@ -278,6 +292,6 @@ class RankHeap(Generic[R]):
     def validate(self) -> None:
         """Check every invariant; for tests."""
         assert len(self._heap) <= 2 * len(self._serials) + 64
-        live = {item: key for key, _, serial, item in self._heap if self._serials.get(item) == serial}
+        live = {item: key for key, serial, item in self._heap if self._serials.get(item) == serial}
         assert live.keys() == self._serials.keys()
-        assert all(key <= item.virtual_time for item, key in live.items()), "a fall was not told"
+        assert all(key <= item.rank for item, key in live.items()), "a fall was not told"

@@ -8,6 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
+from msgspec import UNSET
+
 from coxswain.schemas import commands as c
 from coxswain.schemas import events as ev
 from coxswain.schemas.errors import Code, RefusedError
@@ -15,6 +17,8 @@ from coxswain.schemas.names import RESERVED
 from coxswain.schemas.subjects import CONTROLLER, ENGINE, OPERATOR
 from coxswain.service.request_id import normalise
 from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.groups import NO_CAPS, Caps
+from coxswain.service.scheduler.limits import Target
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.tenants import MAX_TENANTS
@@ -23,7 +27,6 @@ MAX_REMEMBERED: Final = 65_536
 """Ids remembered so that a repeated command is answered, not applied; the oldest give way."""
 MAX_REMEMBERED_RESULTS: Final = 65_536
 """Results in the replies remembered for them, all together (some 10 MB; a name may have 512 characters)."""
-BUILT_LATER: Final = "is not in this version: it comes with caps, cut-in and drain"
 
 Outcome = tuple[c.Outcome, str, int]
 """(outcome, detail, tokens in flight) of one target."""
@@ -54,6 +57,8 @@ class Commands:
             "abort": self._abort,
             "rank": self._rank,
             "configure": self._configure,
+            "limit": self._limit,
+            "drain": self._drain,
         }
 
     def apply(
@@ -88,8 +93,6 @@ class Commands:
     # Checks
 
     def _check(self, now: float, role: str, verb: str, command: c.Command) -> None:
-        if verb in c.NOT_BUILT:
-            raise RefusedError(Code.NOT_BUILT, f"{verb} {BUILT_LATER}")
         if command.expires_at is not None and command.expires_at < now:
             late = now - command.expires_at
             raise RefusedError(
@@ -188,8 +191,7 @@ class Commands:
         if command.priority is None and command.class_ is None:
             raise RefusedError(Code.MALFORMED, "prioritize needs `priority`, `class` or both")
         if command.class_ is not None and command.class_ not in self.core.classes:
-            known = ", ".join(sorted(self.core.classes))
-            raise RefusedError(Code.NOT_FOUND, f"no class {command.class_!r}: known are {known}")
+            raise RefusedError(Code.NOT_FOUND, f"no class {command.class_!r}: known are {self._classes()}")
 
         def act(record: Record) -> Outcome:
             done = self.core.reprioritize(now, record, command.priority, command.class_, role)
@@ -201,6 +203,11 @@ class Commands:
         assert isinstance(command, c.Preempt)
         if role == CONTROLLER and command.lease_s is None:
             raise RefusedError(Code.MALFORMED, "a controller's preempt needs `lease_s`")
+        if by := sorted(self.core.drain.roles):
+            raise RefusedError(
+                Code.CLOSING,
+                f"this worker is draining ({', '.join(by)}): nothing is held here until `drain` is off",
+            )
         lease_until = None if command.lease_s is None else now + command.lease_s
         core = self.core
 
@@ -265,6 +272,56 @@ class Commands:
                 raise RefusedError(Code.MALFORMED, f"tenant {name!r}: {problem}")
         self.core.configure(command.classes, command.tenants)
         return []
+
+    def _limit(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+        assert isinstance(command, c.Limit)
+        targets = command.targets
+        if targets.requests or targets.all:
+            raise RefusedError(
+                Code.MALFORMED, "limit is about tenants and classes: name those, not `requests` or `all`"
+            )
+        fields = Caps._fields
+        news = {field: getattr(command, field) for field in fields}
+        if all(value is UNSET for value in news.values()):
+            raise RefusedError(
+                Code.MALFORMED, f"limit needs at least one of {', '.join(fields)}; null lifts one"
+            )
+        known = [Target("class", name) for name in targets.classes if name in self.core.classes]
+        known += [Target("tenant", name) for name in targets.tenants]
+        missing = [name for name in targets.classes if name not in self.core.classes]
+        if missing and not known:
+            raise RefusedError(Code.NOT_FOUND, f"no class {missing[0]!r}: known are {self._classes()}")
+        caps = {
+            target: Caps(
+                *(
+                    old if news[field] is UNSET else news[field]
+                    for field, old in zip(fields, before, strict=True)
+                )
+            )
+            for target in known
+            for before in (self.core.limits.stored(role, target),)
+        }
+        if obstacle := self.core.limits.obstacle(
+            role, [target for target in known if caps[target] != NO_CAPS]
+        ):
+            raise RefusedError(Code.TOO_LARGE, obstacle)
+        results: list[tuple[Record | str, Outcome]] = [
+            (name, ("not_found", "no such class", 0)) for name in missing
+        ]
+        for target, asked in caps.items():
+            done = self.core.limits.limit(now, role, target, asked)
+            results.append((target.name, ("applied" if done else "unchanged", str(target), 0)))
+        return results
+
+    def _drain(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+        assert isinstance(command, c.Drain)
+        if command.on:
+            return [(record, ("applied", "", 0)) for record in self.core.drain.begin(now, role)]
+        self.core.drain.end(role)
+        return []
+
+    def _classes(self) -> str:
+        return ", ".join(sorted(self.core.classes))
 
     # Replies
 

@@ -93,8 +93,8 @@ async def test_every_static_refusal(client, worker: Worker) -> None:
         ("controller", "abort", {"id": "c", "targets": TARGETS, "epoch": [1, 1]}, 400),
         ("controller", "abort", {"id": "c", "targets": TARGETS, "expires_at": now + 9}, 400),
         ("operator", "abort", {"id": "c", "targets": {"requests": ["r"] * 10_001}}, 413),
-        ("operator", "limit", {"id": "c", "targets": TARGETS, "max_running": 1}, 501),
-        ("operator", "drain", {"id": "c", "on": True}, 501),
+        ("operator", "limit", {"id": "c", "targets": TARGETS, "max_running": -1}, 400),
+        ("operator", "drain", {"id": "c"}, 400),
     ]
     for role, verb, payload, code in refused:
         reply, headers = await ask(client, role, verb, payload)

@@ -340,10 +340,10 @@ class TestPriority:
     async def test_configure(self, rig: Rig, cox: Steer) -> None:
         """Tables are replaced whole, echoed whole, and fields that are only stored are named."""
         classes = {"urgent": ClassPolicy(position=-1, slo_s=2.0, cut_in="slots")}
-        tenants = {"acme": TenantPolicy(weight=3.0, class_="urgent", max_running=4)}
+        tenants = {"acme": TenantPolicy(weight=3.0, class_="urgent", max_queued=4)}
         reply = await cox("configure", classes=classes, tenants=tenants)
         assert reply.outcome == "applied"
-        assert {"classes.urgent.cut_in", "tenants.acme.max_running"} <= set(reply.ignored)
+        assert {"classes.urgent.cut_in", "tenants.acme.max_queued"} <= set(reply.ignored)
         (config,) = await cox.client.query(WORKER, "config")
         assert config.classes["urgent"] == classes["urgent"]
         assert config.tenants == tenants
@@ -408,8 +408,9 @@ class TestRefusals:
             ("dance", b"{}", 400),
             ("prioritize", b'{"id": "x", "targets": {"all": true}, "priority": 4294967296}', 400),
             ("prioritize", b'{"id": "x", "targets": {"all": true}}', 400),
-            ("limit", b'{"id": "x", "targets": {"all": true}, "max_running": 1}', 501),
-            ("drain", b'{"id": "x", "on": true}', 501),
+            ("limit", b'{"id": "x", "targets": {"all": true}, "max_running": 1}', 400),
+            ("limit", b'{"id": "x", "targets": {"classes": ["nowhere"]}, "max_running": 1}', 404),
+            ("drain", b'{"id": "x"}', 400),
             ("preempt", b'{"id": "x", "targets": {"requests": ["nobody"]}}', 404),
             ("preempt", b'{"id": "x", "targets": {"classes": ["nowhere"]}}', 404),
             ("preempt", b'{"id": "x", "targets": {"all": true}, "expires_at": 1}', 410),

@@ -114,12 +114,12 @@ class FakeEngine:
     def skip(self, count: int = 1) -> None:
         """Take heads of the queue and put them back, newest first, as vLLM does with what cannot run now."""
         skipped = []
-        for _ in range(count):
+        while self.core.queue and len(skipped) < count:
             skipped.append(self.core.queue.pop())
             self.core.admitting(skipped[-1], 0)
         for record in reversed(skipped):
             self.core.not_admitted(record)
-            self.core.queue.add(record)
+            self.core.queue.put_back(record)
 
     def compute(self, record: Record, positions: int | None = None) -> None:
         """Compute the next positions of a running request; a token comes when all known ones are done."""
@@ -147,6 +147,7 @@ class FakeEngine:
         self.now += 0.1
         self.core.step += 1
         self.core.tick(self.now)
+        self.core.queue.age(self.now)
         self.core.room.plan(self.now)
         self.core.ledger.settle_all()
         for record in list(self.again):
@@ -360,11 +361,14 @@ def picture(core: SteeringCore) -> dict[str, Any]:
         "totals": (core.ledger.preempted_total, core.ledger.recomputed_total),
         "tables": (core.digest, dict(core.classes), dict(core.tenants.table), core.tenants.prices),
         "leader": (core.epoch, core.leader, core.leader_heard_at),
+        "limits": {role: dict(stored) for role, stored in core.limits._stored.items() if stored},
+        "drained by": set(core.drain.roles),
     }
 
 
 def _slots(thing: Any, *without: str) -> dict[str, Any]:
-    return {slot: _plain(getattr(thing, slot)) for slot in thing.__slots__ if slot not in without}
+    slots = (slot for kind in type(thing).__mro__ for slot in getattr(kind, "__slots__", ()))
+    return {slot: _plain(getattr(thing, slot)) for slot in slots if slot not in without}
 
 
 def _plain(value: Any) -> Any:

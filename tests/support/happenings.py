@@ -3,6 +3,8 @@
 from hypothesis import strategies as st
 
 from coxswain.schemas.policy import ClassPolicy, Prices, TenantPolicy, TenantRank
+from coxswain.service.scheduler.groups import Caps
+from coxswain.service.scheduler.limits import Target
 from tests.support.fake_engine import FakeEngine
 
 ROLES = ("operator", "controller", "engine")
@@ -19,6 +21,13 @@ TABLES: tuple[tuple[dict[str, ClassPolicy], dict[str, TenantPolicy]], ...] = (
             "default": ClassPolicy(order="priority", cut_in="slots", cooldown_s=0.3, ageing_s=1.0),
         },
         {"a": TenantPolicy(class_="gold")},
+    ),
+    (
+        {"gold": ClassPolicy(position=-1, max_running=2, borrow=True), "default": ClassPolicy(ageing_s=1.0)},
+        {
+            "a": TenantPolicy(classes=("gold",), max_running=1),
+            "b": TenantPolicy(class_="gold", max_running=1),
+        },
     ),
 )
 
@@ -53,7 +62,7 @@ def act(engine: FakeEngine, operation: int, choice: int, value: int) -> None:
     elif operation == 8 and engine.running:
         engine.run_short(list(engine.running)[choice % len(engine.running)])
     elif operation == 9:
-        engine.skip(min(value, len(core.queue)))
+        engine.skip(value)
     elif operation == 10:
         core.reprioritize(
             now, record, value, [None, *core.classes][choice % (len(core.classes) + 1)], "operator"
@@ -69,7 +78,28 @@ def act(engine: FakeEngine, operation: int, choice: int, value: int) -> None:
     elif operation == 15:
         core.ledger.settle_all()
         core.tenants.prices = Prices(input=value, cached=value / 2, output=3)
+    elif operation == 16:
+        limit(engine, choice, value)
+    elif operation == 17:
+        if value > 2:
+            core.drain.begin(now, ROLES[choice % 2])
+        else:
+            core.drain.end(ROLES[choice % 2])
 
 
-OPERATIONS = st.tuples(st.integers(0, 15), st.integers(0, 30), st.integers(0, 6))
+def limit(engine: FakeEngine, choice: int, value: int) -> None:
+    """Set, change or lift a limit; 0 may not be lifted by anything but another limit."""
+    target = [
+        Target("tenant", "a"),
+        Target("tenant", "b"),
+        Target("class", "gold"),
+        Target("class", "default"),
+    ][choice % 4]
+    cap = None if value > 3 else value
+    engine.core.limits.limit(
+        engine.now, ROLES[choice % 2], target, Caps(cap, None if cap is None else value + 1, choice)
+    )
+
+
+OPERATIONS = st.tuples(st.integers(0, 17), st.integers(0, 30), st.integers(0, 6))
 """Arguments of `act`."""

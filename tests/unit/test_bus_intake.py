@@ -38,8 +38,8 @@ REFUSALS = [
     (CONTROLLER, "preempt", FENCED, 400, "lease_s is missing"),
     (("operator", "all"), "rank", {"id": "c", "incarnation": "i"}, 400, "never for all"),
     (OPERATOR, "configure", {"id": "c", "tenants": {"é" * 100: {}}}, 400, "200 bytes"),
-    (OPERATOR, "limit", {"id": "c", "targets": TARGETS, "max_running": 1}, 501, "limit"),
-    (OPERATOR, "drain", {"id": "c", "on": True}, 501, "drain"),
+    (OPERATOR, "limit", {"id": "c", "targets": TARGETS, "max_running": -1}, 400, "max_running"),
+    (OPERATOR, "drain", {"id": "c"}, 400, "on"),
 ]
 
 

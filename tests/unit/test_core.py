@@ -11,7 +11,7 @@ from coxswain.schemas.policy import ClassPolicy, Prices, TenantPolicy
 from coxswain.service.scheduler.record import MAX_STORY, Record
 from coxswain.service.scheduler.states import State
 from tests.support.fake_engine import FakeEngine, picture
-from tests.support.happenings import act, rank
+from tests.support.happenings import OPERATIONS, act, rank
 
 
 def positions(fields: dict[str, Any]) -> int:
@@ -29,7 +29,7 @@ def positions(fields: dict[str, Any]) -> int:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    st.lists(st.tuples(st.integers(0, 15), st.integers(0, 30), st.integers(0, 6)), min_size=60, max_size=60),
+    st.lists(OPERATIONS, min_size=60, max_size=60),
     st.sampled_from([(1_000, 10**9), (2, 60), (0, 40)]),
 )
 def test_no_order_of_events_breaks_the_core(

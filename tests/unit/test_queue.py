@@ -1,5 +1,6 @@
 """The waiting queue against a naive sort, and what its operations may cost."""
 
+from collections import Counter
 from itertools import islice
 from math import log2
 from typing import Any
@@ -9,17 +10,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
-from coxswain.service.scheduler.queue import Line, SteeredQueue
+from coxswain.service.scheduler.groups import Caps, ClassGroup
+from coxswain.service.scheduler.lines import Line
+from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.tenants import Account
 
-EXAMPLES, OPERATIONS = 70, 150
+EXAMPLES, OPERATIONS = 100, 150
 TENANTS = ("a", "b", "c", "d")
 TABLES = (
     {"default": ClassPolicy()},
-    {"default": ClassPolicy(), "gold": ClassPolicy(position=-1)},
-    {"default": ClassPolicy(order="priority"), "gold": ClassPolicy(position=1, order="fair")},
-    {"default": ClassPolicy(), "gold": ClassPolicy(order="priority"), "batch": ClassPolicy(position=3)},
+    {"default": ClassPolicy(ageing_s=3.0), "gold": ClassPolicy(position=-1)},
+    {"default": ClassPolicy(order="priority"), "gold": ClassPolicy(position=1, order="fair", borrow=True)},
+    {
+        "default": ClassPolicy(borrow=True),
+        "gold": ClassPolicy(order="priority", ageing_s=2.0),
+        "batch": ClassPolicy(position=3, ageing_s=0.0),
+    },
+    {
+        "default": ClassPolicy(order="priority", borrow=True, ageing_s=1.0),
+        "gold": ClassPolicy(position=-1, order="priority", borrow=True),
+        "batch": ClassPolicy(position=3, order="priority", ageing_s=4.0),
+    },
 )
 
 
@@ -33,26 +45,107 @@ def make_record(account: Account, name: str, *, class_: str = "default", priorit
     return record
 
 
+def groups_of(table: dict[str, ClassPolicy]) -> dict[str, ClassGroup]:
+    """The classes of a table, with nothing in them."""
+    return {name: ClassGroup(name, policy) for name, policy in table.items()}
+
+
 class Pair:
-    """The queue under test and the naive one: a set that is sorted whenever somebody asks."""
+    """The queue under test and the naive one: sets that are sorted whenever somebody asks."""
 
     def __init__(self) -> None:
         self.queue = SteeredQueue()
         self.accounts = [Account(name, TenantPolicy(), {}) for name in TENANTS]
         self.members: dict[Record, None] = {}
+        self.running: dict[Record, None] = {}
         self.table = TABLES[0]
-        self.queue.set_classes(self.table)
+        self.groups = groups_of(self.table)
+        self.queue.set_classes(self.groups)
         self.made = 0
+        self.now = 0.0
+        self.since: dict[str, float] = {}
+        """Per class with a bound: since when it has been passed over."""
+        self.popped: set[str] = set()
+        """Classes of which something was taken since the clock was read."""
+        self.overdue: list[str] = []
+
+    # What the documentation says, literally
+
+    def has_room(self, record: Record) -> bool:
+        """Whether one more of its tenant and of its class may run."""
+        return not any(
+            group.max_running is not None and group.running >= group.max_running
+            for group in (record.account, self.groups[record.class_])
+        )
+
+    def key(self, record: Record) -> tuple[Any, ...]:
+        """What orders requests, those apart whose class was passed over for too long."""
+        policy = self.table[record.class_]
+        tier = 0 if self.has_room(record) else 1 if policy.borrow else 2
+        rank = (record.account.virtual_time, record.account.name) if policy.order == "fair" else ()
+        full = record.account.full
+        return (
+            tier, policy.position, record.class_, full, *rank, record.priority, record.arrived_at, record.id,
+        )  # fmt: skip
+
+    def within(self, class_: str) -> list[Record]:
+        """What of a class may run within its caps, in order."""
+        within = [each for each in self.members if each.class_ == class_ and self.has_room(each)]
+        return sorted(within, key=self.key)
 
     def order(self) -> list[Record]:
-        """What the documentation says, literally."""
+        """Everything that waits."""
+        heads = [
+            within[0] for name in self.overdue if name not in self.popped and (within := self.within(name))
+        ]
+        return heads + [each for each in sorted(self.members, key=self.key) if each not in heads]
 
-        def key(record: Record) -> tuple[Any, ...]:
-            policy = self.table[record.class_]
-            rank = (record.account.virtual_time, record.account.name) if policy.order == "fair" else ()
-            return (policy.position, record.class_, *rank, record.priority, record.arrived_at, record.id)
+    def may_run(self) -> list[Record]:
+        """What of it may run now."""
+        return [each for each in self.order() if self.key(each)[0] < 2]
 
-        return sorted(self.members, key=key)
+    def offered(self) -> list[tuple[Record, bool]]:
+        """What may run one after the other, each counted as running from then on, and whether it borrows."""
+        taken: Counter[Any] = Counter()
+        order = self.order()
+        given: dict[Record, bool] = {}
+
+        def room(record: Record) -> bool:
+            groups = (record.account, self.groups[record.class_])
+            return all(
+                each.max_running is None or each.running + taken[each] < each.max_running for each in groups
+            )
+
+        while True:
+            left = [each for each in order if each not in given and room(each)]
+            if not left:
+                break
+            given[left[0]] = False
+            taken.update((left[0].account, self.groups[left[0].class_]))
+        borrow = [each for each in self.members if self.table[each.class_].borrow and each not in given]
+        return [
+            *given.items(),
+            *((each, True) for each in sorted(borrow, key=lambda each: self.key(each)[1:])),
+        ]
+
+    def age(self) -> None:
+        """Read the clock."""
+        self.queue.age(self.now)
+        for name, policy in self.table.items():
+            if policy.ageing_s is None:
+                continue
+            if name in self.popped or not self.within(name):
+                self.since.pop(name, None)
+            if self.within(name):
+                self.since.setdefault(name, self.now)
+        late = [
+            name for name, at in self.since.items() if self.now - at >= (self.table[name].ageing_s or 0.0)
+        ]
+        place = {name: (self.since[name], self.table[name].position, name) for name in late}
+        self.overdue = sorted(late, key=place.__getitem__)
+        self.popped.clear()
+
+    # What happens
 
     def do(self, operation: int, choice: int, value: int) -> None:
         """One operation on both, chosen by three numbers."""
@@ -69,9 +162,8 @@ class Pair:
             assert self.queue.remove(record)
             assert not self.queue.remove(record)
             del self.members[record]
-        elif operation == 2:
-            assert self.queue.pop() is self.order()[0]
-            self.members = {member: None for member in self.members if member in self.queue}
+        elif operation in (2, 8):
+            self.admit(put_back=operation == 8)
         elif operation == 3:  # another priority
             self.queue.remove(record)
             record.priority = value
@@ -87,8 +179,52 @@ class Pair:
             account.rebase(float(value))
             if account.virtual_time < before:
                 self.queue.moved_back(account)
-        else:
+        elif operation == 7:
             self.replace_table(TABLES[choice % len(TABLES)])
+        else:
+            self.do_caps(operation, choice, value)
+
+    def do_caps(self, operation: int, choice: int, value: int) -> None:
+        """Operations on caps, on what runs, and on the clock."""
+        groups = [*self.accounts, *self.groups.values()]
+        if operation == 9 and self.running:
+            record = list(self.running)[choice % len(self.running)]
+            del self.running[record]
+            self.count(record, -1)
+        elif operation == 10:
+            group = groups[choice % len(groups)]
+            group.put_caps(Caps(max_running=value if value >= 0 else None))
+            if isinstance(group, Account):
+                self.queue.room_changed(group)
+        else:
+            self.now += abs(value) / 2
+            self.age()
+
+    def admit(self, *, put_back: bool) -> None:
+        """Take the head, and perhaps put it back at once."""
+        may_run = self.may_run()
+        if not may_run:
+            with pytest.raises(IndexError):
+                self.queue.pop()
+            return
+        record = self.queue.pop()
+        assert record is may_run[0]
+        assert record.aged == (record.class_ in self.overdue and record.class_ not in self.popped)
+        self.count(record, 1)
+        if put_back:
+            self.count(record, -1)
+            self.queue.put_back(record)
+            assert not record.aged
+        else:
+            self.popped.add(record.class_)
+            self.running[record] = None
+            del self.members[record]
+
+    def count(self, record: Record, change: int) -> None:
+        """One more or one less runs."""
+        record.account.running += change
+        self.groups[record.class_].running += change
+        self.queue.room_changed(record.account)
 
     def add(self, record: Record) -> None:
         """To both."""
@@ -100,22 +236,37 @@ class Pair:
         homeless = [record for record in self.members if record.class_ not in table]
         for record in homeless:
             self.queue.remove(record)
+        for record in (*homeless, *(each for each in self.running if each.class_ not in table)):
             record.class_ = "default"
-        self.table = table
-        self.queue.set_classes(table)
+        groups = groups_of(table)
+        for record in self.running:
+            groups[record.class_].running += 1
+        for name in groups.keys() & self.groups.keys():
+            groups[name].put_caps(self.groups[name].caps)
+        self.table, self.groups = table, groups
+        bounded = [name for name, policy in table.items() if policy.ageing_s is not None]
+        self.since = {name: at for name, at in self.since.items() if name in bounded}
+        self.popped &= table.keys()
+        self.overdue = []
+        self.queue.set_classes(groups)
         for record in homeless:
             self.queue.add(record)
+        self.age()
 
     def compare(self, skip: int) -> None:
         """Everything that can be asked of the two has the same answer."""
         self.queue.validate()
-        order = self.order()
+        order, may_run = self.order(), self.may_run()
         assert list(self.queue.walk()) == order
         assert list(self.queue.walk(skip)) == order[skip:]
         assert len(self.queue) == len(order)
-        assert bool(self.queue) == bool(order)
+        assert bool(self.queue) == bool(may_run)
+        assert self.queue.blocked == len(order) - len(may_run)
+        assert list(self.queue.offered()) == self.offered()
+        assert self.queue.within_caps == any(self.has_room(each) for each in order)
+        if may_run:
+            assert self.queue.peek() is may_run[0]
         if order:
-            assert self.queue.peek() is order[0]
             place = skip % len(order)
             assert self.queue.position(order[place]) == place
 
@@ -123,28 +274,26 @@ class Pair:
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
-        st.tuples(st.integers(0, 7), st.integers(0, 30), st.integers(-3, 3)),
+        st.tuples(st.integers(0, 11), st.integers(0, 30), st.integers(-3, 3)),
         min_size=OPERATIONS, max_size=OPERATIONS,
     ),
 )  # fmt: skip
 def test_queue_is_a_sort(operations: list[tuple[int, int, int]]) -> None:
-    """After any of 10,000 and more operations the queue's order is that of a plain sort."""
+    """After any of 10,000 and more operations the queue's order is that of a plain sort, caps and clocks included."""
     assert EXAMPLES * OPERATIONS >= 10_000
     pair = Pair()
     for operation in operations:
         pair.do(*operation)
         pair.compare(skip=operation[1])
-    while pair.members:  # and it empties in that order
-        first = pair.order()[0]
-        assert pair.queue.pop() is first
-        del pair.members[first]
+    while pair.may_run():  # and it empties in that order
+        pair.admit(put_back=False)
     pair.compare(skip=0)
 
 
 def test_empty_queue_has_no_head() -> None:
     """Peek and pop of nothing raise, as vLLM expects."""
     queue = SteeredQueue()
-    queue.set_classes(TABLES[1])
+    queue.set_classes(groups_of(TABLES[1]))
     for ask in (queue.peek, queue.pop):
         with pytest.raises(IndexError):
             ask()
@@ -157,7 +306,7 @@ def test_empty_queue_has_no_head() -> None:
 def test_request_cannot_be_queued_twice() -> None:
     """A second add of the same request is a bug of the caller and is not believed."""
     queue = SteeredQueue()
-    queue.set_classes(TABLES[0])
+    queue.set_classes(groups_of(TABLES[0]))
     record = make_record(Account("a", TenantPolicy(), {}), "r")
     queue.add(record)
     with pytest.raises(AssertionError, match="already queued"):
@@ -187,7 +336,7 @@ class Counted(int):
 def crowd(count: int, tenants: int = 1, order: str = "fair") -> tuple[SteeredQueue, list[Record]]:
     """A queue of `count` requests with counted priorities."""
     queue = SteeredQueue()
-    queue.set_classes({"default": ClassPolicy(order=order)})
+    queue.set_classes(groups_of({"default": ClassPolicy(order=order)}))
     accounts = [Account(f"t{i}", TenantPolicy(), {}) for i in range(tenants)]
     records = [
         make_record(accounts[i % tenants], f"r{i}", priority=Counted(i * 7_919 % 10_007))
@@ -230,10 +379,8 @@ def test_first_k_of_many_tenants_look_at_few(monkeypatch: pytest.MonkeyPatch) ->
     for record in records[:100]:
         record.account.charge(5)
     reads = []
-    virtual_time = Line.virtual_time.fget
-    monkeypatch.setattr(
-        Line, "virtual_time", property(lambda line: (reads.append(line), virtual_time(line))[1])
-    )
+    rank = Line.rank.fget
+    monkeypatch.setattr(Line, "rank", property(lambda line: (reads.append(line), rank(line))[1]))
     assert len(list(islice(queue.walk(), 64))) == 64
     assert len(reads) < 500
 

@@ -186,7 +186,7 @@ IGNORED = [
     ("rank", _payload("rank", prices={"inptu": 1}), ("prices.inptu",)),
     ("configure", _payload("configure", classes={"a": {"oder": "fair"}}), ("classes.a.oder",)),
     ("configure", _payload("configure", classes={"a": {"cut_in": "kv"}}), ("classes.a.cut_in",)),
-    ("configure", _payload("configure", tenants={"a": {"max_running": 3}}), ("tenants.a.max_running",)),
+    ("configure", _payload("configure", tenants={"a": {"max_queued": 3}}), ("tenants.a.max_queued",)),
     ("configure", _payload("configure", tenants={"a": {"wieght": 3}}), ("tenants.a.wieght",)),
 ]
 

@@ -258,8 +258,6 @@ REFUSALS: dict[str, tuple[Code, str, Callable[[Steered], Reply]]] = {
     "other incarnation": (409, "incarnation", lambda s: s("rank", incarnation="01OTHER")),
     "too late": (410, "expired 0.500 s ago", lambda s: s("abort", "r1", expires_at=s.engine.now - 0.5)),
     "not possible": (422, "its KV is being loaded", lambda s: s("preempt", "stuck")),
-    "limit": (501, "not in this version", lambda s: s("limit", "r1", max_running=1)),
-    "drain": (501, "not in this version", lambda s: s("drain", on=True)),
 }  # fmt: skip
 
 
