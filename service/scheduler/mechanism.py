@@ -233,6 +233,11 @@ class Mechanism:
         running = self._scheduler.running
         return (running[0].priority + CLASS_STRIDE // 2) // CLASS_STRIDE if running else None
 
+    @property
+    def bounds(self) -> bool:
+        """Whether the last step's prompt tokens were bounded."""
+        return bool(self._whole)
+
     def bound_prefill(self, left: dict[str, int]) -> None:
         """Bound the prompt tokens per class of the step that begins.
 

@@ -153,7 +153,9 @@ class SteeredScheduler(AsyncScheduler):
         if self.pause_state == PauseState.UNPAUSED:
             core.room.plan(now)
         self.mechanism.sort()
-        if core.budget:
+        if (
+            core.budget or self.mechanism.bounds
+        ):  # once more after the last budget is gone: it lifts the bound
             self.mechanism.bound_prefill(
                 core.budget.begin(now, core.best_place(self.mechanism.best_running()))
             )

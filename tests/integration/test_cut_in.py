@@ -158,6 +158,18 @@ class TestStepBudget:
                 assert bulk not in made.step() or urgent in made.finished
             ended_well(made, **{urgent: 5, bulk: 5})
 
+    def test_a_budget_that_leaves_the_table_stops_bounding_at_once(self) -> None:
+        """The table without its last budget comes while the budget is spent: prompts go on in the next step."""
+        with rig({**self.CLASSES, "default": ClassPolicy(max_prefill_tokens_per_step=0)}) as made:
+            urgent = add(made, "chat", prompt=20, tokens=50)
+            bulk = add(made, "bulk", prompt=30, tokens=5)
+            assert bulk not in made.step()
+            made.scheduler.core.configure(
+                {"urgent": ClassPolicy(position=-1), "default": ClassPolicy()}, URGENT
+            )
+            assert bulk in made.step()
+            ended_well(made, **{urgent: 50, bulk: 5})
+
 
 def test_the_token_budget_follows_priority_as_it_changes() -> None:
     """Of two prompts under way the one that is made more urgent gets the step's tokens first, whoever came first."""
