@@ -82,6 +82,8 @@ async def colocation(
             found["preempted"] = after.preempted_total - before.preempted_total
             found["recomputed_tokens"] = after.recomputed_tokens_total - before.recomputed_tokens_total
             found["ignored"] = sorted(wire.ignored)
+    if batch and found["batch_tokens_per_s"] < 1:
+        raise RuntimeError(f"the batch stood still: {found['steps']}")
     return {"variant": variant, "side": STEERED if wire is not None else "stock", "cut_in": cut_in, "spare": spare,
             "budget": budget, "policy": policy, "steady": steady, **found}  # fmt: skip
 

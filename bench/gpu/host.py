@@ -25,6 +25,8 @@ KINDS = {
     "continuing": continuing.continuing,
     "command": command.command,
 }
+PATIENCE, REST_S = 1.5, 10.0
+"""A unit that takes half as long again as planned, and this, is given up; the engine stays."""
 
 
 def subject(side: str) -> str:
@@ -61,8 +63,9 @@ async def _here(message: Any) -> None:
 
 async def _run(llm: Any, steer: Any, sizes: Any, unit: Unit) -> dict[str, Any]:
     try:
-        result = await KINDS[unit.kind](llm, steer, sizes, **unit.fields)
-        await at_rest(llm)
+        async with asyncio.timeout(PATIENCE * unit.seconds + REST_S):
+            result = await KINDS[unit.kind](llm, steer, sizes, **unit.fields)
+            await at_rest(llm)
     except Exception:  # noqa: BLE001 - one unit's fault must not cost the others
         return {"error": traceback.format_exc()}
     return {"result": result}

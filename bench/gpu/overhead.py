@@ -30,6 +30,8 @@ async def overhead(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str
         await asyncio.sleep(sizes.window_s)
         end = time.perf_counter()
         lines = await ask(llm, "meter")
+    if not lines:
+        raise RuntimeError("the engine stood still")
     gaps = [
         (after - before) * 1e3
         for stream in batch.streams

@@ -23,7 +23,7 @@ import nats
 import nats.errors
 
 from bench.gpu import wire
-from bench.gpu.host import subject
+from bench.gpu.host import PATIENCE, subject
 from bench.gpu.plan import LLAMA_8B, STEERED, STOCK, Mode, Sizes, Unit, choose, share, units
 from bench.gpu.summary import summary
 
@@ -35,7 +35,7 @@ CACHE = Path(os.environ.get("VLLM_CACHE_ROOT", "~/.cache/vllm")).expanduser()
 END_S = 12.0
 """Kept back from the deadline to end processes and print the table."""
 GRACE_S = 30.0
-"""A unit that takes three times its estimate and this is given up, and its engine with it."""
+"""A host that has not answered so long after it should have given a unit up is ended."""
 
 
 class Saved:
@@ -185,7 +185,7 @@ class Run:
                 await self.end(unit.side)
 
     async def _ask(self, link: Any, unit: Unit) -> dict[str, Any]:
-        timeout_s = max(1.0, min(3 * unit.seconds + GRACE_S, self.left_s()))
+        timeout_s = max(1.0, min(PATIENCE * unit.seconds + GRACE_S, self.left_s()))
         request = asyncio.create_task(
             link.request(subject(unit.side), msgspec.json.encode(unit), timeout=timeout_s)
         )
