@@ -7,7 +7,7 @@ for the second, `prepend`.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.core.sched.request_queue import PriorityRequestQueue, RequestQueue
 
 from coxswain.service.scheduler.compat import expected_cached_tokens
 from coxswain.service.scheduler.core import SteeringCore
@@ -69,3 +69,23 @@ class SteeredRequestQueue(RequestQueue):
 
     def __iter__(self) -> Iterator[Any]:
         return (record.payload for record in self._queue.walk())
+
+
+class KvHoldingQueue(PriorityRequestQueue):
+    """What vLLM's scheduler sees as `kv_holding_waiting`: requests that wait with blocks of their own.
+
+    A streaming session between two turns, and a request whose KV a connector is loading. The second was popped
+    as if to be admitted, and runs when its KV is there; until then it is queued, and vLLM's to move.
+    """
+
+    def __init__(self, core: SteeringCore) -> None:
+        super().__init__()
+        self._core = core
+
+    def prepend_requests(self, requests: Any) -> None:
+        """Put back what was skipped in this step."""
+        for request in requests:
+            record = request.steering
+            if record.state is State.RUNNING:
+                self._core.loading(record)
+            self.add_request(request)

@@ -132,21 +132,36 @@ def expected_cached_tokens(request: Any) -> int:
     return stats.num_local_cached_tokens + stats.num_external_cached_tokens if stats is not None else 0
 
 
-def watch_loads(connector: Any | None) -> dict[str, int]:
-    """Tokens that a KV connector loads, by request, noted as the scheduler tells the connector of the blocks for them.
+def watch_connector(scheduler: Any) -> dict[str, int]:
+    """Stand between a scheduler and its KV connector, if it has one, for two things.
 
-    vLLM itself keeps the number for a request's first admission only. Whoever reads an entry takes it out.
+    Returns:
+        Tokens that the connector loads, by request; whoever reads an entry takes it out. vLLM itself keeps the
+        number for a request's first admission only.
+
+    A request that lost its KV since the last step waits for the next one: OffloadingConnector takes a load that
+    begins in the step that reports the preemption for one that it must flush, and asserts
+    (offloading/scheduler.py:1862). vLLM never resumes a preempted request in the same step; drop and continue may.
     """
     loads: dict[str, int] = {}
-    if connector is not None:
-        told = connector.update_state_after_alloc
+    connector = scheduler.connector
+    if connector is None:
+        return loads
+    told, asked = connector.update_state_after_alloc, connector.get_num_new_matched_tokens
 
-        def update_state_after_alloc(request: Any, blocks: Any, num_external_tokens: int) -> None:
-            if num_external_tokens:
-                loads[request.request_id] = num_external_tokens
-            told(request, blocks, num_external_tokens)
+    def update_state_after_alloc(request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if num_external_tokens:
+            loads[request.request_id] = num_external_tokens
+        told(request, blocks, num_external_tokens)
 
-        connector.update_state_after_alloc = update_state_after_alloc
+    def get_num_new_matched_tokens(request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if request.request_id in scheduler.reset_preempted_req_ids:
+            return None, False  # "ask again": the scheduler skips it in this step
+        found: tuple[int | None, bool] = asked(request, num_computed_tokens)
+        return found
+
+    connector.update_state_after_alloc = update_state_after_alloc
+    connector.get_num_new_matched_tokens = get_num_new_matched_tokens
     return loads
 
 

@@ -40,8 +40,8 @@ class Mechanism:
         self._engine = engine
         self._active: int = scheduler.max_num_active_reqs
         self._total: int = scheduler.max_num_running_reqs
-        # By reading (not run): a connector that was told of a request's blocks is not told of them again when it
-        # resumes with its KV, so the connector's own block table would be misaligned.
+        # A connector that was told of a request's blocks is told of them again when it resumes with its KV on V2, and
+        # appends them: it then stores wrong blocks under right keys (tests/integration/test_modes.py shows it).
         self.parks: bool = scheduler.connector is None
         self.core: SteeringCore
         self._unsorted = False

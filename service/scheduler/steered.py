@@ -14,7 +14,7 @@ from typing import Any, Final
 from ulid import ULID
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.request_queue import PriorityRequestQueue, SchedulingPolicy
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Reply
@@ -32,7 +32,7 @@ from coxswain.service.port import (
 )
 from coxswain.service.request_id import parse, read_key
 from coxswain.service.scheduler import compat
-from coxswain.service.scheduler.adapter import SteeredRequestQueue
+from coxswain.service.scheduler.adapter import KvHoldingQueue, SteeredRequestQueue
 from coxswain.service.scheduler.answers import Answers
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.journal import Journal
@@ -92,8 +92,8 @@ class SteeredScheduler(AsyncScheduler):
         # Order is the core's; victims of vLLM's own preemption follow class and priority whatever the flag says.
         self.policy = SchedulingPolicy.PRIORITY
         self.waiting = SteeredRequestQueue(self.core)
-        self.kv_holding_waiting = PriorityRequestQueue()
-        self._loads = compat.watch_loads(self.connector)
+        self.kv_holding_waiting = KvHoldingQueue(self.core)
+        self._loads = compat.watch_connector(self)
         self._identity_key = read_key(os.environ)
         # One clock for leases, charges and events: Unix time that no clock jump can move.
         self._clock_offset = time.time() - time.monotonic()

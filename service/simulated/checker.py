@@ -17,7 +17,9 @@ Rules, and where vLLM 0.32.0 relies on them (paths below vllm/v1):
 * `tokens`: tokens that are sent are those that the device sampled. V2: a new request brings prefill_token_ids.
   V1 with async scheduling: one that was not in the last step comes with all_token_ids
   (worker/gpu_model_runner.py:1392).
-* `computed`: num_computed_tokens continues where the request's last step ended.
+* `computed`: num_computed_tokens continues where the request's last step ended. With drafts: where the accepted
+  ones end; an async scheduler that does not know yet may count those that its last step rejects, and V1 relies
+  on that (worker/gpu_model_runner.py:1341).
 * `future`: no position is computed whose token is not known yet.
 * `blocks`: tables are long enough and name existing blocks, each once; block 0 is the null block.
 * `writer`: no block is written by two live requests.
@@ -27,6 +29,7 @@ Rules, and where vLLM 0.32.0 relies on them (paths below vllm/v1):
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from coxswain.service.simulated.kv import KvContent, extend
@@ -83,6 +86,8 @@ class _Request:
     chain: list[int] = field(default_factory=list)
     live: bool = True
     """False once preempted (V1): its blocks are no longer its own."""
+    rejected: int = 0
+    """Drafts that its last step rejected."""
 
     def cut(self, length: int) -> None:
         """Forget tokens from `length` on."""
@@ -113,26 +118,26 @@ class Checker:
         self._batch: set[str] = set()
         """V1: requests of the previous step."""
         self._writer: dict[int, str] = {}
-        self._kv = KvContent(limits.block_size)
+        self.kv = KvContent(limits.block_size)
 
     @property
     def slots(self) -> int:
         """Slots in use on V2: requests that the runner knows."""
         return len(self._known)
 
-    def observe(self, output: Any) -> None:
-        """Check one step before it runs, and run its KV writes."""
+    def observe(self, output: Any, drafts: Mapping[str, Sequence[int]] = MappingProxyType({})) -> None:
+        """Check one step before it runs, and run its KV writes; `drafts` is what it tries beside known tokens."""
         self.step += 1
         self._release(output)
-        self._kv.zero(output.new_block_ids_to_zero or ())
+        self.kv.zero(output.new_block_ids_to_zero or ())
         for source, target in output.kv_cache_block_copies or ():
-            self._kv.copy(source, target)
+            self.kv.copy(source, target)
         self._check_counts(output)
         for new in output.scheduled_new_reqs:
             self._add(new)
         self._update(output.scheduled_cached_reqs)
         self._check_slots(output)
-        self._compute(output.num_scheduled_tokens)
+        self._compute(output.num_scheduled_tokens, drafts)
         self._batch = set(output.num_scheduled_tokens)
 
     def sampled(self, tokens: Mapping[str, Sequence[int]]) -> None:
@@ -141,10 +146,13 @@ class Checker:
             request = self._known.get(name)
             if request is not None:
                 request.tokens.extend(new)
+                request.rejected = max(0, request.computed - len(request.tokens) + 1)
+                request.computed -= request.rejected
+                del request.chain[request.computed :]
 
     def forget_kv(self) -> None:
         """The device slept: nothing is in its KV cache any more."""
-        self._kv.clear()
+        self.kv.clear()
 
     # Who is known
 
@@ -203,6 +211,7 @@ class Checker:
                 self._fail(Rule.KNOWN, name, "is scheduled as cached, but the runner does not know it")
             resumed = name in cached.resumed_req_ids
             blocks, computed = cached.new_block_ids[index], cached.num_computed_tokens[index]
+            ahead = request.rejected if self.asynchronous and (self.v2 or name in self._batch) else 0
             if self.v2:
                 if resumed:
                     self._fail(
@@ -211,18 +220,21 @@ class Checker:
                         "is in resumed_req_ids, which V2 does not read: it appends the blocks",
                     )
             else:
-                self._return_v1(name, request, cached, index, resumed=resumed)
-            if not resumed and computed != request.computed:
+                self._return_v1(name, request, cached, index, ahead, resumed=resumed)
+            if resumed:
+                request.computed = computed
+            elif computed != request.computed + ahead and not (self.v2 and computed == request.computed):
                 self._fail(
                     Rule.COMPUTED,
                     name,
                     f"num_computed_tokens is {computed}, the device has computed {request.computed}",
                 )
-            request.computed = computed
             if blocks is not None:
                 self._append(name, request, blocks)
 
-    def _return_v1(self, name: str, request: _Request, cached: Any, index: int, *, resumed: bool) -> None:
+    def _return_v1(
+        self, name: str, request: _Request, cached: Any, index: int, ahead: int, *, resumed: bool
+    ) -> None:
         """What V1 takes from the scheduler when a request's state is not that of the last step."""
         outputs = cached.num_output_tokens[index]
         have = len(request.tokens) - request.prompt
@@ -237,7 +249,7 @@ class Checker:
                 have = outputs
         elif not request.live:
             self._fail(Rule.RESUMED, name, "was preempted and is scheduled without being in resumed_req_ids")
-        if outputs != have:
+        if outputs != have + ahead * (not resumed):
             self._fail(Rule.TOKENS, name, f"num_output_tokens is {outputs}, the device has sampled {have}")
         if name in self._batch or not outputs:
             return
@@ -303,18 +315,19 @@ class Checker:
                 self._fail(Rule.BLOCKS, name, f"block {block} is in its table already")
             request.blocks.append(block)
 
-    def _compute(self, scheduled: Mapping[str, int]) -> None:
+    def _compute(self, scheduled: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> None:
         """Write the KV of all scheduled positions, then read every context: as a layer does for a batch."""
         size = self.limits.block_size
         written: dict[int, str] = {}
         for name, count in scheduled.items():
             request = self._known[name]
             start, end = request.computed, request.computed + count
-            if end > len(request.tokens):
+            tokens = [*request.tokens, *drafts[name]] if name in drafts else request.tokens
+            if end > len(tokens):
                 self._fail(
                     Rule.FUTURE,
                     name,
-                    f"position {end - 1} is to run, but only {len(request.tokens)} tokens are known",
+                    f"position {end - 1} is to run, but only {len(tokens)} tokens are known",
                 )
             if end > len(request.blocks) * size:
                 self._fail(
@@ -322,13 +335,13 @@ class Checker:
                     name,
                     f"position {end - 1} is beyond its table of {len(request.blocks)} blocks of {size}",
                 )
-            extend(request.chain, request.tokens, end, request.salt)
-            for block in self._kv.write(request.blocks, start, request.chain, end):
+            extend(request.chain, tokens, end, request.salt)
+            for block in self.kv.write(request.blocks, start, request.chain, end):
                 self._check_writer(name, block, written)
         for name, count in scheduled.items():
             request = self._known[name]
             request.computed += count
-            bad = self._kv.read(request.blocks, request.chain, request.computed)
+            bad = self.kv.read(request.blocks, request.chain, request.computed)
             if bad is not None:
                 held = (
                     "nothing"

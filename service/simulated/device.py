@@ -6,17 +6,25 @@ AttributeError that names the method.
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import (
+    EMPTY_MODEL_RUNNER_OUTPUT,
+    AsyncModelRunnerOutput,
+    DraftTokenIds,
+    KVConnectorOutput,
+    ModelRunnerOutput,
+)
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from coxswain.service.logs import get_logger
 from coxswain.service.simulated.checker import Checker, Limits
+from coxswain.service.simulated.offload import Connector
 from coxswain.service.simulated.runner import Runner, Sample, Step
 from coxswain.service.simulated.settings import SimSettings
 from coxswain.service.simulated.tokens import Vocabulary, draw
@@ -56,8 +64,13 @@ class SimulatedDevice:
         self._vocabulary = Vocabulary(config.model_config.get_vocab_size(), _ends(config.model_config))
         self._free_at = 0.0
         """When the device has finished everything that it was given (monotonic s)."""
+        self._connector: Connector | None = None
+        self._transfers: KVConnectorOutput | None = None
+        """What became of KV transfers by the step executed last."""
         self._step: Step | None = None
         """Executed, not yet sampled."""
+        self._drafts: dict[str, list[int]] = {}
+        """Guesses for the tokens after those sampled last, per request of that step."""
         log.info(
             "simulated.device", check=settings.check, model_runner="v2" if v2 else "v1",
             async_scheduling=config.scheduler_config.async_scheduling,
@@ -91,18 +104,24 @@ class SimulatedDevice:
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         """Learn how many blocks there are."""
-        if not self.settings.check:
-            return
+        (layout,) = kv_cache_configs
         scheduler = self.config.scheduler_config
-        limits = Limits(
-            scheduler.max_num_seqs,
-            scheduler.max_num_batched_tokens,
-            kv_cache_configs[0].kv_cache_groups[0].kv_cache_spec.block_size,
-            kv_cache_configs[0].num_blocks,
-        )
-        self.checker = Checker(
-            limits, v2=self.config.use_v2_model_runner, asynchronous=scheduler.async_scheduling
-        )
+        block_size = layout.kv_cache_groups[0].kv_cache_spec.block_size
+        if self.settings.check:
+            limits = Limits(
+                scheduler.max_num_seqs, scheduler.max_num_batched_tokens, block_size, layout.num_blocks
+            )
+            self.checker = Checker(
+                limits, v2=self.config.use_v2_model_runner, asynchronous=scheduler.async_scheduling
+            )
+        if self.config.kv_transfer_config is not None:
+            kv = self.checker.kv if self.checker is not None else None
+            preset = self.settings.preset
+            block_s = block_size * preset.kv_bytes / preset.link_bandwidth
+            self._connector = Connector(self.config, layout, kv, block_s)
+
+    def get_kv_connector_handshake_metadata(self) -> None:
+        """No other engine to shake hands with."""
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Nothing to compile."""
@@ -123,10 +142,17 @@ class SimulatedDevice:
         Raises:
             ProtocolViolationError: with the checker on, if the scheduler broke a rule.
         """
+        drafts = self._tried(scheduler_output.scheduled_spec_decode_tokens)
+        if self._connector is not None:
+            self._connector.before(scheduler_output)
         if self.checker is not None:
-            self.checker.observe(scheduler_output)
-        step = self._runner.step(scheduler_output)
+            self.checker.observe(scheduler_output, drafts)
+        step = self._runner.step(scheduler_output, drafts)
+        if self._connector is not None:
+            self._transfers = self._connector.after(scheduler_output)
         if not step.samples:
+            if self._transfers is not None:
+                return ModelRunnerOutput.with_kv_conn_output_only(self._transfers)
             return EMPTY_MODEL_RUNNER_OUTPUT
         begins = max(time.monotonic(), self._free_at)
         self._free_at = begins + self.settings.preset.step_s(step.work)
@@ -137,27 +163,55 @@ class SimulatedDevice:
         """The tokens of the step begun last, to be had when the device has finished it."""
         step, self._step = self._step, None
         assert step is not None, "sample_tokens without execute_model"
-        allowed = _allowed(grammar_output)
+        allowed = _allowed(grammar_output, step.samples)
         tokens = {
-            name: [] if sample is None else [self._token(sample, allowed.get(name))]
+            name: [] if sample is None else self._say(sample, allowed.get(name))
             for name, sample in step.samples.items()
         }
+        self._runner.sampled(tokens)
         if self.checker is not None:
             self.checker.sampled(tokens)
+        self._drafts = {
+            name: self._guess(sample, len(tokens[name])) if sample is not None else []
+            for name, sample in step.samples.items()
+        }
         output = ModelRunnerOutput(
             req_ids=list(tokens),
             req_id_to_index={name: index for index, name in enumerate(tokens)},
             sampled_token_ids=list(tokens.values()),
+            kv_connector_output=self._transfers,
         )
         return Pending(output, self._free_at)
 
-    def _token(self, sample: Sample, allowed: "np.ndarray[Any, Any] | None") -> int:
-        if allowed is None:
-            return self._vocabulary.token(sample.seed, sample.position)
-        return int(allowed[draw(sample.seed, sample.position) % len(allowed)])
+    def _say(self, sample: Sample, allowed: "np.ndarray[Any, Any] | None") -> list[int]:
+        """The next token, and one more after each draft that was right."""
+        if allowed is not None:  # within a grammar no draft is believed: rejecting is always in order
+            return [int(allowed[draw(sample.seed, sample.position) % len(allowed)])]
+        said = [self._vocabulary.token(sample.seed, sample.position)]
+        for draft in sample.drafts:
+            if draft != said[-1]:
+                break
+            said.append(self._vocabulary.token(sample.seed, sample.position + len(said)))
+        return said
 
-    def take_draft_token_ids(self) -> None:
-        """No drafts."""
+    def _guess(self, sample: Sample, said: int) -> list[int]:
+        return [
+            self._vocabulary.draft(sample.seed, sample.position + said + place)
+            for place in range(self.config.num_speculative_tokens)
+        ]
+
+    def _tried(self, scheduled: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """The drafts of a step: an async scheduler names only how many, and the device has them; -1 is none."""
+        if not self.config.scheduler_config.async_scheduling:
+            return dict(scheduled)
+        guessed = {name: [*self._drafts.get(name, []), *places] for name, places in scheduled.items()}
+        return {name: guessed[name][: len(places)] for name, places in scheduled.items()}
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """The drafts behind the step sampled last."""
+        if not self.config.num_speculative_tokens:
+            return None
+        return DraftTokenIds(list(self._drafts), [list(drafts) for drafts in self._drafts.values()])
 
     def execute_dummy_batch(self) -> None:
         """Run an empty step, as data-parallel ranks do for one another."""
@@ -206,12 +260,15 @@ def _ends(model: Any) -> frozenset[int]:
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
-def _allowed(grammar: Any | None) -> "dict[str, np.ndarray[Any, Any]]":
+def _allowed(grammar: Any | None, samples: Mapping[str, Sample | None]) -> "dict[str, np.ndarray[Any, Any]]":
     """Per request with structured output: the ids that its grammar allows next."""
     if grammar is None:
         return {}
     rows = np.unpackbits(grammar.grammar_bitmask.view(np.uint8), axis=1, bitorder="little")
-    return {
-        name: np.flatnonzero(row)
-        for name, row in zip(grammar.structured_output_request_ids, rows, strict=True)
-    }
+    allowed = {}
+    index = 0
+    for name in grammar.structured_output_request_ids:
+        allowed[name] = np.flatnonzero(rows[index])
+        sample = samples[name]
+        index += 1 + (len(sample.drafts) if sample is not None else 0)
+    return allowed

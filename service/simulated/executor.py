@@ -8,7 +8,7 @@ import os
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from coxswain.service.config import SettingRefusedError
-from coxswain.service.simulated import cpu_hooks
+from coxswain.service.simulated import cpu_hooks, offload
 from coxswain.service.simulated.device import SimulatedDevice
 from coxswain.service.simulated.settings import SimSettings
 
@@ -25,12 +25,13 @@ class SimulatedExecutor(UniProcExecutor):
     def _init_executor(self) -> None:
         config = self.vllm_config
         not_simulated = {
-            "speculative decoding": config.speculative_config is not None,
-            "KV connectors": config.kv_transfer_config is not None,
+            "drafts of this method (ngram and ngram_gpu are there)": config.speculative_config is not None
+            and not config.speculative_config.use_ngram(),
             "pooling models": config.model_config.runner_type == "pooling",
             "tensor and pipeline parallelism": config.parallel_config.world_size > 1,
         }
         asked = [name for name, used in not_simulated.items() if used]
+        asked += filter(None, [offload.obstacle(config)])
         if asked:
             raise SettingRefusedError(f"the simulated device has no {', '.join(asked)}: leave it out")
         self.driver_worker = SimulatedDevice(config, SimSettings.from_env(os.environ))

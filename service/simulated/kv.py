@@ -68,7 +68,15 @@ class KvContent:
 
     def copy(self, source: int, target: int) -> None:
         """Copy one block to another."""
-        self._cells[target] = list(self._cells.get(source, [EMPTY] * self.block_size))
+        self._cells[target] = self.cells(source)
+
+    def cells(self, block: int) -> list[int | None]:
+        """A copy of what a block holds."""
+        return list(self._cells.get(block, [EMPTY] * self.block_size))
+
+    def fill(self, block: int, cells: Sequence[int | None]) -> None:
+        """Put into a block what another held."""
+        self._cells[block] = list(cells)
 
     def clear(self) -> None:
         """Forget everything, as a device does that slept."""

@@ -59,6 +59,8 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True):
     """Time of a step that does nothing: launches, sampling, the host's part."""
     kv_tokens: int
     """KV cache capacity in tokens."""
+    link_bandwidth: float
+    """Usable bandwidth to host memory, each way: for KV offloading."""
     max_num_seqs: int
     """vLLM's default of `--max-num-seqs` on such a device (EngineArgs.get_batch_defaults, 0.32.0)."""
     max_num_batched_tokens: int
@@ -82,7 +84,7 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
         "h200-8b": Preset(
             weights=7.50e9, weight_bytes=15.0e9, kv_bytes=131_072, pair_flops=4 * 32 * 32 * 128,
             bandwidth=0.80 * 4.8e12, flops=0.62 * 989e12, overhead_s=1.9e-3,
-            kv_tokens=768_000, max_num_seqs=1_024, max_num_batched_tokens=8_192,
+            kv_tokens=768_000, link_bandwidth=0.80 * 64e9, max_num_seqs=1_024, max_num_batched_tokens=8_192,
         ),
         # NVIDIA A10G data sheet: 600 GB/s, 70 TFLOP/s BF16 dense, 24 GB. Llama 2 7B: 6.74e9 parameters less
         # 0.13e9 of embeddings, 32 layers, 32 query and 32 KV heads of 128, FP16. Not measured: the shares of peak
@@ -90,20 +92,20 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
         "a10g-7b": Preset(
             weights=6.61e9, weight_bytes=13.2e9, kv_bytes=524_288, pair_flops=4 * 32 * 32 * 128,
             bandwidth=0.80 * 600e9, flops=0.62 * 70e12, overhead_s=1.9e-3,
-            kv_tokens=10_000, max_num_seqs=256, max_num_batched_tokens=2_048,
+            kv_tokens=10_000, link_bandwidth=0.80 * 32e9, max_num_seqs=256, max_num_batched_tokens=2_048,
         ),
         # The model of `coxswain.service.tiny` on two slow cores: 4.2 ms per step whatever is in it, up to some
         # 100k prompt tokens/s. For watching the scheduler, not for predicting anything.
         "cpu": Preset(
             weights=0.5e6, weight_bytes=2.0e6, kv_bytes=1_024, pair_flops=4 * 2 * 2 * 64,
             bandwidth=5e9, flops=0.1e12, overhead_s=4.0e-3,
-            kv_tokens=262_144, max_num_seqs=256, max_num_batched_tokens=2_048,
+            kv_tokens=262_144, link_bandwidth=5e9, max_num_seqs=256, max_num_batched_tokens=2_048,
         ),
         # No time at all: for runs that ask whether the scheduler is right, not how fast it is.
         "instant": Preset(
             weights=0.0, weight_bytes=0.0, kv_bytes=0.0, pair_flops=0.0,
             bandwidth=1.0, flops=1.0, overhead_s=0.0,
-            kv_tokens=262_144, max_num_seqs=256, max_num_batched_tokens=2_048,
+            kv_tokens=262_144, link_bandwidth=1e30, max_num_seqs=256, max_num_batched_tokens=2_048,
         ),
     },
 )  # fmt: skip

@@ -5,7 +5,9 @@ It keeps what a model runner must remember of each request, and trusts the sched
 to know whether the scheduler deserves it feeds the same to `checker`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from coxswain.service.simulated.roofline import Work
@@ -22,10 +24,11 @@ class _Request:
 
 
 class Sample(NamedTuple):
-    """A token to be sampled: the one at `position` of the request with this seed."""
+    """Tokens to be sampled: the one at `position` of the request with this seed, and one after each right draft."""
 
     seed: int
     position: int
+    drafts: tuple[int, ...] = ()
 
 
 class Step(NamedTuple):
@@ -47,21 +50,34 @@ class Runner:
         self._v2 = v2
         self._requests: dict[str, _Request] = {}
 
-    def step(self, output: Any) -> Step:
-        """Run a step; raises KeyError for a request that was never introduced."""
+    def step(self, output: Any, drafts: Mapping[str, Sequence[int]] = MappingProxyType({})) -> Step:
+        """Run a step, with `drafts` behind the known tokens; `sampled` must follow before the next.
+
+        Raises:
+            KeyError: for a request that was never introduced.
+        """
         self._update(output)
         samples: dict[str, Sample | None] = {}
         work = Work()
         for name, scheduled in output.num_scheduled_tokens.items():
             request = self._requests[name]
-            end = request.computed + scheduled
-            work = work.plus(scheduled, request.computed, decode=scheduled == 1 and end >= request.known)
+            tried = tuple(drafts.get(name, ()))
+            end = request.computed + scheduled - len(tried)
+            work = work.plus(
+                scheduled, request.computed, decode=end >= request.known and end == request.computed + 1
+            )
             # As both runners: a token is sampled when the last known one has been computed.
-            sampled = end >= request.known
-            samples[name] = Sample(request.seed, end) if sampled else None
-            request.known += sampled
+            samples[name] = Sample(request.seed, end, tried) if end >= request.known else None
             request.computed = end
         return Step(samples, work)
+
+    def sampled(self, tokens: Mapping[str, Sequence[int]]) -> None:
+        """Learn what was sampled in the step: the next begins behind it."""
+        for name, new in tokens.items():
+            request = self._requests.get(name)
+            if request is not None and new:
+                request.known += len(new)
+                request.computed = request.known - 1
 
     def _update(self, output: Any) -> None:
         gone = output.finished_req_ids
@@ -80,6 +96,7 @@ class Runner:
             cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True
         ):
             request = self._requests[name]
-            request.computed = computed
+            # An async scheduler may count drafts that were rejected meanwhile; both runners know better.
+            request.computed = min(computed, request.known - 1)
             if not self._v2:  # V1 forgets output that vLLM dropped at a preemption (gpu_model_runner.py:1362)
                 request.known = min(request.known, request.prompt + outputs)

@@ -99,10 +99,16 @@ def test_steps_take_the_presets_time(tmp_path: Path, asynchronous: bool) -> None
 
 def test_refuses_what_it_does_not_simulate(tmp_path: Path) -> None:
     """A feature that the device lacks is refused at start, by name, not ignored."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     with (
-        pytest.raises(SettingRefusedError, match="no speculative decoding"),
-        engine(tmp_path, v2=False, asynchronous=False, speculative_config=drafts),
+        pytest.raises(
+            SettingRefusedError, match=r"no KV connector ExampleConnector \(OffloadingConnector is there\)"
+        ),
+        engine(
+            tmp_path,
+            v2=False,
+            asynchronous=False,
+            kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+        ),
     ):
         pass
 

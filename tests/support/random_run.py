@@ -216,9 +216,11 @@ class Run:
             for name in COUNTED:
                 assert getattr(account, name) == sum(fields[name] for fields in mine), (account, name)
 
-    def may_discard(self, reason: str) -> int:
+    def may_discard(self, reason: str) -> float:
         """Steps under way when a stop token comes: their work is lost. One that ends by length has none."""
-        return len_of_pipeline(self.engine) - 1 if reason == "stop" else 0
+        if self.engine.scheduler.num_spec_tokens:
+            return float("inf")  # drafts
+        return self.engine.core.batch_queue_size - 1 if reason == "stop" else 0
 
 
 COUNTED: Final = (
@@ -233,11 +235,6 @@ def positions(fields: dict[str, Any]) -> int:
         fields["uncached_input_tokens"] - fields["uncomputed_input_tokens"] + fields["recomputed_tokens"]
         + fields["output_tokens"] - fields["generations"] + fields["discarded_tokens"]
     )  # fmt: skip
-
-
-def len_of_pipeline(engine: Engine) -> int:
-    """Steps that can be under way at once."""
-    return int(engine.core.batch_queue_size)
 
 
 # What can be done

@@ -140,6 +140,8 @@ class Engine:
         tables = manager.coordinator.single_type_managers[0].req_to_blocks
         assert {name for name, blocks in tables.items() if blocks} <= self.scheduler.requests.keys()
         used = Counter(block.block_id for blocks in tables.values() for block in blocks)
+        # With a connector, blocks go back to the pool when the steps that may write them have ended.
+        used.update(block.block_id for _, blocks in self.scheduler.deferred_frees for block in blocks)
         pool = manager.block_pool
         counted = {b.block_id: b.ref_cnt for b in pool.blocks if b.ref_cnt and not b.is_null}
         assert counted == used

@@ -55,6 +55,7 @@ def step(
             num_output_tokens=[row.outputs for row in known],
         ),
         num_scheduled_tokens=scheduled,
+        scheduled_spec_decode_tokens={},
         total_num_scheduled_tokens=sum(scheduled.values()) if total is None else total,
         finished_req_ids=set(finished),
         preempted_req_ids=set(preempted),

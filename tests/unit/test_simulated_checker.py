@@ -50,6 +50,34 @@ def test_accepts_a_request_from_first_to_last_token(v2: bool) -> None:
     assert check.slots == 0
 
 
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+def test_accepts_rejected_drafts(v2: bool, asynchronous: bool) -> None:
+    """Two drafts of three rejected: the next step begins behind them, or counts them still if it could not know."""
+    check = begin(checker(v2=v2, asynchronous=asynchronous))
+    check.observe(step({"a": 4}, cached("a", 6, 1, [3])), {"a": [12, 90, 91]})
+    check.sampled({"a": [12, 13]})
+    computed, outputs = (10, 5) if asynchronous else (8, 3)
+    check.observe(step({"a": 1}, cached("a", computed, outputs)))
+    check.sampled({"a": [14]})
+    check.observe(step({"a": 1}, cached("a", 9, 4)))
+
+
+def test_only_an_async_scheduler_may_count_rejected_drafts(v2: bool) -> None:
+    """A synchronous one knows them: it must not skip what they were to be."""
+    check = begin(checker(v2=v2, asynchronous=False))
+    check.observe(step({"a": 4}, cached("a", 6, 1, [3])), {"a": [12, 90, 91]})
+    check.sampled({"a": [12, 13]})
+    broken(Rule.COMPUTED, observe({"a": 1}, cached("a", 10, 3)), check)
+
+
+def test_v1_corrects_rejected_drafts_itself() -> None:
+    """To V1 an async scheduler must count the last step's drafts: it takes the rejected ones off once."""
+    check = begin(checker(v2=False))
+    check.observe(step({"a": 4}, cached("a", 6, 1, [3])), {"a": [12, 90, 91]})
+    check.sampled({"a": [12, 13]})
+    broken(Rule.COMPUTED, observe({"a": 1}, cached("a", 8, 5)), check)
+
+
 def test_accepts_a_held_request_that_continues(v2: bool) -> None:
     """Steps without a known request change nothing of it; V1 gets its tokens again when it returns."""
     check = begin(checker(v2=v2))

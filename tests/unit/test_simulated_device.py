@@ -91,8 +91,10 @@ def test_samples_when_the_last_known_token_was_computed(v2: bool) -> None:
     runner = Runner(v2=v2)
     seed = seed_of([1, 2, 3, 4])
     assert runner.step(step({"a": 3}, new("a", [1, 2, 3, 4], [1]))).samples == {"a": None}
-    assert runner.step(step({"a": 1}, cached("a", 3, 0))).samples == {"a": (seed, 4)}
-    assert runner.step(step({"a": 1}, cached("a", 4, 1))).samples == {"a": (seed, 5)}
+    runner.sampled({"a": []})
+    assert runner.step(step({"a": 1}, cached("a", 3, 0))).samples == {"a": (seed, 4, ())}
+    runner.sampled({"a": [9]})
+    assert runner.step(step({"a": 1}, cached("a", 4, 1))).samples == {"a": (seed, 5, ())}
 
 
 @pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
@@ -100,15 +102,39 @@ def test_recomputing_samples_nothing_old(v2: bool) -> None:
     """A preempted request computes its own output again and goes on with the next position."""
     runner = Runner(v2=v2)
     runner.step(step({"a": 4}, new("a", [1, 2, 3, 4], [1])))
+    runner.sampled({"a": [70]})
     runner.step(step({"a": 1}, cached("a", 4, 1)))
+    runner.sampled({"a": [71]})
     tokens = [1, 2, 3, 4, 70, 71]
     back = new("a", tokens[:4], [2], prefill=tokens) if v2 else cached("a", 0, 2, [2], resumed=True)
     chunk = runner.step(step({"a": 5}, back, preempted=("a",)))
     assert chunk.samples == {"a": None}
     assert chunk.work.prefill_tokens == 5
     last = runner.step(step({"a": 1}, cached("a", 5, 2)))
-    assert last.samples == {"a": (seed_of(tokens[:4]), 6)}
+    assert last.samples == {"a": (seed_of(tokens[:4]), 6, ())}
     assert last.work.decode_tokens == 1
+
+
+@pytest.mark.parametrize("v2", [True, False], ids=["v2", "v1"])
+@pytest.mark.parametrize("told", [6, 8], ids=["sync", "async"])
+def test_rejected_drafts_are_run_again(v2: bool, told: int) -> None:
+    """After drafts the device goes on behind what it accepted, also if the scheduler counts them all still."""
+    runner = Runner(v2=v2)
+    seed = seed_of([1, 2, 3, 4])
+    runner.step(step({"a": 4}, new("a", [1, 2, 3, 4], [1])))
+    runner.sampled({"a": [70]})
+    tried = runner.step(step({"a": 4}, cached("a", 4, 1)), {"a": [71, 90, 91]})
+    assert tried.samples == {"a": (seed, 5, (71, 90, 91))}
+    assert tried.work.decode_tokens == 4
+    runner.sampled({"a": [71, 72]})
+    assert runner.step(step({"a": 1}, cached("a", told, told - 3))).samples == {"a": (seed, 7, ())}
+
+
+def test_three_drafts_of_four_are_right() -> None:
+    """A drafter guesses well, not always."""
+    vocabulary = Vocabulary(1_000)
+    right = sum(vocabulary.draft(5, place) == vocabulary.token(5, place) for place in range(1_000))
+    assert 700 < right < 800
 
 
 def test_settings_are_refused_in_words() -> None:
