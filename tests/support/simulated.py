@@ -204,7 +204,9 @@ def engine(
         "max_model_len": 288, "max_num_seqs": 8, "max_num_active_seqs": 5, "max_num_batched_tokens": 96,
         "block_size": 16, "num_gpu_blocks_override": 48,
     }  # fmt: skip
-    with patch.dict(os.environ, env):
+    # Commands are not put off on a slow machine: what a seed does is the same everywhere.
+    patient = patch("coxswain.service.scheduler.steered.DRAIN_S", float("inf"))
+    with patch.dict(os.environ, env), patient:
         os.environ.pop("COX_NATS_URL", None)
         arguments = EngineArgs(
             model=model or str(folder), skip_tokenizer_init=model is None, async_scheduling=asynchronous,
