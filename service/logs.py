@@ -15,6 +15,7 @@ from typing import Any, Final, TextIO
 
 import structlog
 
+LEVELS: Final = ("info", "warning", "error")
 REDACTED: Final = "[redacted]"
 _SECRET: Final = re.compile(
     r"pass(word|wd|phrase)?$|secret|seed|token$|creds|credential|api_?key|jwt|authorization", re.IGNORECASE
@@ -51,6 +52,7 @@ def get_logger(stream: TextIO | None = None, env: Mapping[str, str] | None = Non
     """A logger with `fields` on every line: `log.info("nats.connected", server=…)`.
 
     JSON when the stream is no terminal or `COX_LOG` is `json`; `key=value` on a terminal or if it is `text`.
+    `COX_LOG_LEVEL` says from which level on (`info`, `warning`, `error`).
 
     Args:
         stream: where lines go; stderr by default.
@@ -58,7 +60,8 @@ def get_logger(stream: TextIO | None = None, env: Mapping[str, str] | None = Non
         fields: bound to every line.
     """
     stream = sys.stderr if stream is None else stream
-    wanted = (os.environ if env is None else env).get("COX_LOG")
+    env = os.environ if env is None else env
+    wanted, level = env.get("COX_LOG"), env.get("COX_LOG_LEVEL")
     as_json = wanted == "json" or (wanted != "text" and not stream.isatty())
     renderer: Any = (
         structlog.processors.JSONRenderer(default=str)
@@ -76,7 +79,7 @@ def get_logger(stream: TextIO | None = None, env: Mapping[str, str] | None = Non
             redact,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger("info"),
+        wrapper_class=structlog.make_filtering_bound_logger(level if level in LEVELS else "info"),
         cache_logger_on_first_use=True,
         **fields,
     )

@@ -159,6 +159,8 @@ class Port:
     """What both threads see. Each attribute is written by one side only; deques are atomic under the GIL."""
 
     def __init__(self) -> None:
+        self.clock: Callable[[], float] = monotonic
+        """What `wake_at` and `alarm_at` are told by; simulations put their own here."""
         self._inbound: deque[Inbound] = deque()
         self._outbound: deque[Outbound] = deque()
         self._wake_engine: Callable[[], None] = _nobody
@@ -167,7 +169,7 @@ class Port:
         self._bus_told = False
         # Written by the engine, read by the bus.
         self.wake_at = inf
-        """When the engine wants to be woken if nothing arrives (monotonic s): see `wake_later`."""
+        """When the engine wants to be woken if nothing arrives (`clock`): see `wake_later`."""
         self.step = 0
         self.closing = False
         # Written by the bus, read by the engine.
@@ -216,7 +218,7 @@ class Port:
         woken. Only a time earlier than its timer's disturbs the bus; a later one it finds when that rings.
         """
         # Before the comparison: the bus reads in the other order, so one of the two sees what the other did.
-        self.wake_at = inf if delay_s is None else monotonic() + delay_s
+        self.wake_at = inf if delay_s is None else self.clock() + delay_s
         if self.wake_at < self.alarm_at:
             self._set_alarm()
 

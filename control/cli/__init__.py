@@ -6,7 +6,7 @@ this package; how they fail is in `app.py` and `exits.py`. Called by the `cox` s
 
 import typer
 
-from coxswain.control.cli import events, fleet, launch, policies, policy_tables, requests, setup, steer
+from coxswain.control.cli import events, fleet, lab, launch, policies, policy_tables, requests, setup, steer
 from coxswain.control.cli.app import boundary, command, epilogue, root
 from coxswain.control.cli.exits import EPILOGUE
 
@@ -68,6 +68,20 @@ command(classes, "rm", panel=POLICY, example="cox classes rm batch")(policy_tabl
 app.add_typer(classes, name="classes", rich_help_panel=POLICY)
 
 command(app, "policies", panel=POLICY, example="cox policies --json")(policies.policies)
+
+laboratory = typer.Typer(
+    rich_markup_mode="rich",
+    help="Try policies on the real scheduler in virtual time: no GPU, no NATS, ten minutes of traffic in seconds.",
+    no_args_is_help=True,
+)
+command(laboratory, "run", panel=RUN, example="cox lab run --suite overload --policy vtc --plots out")(
+    lab.run
+)
+command(laboratory, "compare", panel=RUN, example="cox lab compare --suite real --policies fcfs,vtc")(
+    lab.compare
+)
+command(laboratory, "suites", panel=LOOK, example="cox lab suites --json")(lab.suites)
+app.add_typer(laboratory, name="lab", rich_help_panel=RUN)
 
 
 def main() -> None:

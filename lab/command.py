@@ -1,0 +1,281 @@
+"""What `cox lab` does: runs setups, shows what came of them, writes files. The words and options are the CLI's.
+
+Called by `control.cli.lab` alone, with options already checked for their form.
+"""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from coxswain.control.cli.app import Cox
+from coxswain.control.cli.exits import CliError, Exit
+from coxswain.lab import report
+from coxswain.lab.devices import DEVICES
+from coxswain.lab.experiment import Outcome, StuckError
+from coxswain.lab.experiment import run as run_one
+from coxswain.lab.life import Life
+from coxswain.lab.metrics import Metrics, measure
+from coxswain.lab.published import VTC, peer
+from coxswain.lab.setup import Setup, Tables
+from coxswain.lab.suites import SUITES, Suite
+from coxswain.lab.trace import Arrival, TraceError, read, tenants
+from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of `run` and `compare`; None is not given, and then the suite's own or the default holds."""
+
+    suites: tuple[str, ...]
+    trace: Path | None
+    policies: tuple[tuple[str, tuple[str, ...]], ...]
+    """Name and settings of each."""
+    device: str | None
+    admission: str | None
+    workers: int
+    route: str
+    cadence_s: float
+    latency_s: float
+    loss: float
+    outages: tuple[tuple[float, float], ...]
+    weights: Mapping[str, float]
+    seed: int
+    traffic_seed: int | None
+    plots: Path | None = None
+    requests: Path | None = None
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """One traffic with everything but a policy."""
+
+    name: str
+    arrivals: tuple[Arrival, ...]
+    setup: Setup
+
+
+def list_suites(cox: Cox) -> None:
+    """Show every suite, and what was published of it."""
+    listed: list[tuple[Suite, int | None, int | None, Sequence[str]]] = []
+    for suite in SUITES.values():
+        try:
+            arrivals = suite.arrivals()
+        except TraceError:
+            n = who = None
+        else:
+            n, who = len(arrivals), len(tenants(arrivals))
+        listed.append((suite, n, who, tuple(VTC.get(suite.name, {}))))
+    cox.say(report.suites(listed, cox.out.width))
+    cox.emit(
+        [
+            {"suite": suite.name, "n": n, "tenants": who, "published": published, "what": suite.what}
+            for suite, n, who, published in listed
+        ]
+    )
+
+
+def run(cox: Cox, asked: Asked) -> Exit:
+    """Run one policy on one suite and show what came of it."""
+    (case,) = _cases(asked)
+    ((policy, settings),) = asked.policies
+    setup = msgspec.structs.replace(case.setup, policy=policy, settings=settings)
+    outcome = _run(cox, case, setup)
+    metrics = measure(outcome.lives)
+    theirs = peer(case.name, policy)
+    title = f"{case.name}, {_label(policy, settings)}"
+    cox.say(report.heading(title, setup, outcome))
+    published = {_label(policy, settings): theirs} if theirs else {}
+    cox.say(report.comparison([(_label(policy, settings), metrics, outcome)], published, cox.out.width))
+    cox.say("")
+    cox.say(report.tenants(outcome.lives, metrics, cox.out.width))
+    if asked.requests is not None:
+        _write_requests(asked.requests, outcome.lives)
+        cox.say(f"{asked.requests}: every request")
+    if asked.plots is not None:
+        for path in _draw(outcome.lives, title, asked.plots):
+            cox.say(str(path))
+    cox.emit(_document(case, [(policy, settings, metrics, outcome)])[0])
+    return Exit.DONE
+
+
+def compare(cox: Cox, asked: Asked) -> Exit:
+    """Run every policy on every suite, and show them beside each other and what was published."""
+    documents = []
+    for case in _cases(asked):
+        runs = []
+        for policy, settings in asked.policies:
+            setup = msgspec.structs.replace(case.setup, policy=policy, settings=settings)
+            outcome = _run(cox, case, setup)
+            runs.append((policy, settings, measure(outcome.lives), outcome))
+            if asked.plots is not None:
+                label = _label(policy, settings)
+                _draw(
+                    outcome.lives, f"{case.name}, {label}", asked.plots / case.name / label.replace(":", "-")
+                )
+        labelled = [
+            (_label(policy, settings), metrics, outcome) for policy, settings, metrics, outcome in runs
+        ]
+        theirs = {
+            _label(policy, settings): row
+            for policy, settings, _, _ in runs
+            if (row := peer(case.name, policy))
+        }
+        cox.say(report.heading(case.name, case.setup, None))
+        cox.say(report.comparison(labelled, theirs, cox.out.width))
+        cox.say("")
+        documents += _document(case, runs)
+    cox.emit(documents)
+    return Exit.DONE
+
+
+# What is to be run
+
+
+def _cases(asked: Asked) -> list[Case]:
+    try:
+        if asked.trace is not None and not (asked.suites and set(asked.suites) <= _read_from_files()):
+            return [_case(asked, None)]
+        return [_case(asked, SUITES[name]) for name in asked.suites]
+    except TraceError as error:
+        raise CliError(Exit.USAGE, str(error)) from error
+
+
+def _read_from_files() -> set[str]:
+    return {name for name, suite in SUITES.items() if suite.file}
+
+
+def _case(asked: Asked, suite: Suite | None) -> Case:
+    if suite is None:
+        assert asked.trace is not None, "a case is of a suite or of a trace"
+        arrivals, name, defaults = read(asked.trace), asked.trace.stem, Setup()
+        device, admission = asked.device or "a10g-7b", asked.admission or defaults.admission
+    else:
+        seed = {} if asked.traffic_seed is None else {"seed": asked.traffic_seed}
+        arrivals, name = suite.arrivals(path=asked.trace, **seed), suite.name
+        device, admission = asked.device or suite.device, asked.admission or suite.admission
+    tables = _tables(arrivals, suite.tables if suite else Tables(), asked.weights)
+    setup = msgspec.convert(
+        {
+            "admission": admission, "workers": asked.workers, "route": asked.route, "cadence_s": asked.cadence_s,
+            "latency_s": asked.latency_s, "loss": asked.loss, "outages": asked.outages, "seed": asked.seed,
+        },
+        Setup,
+    )  # fmt: skip
+    return Case(
+        name=name,
+        arrivals=arrivals,
+        setup=msgspec.structs.replace(setup, device=DEVICES[device], tables=tables),
+    )
+
+
+def _tables(arrivals: Sequence[Arrival], own: Tables, weights: Mapping[str, float]) -> Tables:
+    """The suite's tables, with the weights that were asked for and a row for every class of the trace."""
+    rows = dict(own.tenants)
+    for tenant, weight in weights.items():
+        rows[tenant] = msgspec.structs.replace(rows.get(tenant, TenantPolicy()), weight=weight)
+    classes = dict(own.classes)
+    for arrival in arrivals:
+        if arrival.class_ and arrival.class_ not in classes:
+            classes[arrival.class_] = ClassPolicy(slo_s=arrival.slo_s)
+    if asked := tuple(sorted({arrival.class_ for arrival in arrivals if arrival.class_})):
+        everybody = {"default": TenantPolicy(), **rows}
+        rows = {name: msgspec.structs.replace(row, classes=asked) for name, row in everybody.items()}
+    return Tables(classes, rows)
+
+
+def _label(policy: str, settings: Sequence[str]) -> str:
+    return ":".join((policy, *settings))
+
+
+# Running
+
+
+def _run(cox: Cox, case: Case, setup: Setup) -> Outcome:
+    with _progress(cox, f"{case.name} {_label(setup.policy, setup.settings)}", len(case.arrivals)) as told:
+        try:
+            return run_one(case.arrivals, setup, told)
+        except TraceError as error:
+            raise CliError(Exit.USAGE, f"{case.name}: {error}") from error
+        except StuckError as error:
+            raise CliError(Exit.PARTIAL, f"{case.name}: {error}") from error
+
+
+@contextmanager
+def _progress(cox: Cox, what: str, total: int) -> Iterator[Any]:
+    """A bar on stderr while a run goes on, if that is a terminal."""
+    if not cox.err.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[at]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, at="")
+        yield lambda ended, at_s: bar.update(task, completed=ended, at=f"{at_s:.0f} s of traffic")
+
+
+# Files and documents
+
+
+def _draw(lives: Sequence[Life], title: str, folder: Path) -> list[Path]:
+    from coxswain.lab import plots
+
+    try:
+        return plots.draw(lives, title, folder)
+    except ModuleNotFoundError as error:
+        raise CliError(
+            Exit.USAGE, f"plots need {error.name}, which is not installed: pip install 'coxswain[lab]'"
+        ) from error
+
+
+def _write_requests(path: Path, lives: Sequence[Life]) -> None:
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(
+            ["arrival_s", "tenant", "class", "prompt_tokens", "output_tokens", "worker", "first_token_s", "finished_s",
+             "delivered_tokens", "done", "preempted"]
+        )  # fmt: skip
+        for life in lives:
+            arrival = life.arrival
+            rows.writerow(
+                [arrival.at_s, arrival.tenant, arrival.class_, arrival.prompt_tokens, arrival.output_tokens,
+                 life.worker, life.first_token_s, life.finished_s, life.tokens, int(life.done), life.preempted]
+            )  # fmt: skip
+
+
+def _document(
+    case: Case, runs: Sequence[tuple[str, tuple[str, ...], Metrics, Outcome]]
+) -> list[dict[str, Any]]:
+    """Every run as JSON: what it was, what came of it, and what was published."""
+    return [
+        {
+            "suite": case.name,
+            "policy": policy,
+            "settings": settings,
+            "setup": _plain(case.setup),
+            "metrics": metrics,
+            "run": {name: getattr(outcome, name) for name in Outcome.__struct_fields__ if name != "lives"},
+            "published": None
+            if (theirs := peer(case.name, policy)) is None
+            else {
+                "name": theirs[0],
+                **theirs[1]._asdict(),
+                "deviation": report.deviation(metrics, theirs[1]),
+            },
+        }
+        for policy, settings, metrics, outcome in runs
+    ]
+
+
+def _plain(setup: Setup) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(setup)
+    for name in ("policy", "settings"):
+        del plain[name]
+    return plain

@@ -1,0 +1,111 @@
+"""A run as pictures: service over time, first-token latency, who held what when. Writes PNG files and a page of them.
+
+matplotlib is an extra (`coxswain[lab]`) and is imported here alone.
+"""
+
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from coxswain.lab.life import ENDED, HELD, QUEUED, RUNNING, Life
+from coxswain.lab.metrics import WINDOW_S, asked_rates, service_rates
+from coxswain.lab.trace import tenants
+
+MOST_LINES: Final = 10
+"""Tenants with a line of their own: those that asked for most; the rest are drawn as one, in grey."""
+MOST_ROWS: Final = 400
+"""Requests in the picture of who held what; beyond, the first to arrive."""
+POINTS: Final = 240
+COLOURS: Final = {QUEUED: "#d9d9d9", RUNNING: "#4c9f70", HELD: "#d1495b"}
+
+
+def draw(lives: Sequence[Life], title: str, folder: Path) -> list[Path]:
+    """Write `service.png`, `ttft.png`, `held.png` and `index.html` into the folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: tuple[tuple[str, str, Callable[[Any, Sequence[Life]], None]], ...] = (
+        ("service.png", "Service over time", service),
+        ("ttft.png", "First-token latency per tenant", ttft),
+        ("held.png", "Who held what when", held),
+    )
+    written = []
+    for name, what, paint in pictures:
+        path = folder / name
+        _figure(path, f"{title}: {what.lower()}", lambda axes, paint=paint: paint(axes, lives))  # type: ignore[misc]
+        written.append(path)
+    page = folder / "index.html"
+    page.write_text(_page(title, [(name, what) for name, what, _ in pictures]))
+    return [*written, page]
+
+
+def service(axes: Any, lives: Sequence[Life]) -> None:
+    """What each tenant was served per second in a sliding window, and what it asked for (dotted)."""
+    done = [life for life in lives if life.done]
+    if not done:
+        return
+    last = max(life.finished_s or 0.0 for life in done)
+    middle = np.linspace(0.0, last, POINTS)
+    begins, ends = middle - WINDOW_S / 2, middle + WINDOW_S / 2
+    names = tenants([life.arrival for life in done])
+    served, asked = service_rates(done, begins, ends), asked_rates(done, begins, ends)
+    shown = sorted(range(len(names)), key=lambda place: -asked[place].sum())[:MOST_LINES]
+    for place in shown:
+        (line,) = axes.plot(middle, served[place], label=names[place])
+        axes.plot(middle, asked[place], color=line.get_color(), linestyle=":", linewidth=0.8)
+    rest = [place for place in range(len(names)) if place not in shown]
+    if rest:
+        axes.plot(middle, served[rest].sum(axis=0), color="grey", label=f"{len(rest)} others")
+    axes.set(xlabel="time, s", ylabel=f"weighted tokens/s over {WINDOW_S:g} s (dotted: asked for)")
+    axes.legend(fontsize="small", ncols=2)
+
+
+def ttft(axes: Any, lives: Sequence[Life]) -> None:
+    """The distribution of first-token latency, a line per tenant."""
+    names = tenants([life.arrival for life in lives])
+    by_count = sorted(names, key=lambda name: -sum(life.arrival.tenant == name for life in lives))
+    for name in by_count[:MOST_LINES]:
+        waits = sorted(
+            life.ttft_s for life in lives if life.arrival.tenant == name and life.ttft_s is not None
+        )
+        if waits:
+            axes.step(waits, np.arange(1, len(waits) + 1) / len(waits), where="post", label=name)
+    axes.set(xlabel="first-token latency, s", ylabel="part of the requests", xscale="symlog", ylim=(0, 1))
+    axes.set_xlim(left=0)
+    axes.legend(fontsize="small", ncols=2)
+
+
+def held(axes: Any, lives: Sequence[Life]) -> None:
+    """A line per request, in order of arrival within its tenant: grey waits, green runs, red is held."""
+    rows = sorted(lives[:MOST_ROWS], key=lambda life: (tenants([life.arrival]), life.arrival.at_s))
+    spans: dict[str, tuple[list[float], list[float], list[int]]] = {state: ([], [], []) for state in COLOURS}
+    for place, life in enumerate(rows):
+        for since, until, state in life.spans():
+            if state != ENDED:
+                begins, ends, places = spans[state]
+                begins.append(since)
+                ends.append(until)
+                places.append(place)
+    for state, (begins, ends, places) in spans.items():
+        axes.hlines(places, begins, ends, colors=COLOURS[state], linewidth=1.5, label=state)
+    marks = {life.arrival.tenant: place for place, life in reversed(list(enumerate(rows)))}
+    axes.set_yticks(list(marks.values()), list(marks), fontsize="x-small")
+    axes.set(xlabel="time, s", ylabel="requests by tenant")
+    axes.legend(fontsize="small", loc="upper left")
+
+
+def _figure(path: Path, title: str, paint: Callable[[Any], None]) -> None:
+    from matplotlib.figure import Figure  # not pyplot: no windows, no global state
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    paint(axes)
+    figure.savefig(path, dpi=110)
+
+
+def _page(title: str, pictures: Sequence[tuple[str, str]]) -> str:
+    images = "\n".join(f'<h2>{what}</h2>\n<img src="{name}" alt="{what}">' for name, what in pictures)
+    name = html.escape(title)
+    return f"<!doctype html>\n<meta charset=utf-8>\n<title>{name}</title>\n<h1>{name}</h1>\n{images}\n"
