@@ -8,12 +8,17 @@ was built, reserves instead, so it never preempts (VTC-artifact, slora/server/ro
 - it is tried when nothing runs, or `EVERY` decode steps after the last that was admitted, and then every step;
 - at most `MAX_PREFILL` prompt tokens enter at once, and a prompt is never split.
 
-`reserving` puts that in front of any of vLLM's schedulers, ours included; order stays theirs. Touches one thing
-of vLLM: `kv_cache_manager.allocate_slots`, whose None means "does not fit now".
+`reserving` puts that under any scheduler, ours included: order stays theirs, and so does who gives way. It touches
+two things of vLLM: its pause of new requests, for the steps between two tries, and `KVCacheManager.allocate_slots`,
+whose None means "does not fit now".
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import RequestStatus
 
 EVERY: Final = 10
 """`max_wait_tokens` of manager.py."""
@@ -30,52 +35,64 @@ def peak(requests: Sequence[tuple[int, int]]) -> int:
     return worst
 
 
+class Reserving(AsyncScheduler):
+    """vLLM's scheduler with this admission. Its pool needs a block more per request: rounding must never decide."""
+
+    pool_tokens: ClassVar[int]
+    _pause_state: PauseState  # set by its setter it would be logged at every step
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._steps_since = EVERY
+        self._entered = 0
+        manager, may_enter = self.kv_cache_manager, self._may_enter
+
+        class Reserved(type(manager)):  # type: ignore[misc]
+            def allocate_slots(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+                if request.status != RequestStatus.RUNNING and not may_enter(request):
+                    return None
+                return super().allocate_slots(request, *args, **kwargs)
+
+        # Not an attribute of the object: the steered scheduler puts one there, for reclaim, and takes it away again.
+        manager.__class__ = Reserved
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM, but nobody new enters in the steps between two tries."""
+        paused = self._pause_state
+        if self.running and self._steps_since < EVERY and paused == PauseState.UNPAUSED:
+            self._pause_state = PauseState.PAUSED_NEW
+        self._entered = 0
+        output = super().schedule(*args, **kwargs)
+        self._pause_state = paused
+        self._steps_since = 1 if self._entered else self._steps_since + 1
+        return output
+
+    def _may_enter(self, request: Any) -> bool:
+        if self._entered + request.num_tokens > MAX_PREFILL and self._entered:
+            return False
+        core = getattr(self, "core", None)
+        held = (
+            [record.payload for record in (*core.roster.kept, *core.roster.parked)]
+            if core is not None
+            else []
+        )
+        present = [_needs(other) for other in (*self.running, *held)]
+        # One more: its prefill gives its first token (req_queue.py, _can_add_new_req).
+        left, has = _needs(request)
+        if peak([*present, (left, has + 1)]) >= self.pool_tokens:
+            return False
+        self._entered += request.num_tokens
+        return True
+
+
 def reserving(scheduler_cls: type[Any], pool_tokens: int) -> type[Any]:
     """`scheduler_cls` with this admission, for a pool of so many tokens of KV.
 
-    Its block pool must have a block more per request, so that rounding up to blocks never decides.
+    `Reserving` comes after it and before vLLM's in the order of resolution, so that what ours does before and after a
+    step of vLLM's is before and after this.
     """
-
-    class Reserving(scheduler_cls):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._steps_since = EVERY
-            self._prefill = 0
-            self._open = True
-            manager = self.kv_cache_manager
-            allocate = manager.allocate_slots
-
-            def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
-                if request.status.name != "RUNNING" and not self._may_enter(request):
-                    return None
-                return allocate(request, *args, **kwargs)
-
-            manager.allocate_slots = allocate_slots
-
-        def schedule(self, *args: Any, **kwargs: Any) -> Any:
-            self._open = not self.running or self._steps_since >= EVERY
-            self._prefill = 0
-            output = super().schedule(*args, **kwargs)
-            self._steps_since = 1 if self._prefill else self._steps_since + 1
-            return output
-
-        def _may_enter(self, request: Any) -> bool:
-            if not self._open or self._prefill + request.num_tokens > MAX_PREFILL:
-                return False
-            present = [_needs(other) for other in self._with_kv()]
-            # 1 and −1: the prefill gives the first token (req_queue.py, _can_add_new_req).
-            left, has = _needs(request)
-            if peak([*present, (left, has + 1)]) >= pool_tokens:
-                return False
-            self._prefill += request.num_tokens
-            return True
-
-        def _with_kv(self) -> list[Any]:
-            core = getattr(self, "core", None)
-            held = [record.payload for record in core.roster.kept] if core is not None else []
-            return [*self.running, *held]
-
-    return Reserving
+    bases = (Reserving,) if issubclass(Reserving, scheduler_cls) else (scheduler_cls, Reserving)
+    return type("Reserving", bases, {"pool_tokens": pool_tokens})
 
 
 def _needs(request: Any) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from coxswain.control.cli.app import Cox
 from coxswain.control.cli.exits import CliError, Exit
+from coxswain.control.policy import Tables
 from coxswain.lab import report
 from coxswain.lab.devices import DEVICES
 from coxswain.lab.experiment import Outcome, StuckError
@@ -22,7 +23,7 @@ from coxswain.lab.experiment import run as run_one
 from coxswain.lab.life import Life
 from coxswain.lab.metrics import Metrics, measure
 from coxswain.lab.published import VTC, peer
-from coxswain.lab.setup import Setup, Tables
+from coxswain.lab.setup import Setup
 from coxswain.lab.suites import SUITES, Suite
 from coxswain.lab.trace import Arrival, TraceError, read, tenants
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy

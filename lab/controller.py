@@ -8,19 +8,19 @@ In an outage the controller is dead: nothing is heard or sent, and its successor
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-import msgspec
+from msgspec.structs import replace
 
 from coxswain.control.core import Answer, Beat, ControlCore, Inputs, Send
-from coxswain.control.policy import Policy
+from coxswain.control.policy import Policy, Tables
 from coxswain.lab.agenda import START, Agenda
 from coxswain.lab.engine import Engine
 from coxswain.lab.link import Link
-from coxswain.lab.setup import Outage, Tables
+from coxswain.lab.setup import Outage
 from coxswain.schemas.commands import Reply, decode, encode
-from coxswain.schemas.errors import RefusedError
+from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.status import Frame
 from coxswain.schemas.subjects import CONTROLLER
-from coxswain.service.port import CommandIn, FrameOut, LeadIn, Outbound, ReplyOut
+from coxswain.service.port import CommandIn, Draft, FrameOut, LeadIn, Outbound, ReplyOut
 
 HEARTBEAT_S: Final = 1.0
 """Between two frames of an idle engine."""
@@ -36,11 +36,21 @@ class _Token(NamedTuple):
 
 
 class Mouth:
-    """What the bus is to an engine: it numbers frames, and repeats the last one of an idle engine."""
+    """What the bus is to an engine: it completes and numbers frames, and repeats the last one of an idle engine.
 
-    def __init__(self, engine: Engine, agenda: Agenda, send: Callable[[FrameOut | ReplyOut], None]) -> None:
+    Args:
+        engine: whose.
+        agenda: whose time it lives in.
+        say: takes frames and replies as they leave.
+        requests: whether anybody reads the rows of single requests; frames go without them otherwise.
+    """
+
+    def __init__(
+        self, engine: Engine, agenda: Agenda, say: Callable[[Frame | ReplyOut], None], *, requests: bool
+    ) -> None:
         self._agenda = agenda
-        self._send = send
+        self._say = say
+        self._requests = requests
         self._seq = 0
         self._idle: tuple[Frame, float] | None = None
         engine.attach(self._collect)
@@ -48,30 +58,32 @@ class Mouth:
     def _collect(self, items: list[Outbound]) -> None:
         for item in items:
             if isinstance(item, FrameOut):
-                self._seq += 1
-                frame = msgspec.structs.replace(item.frame, seq=self._seq, sent_at=self._agenda.now)
-                self._idle = (frame, self._agenda.now) if item.idle else None
-                self._send(FrameOut(frame, item.idle))
-                if item.idle:
-                    self._agenda.after(HEARTBEAT_S, lambda seq=self._seq: self._repeat(seq))  # type: ignore[misc]
+                draft = item.draft
+                if not self._requests:
+                    draft = Draft(replace(draft.frame, gone=()), (), draft.tenants)
+                self._number(draft.complete(), idle=item.idle)
             elif isinstance(item, ReplyOut):
-                self._send(item)
+                self._say(item)
+
+    def _number(self, frame: Frame, *, idle: bool) -> None:
+        now = self._agenda.now
+        self._seq += 1
+        frame = replace(frame, seq=self._seq, sent_at=now)
+        self._idle = (frame, now) if idle else None
+        self._say(frame)
+        if idle:
+            seq = self._seq
+            self._agenda.after(HEARTBEAT_S, lambda: self._repeat(seq))
 
     def _repeat(self, seq: int) -> None:
+        """Say again that the engine is idle, unless something else was said since."""
         if self._idle is None or self._seq != seq:
             return
-        (frame, since), now = self._idle, self._agenda.now
-        self._seq += 1
+        frame, since = self._idle
         age_s = frame.leader.age_s
-        leader = (
-            frame.leader
-            if age_s is None
-            else msgspec.structs.replace(frame.leader, age_s=age_s + now - since)
-        )
-        self._send(
-            FrameOut(msgspec.structs.replace(frame, seq=self._seq, sent_at=now, leader=leader), idle=True)
-        )
-        self._agenda.after(HEARTBEAT_S, lambda seq=self._seq: self._repeat(seq))  # type: ignore[misc]
+        if age_s is not None:
+            frame = replace(frame, leader=replace(frame.leader, age_s=age_s + self._agenda.now - since))
+        self._number(frame, idle=True)
 
 
 class Controller:
@@ -113,21 +125,22 @@ class Controller:
         self._core: ControlCore | None = None
         self._frames: list[Frame] = []
         self._answers: list[Answer] = []
+        requests = make_policy().sees_requests
         for engine in engines:
-            Mouth(engine, agenda, self._hear)
+            Mouth(engine, agenda, self._hear, requests=requests)
         agenda.at(agenda.now, self._step)
 
-    def _hear(self, item: FrameOut | ReplyOut) -> None:
-        if isinstance(item, FrameOut):
-            self._link.send(lambda: self._frames.append(item.frame))
+    def _hear(self, said: Frame | ReplyOut) -> None:
+        if isinstance(said, Frame):
+            self._link.send(lambda: self._frames.append(said))
         else:
-            self._link.send(lambda: self._answer(item.token, item.reply))
+            self._link.send(lambda: self._answer(said.token, said.reply))
 
     def _answer(self, token: _Token, reply: Reply) -> None:
-        if reply.outcome == "rejected":
-            self.rejected += 1
+        ok = reply.outcome != "rejected"
+        self.rejected += not ok
         if token.core is self._core:
-            self._answers.append(Answer(token.worker, token.verb, ok=reply.outcome != "rejected"))
+            self._answers.append(Answer(token.worker, token.verb, ok=ok, code=reply.code))
 
     def _step(self) -> None:
         self._agenda.after(self._cadence_s, self._step)
@@ -159,7 +172,7 @@ class Controller:
         except RefusedError:
             # As the bus of a worker would: the core hears of it without a round trip, which is soon enough.
             self.rejected += 1
-            self._answers.append(Answer(outgoing.worker, outgoing.verb, ok=False))
+            self._answers.append(Answer(outgoing.worker, outgoing.verb, ok=False, code=int(Code.MALFORMED)))
             return
         item = CommandIn(CONTROLLER, outgoing.verb, command, ignored, token)
         self._link.send(lambda: self._engines[outgoing.worker].scheduler.port.offer(item))

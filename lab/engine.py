@@ -72,6 +72,7 @@ class Engine:
         self._alarm_at = float("inf")
         with environment(name, build.status_interval_s):
             self.scheduler = make_scheduler(self._class(build), _config(build))
+        self._wake()
 
     def _class(self, build: Build) -> type[Any]:
         scheduler_cls = steered(self._agenda, self._note) if self._steered else stock

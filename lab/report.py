@@ -6,7 +6,7 @@ from typing import Final
 
 from rich.text import Text
 
-from coxswain.control.cli.grid import Column, Row, grid
+from coxswain.control.cli.grid import Cell, Column, Row, grid
 from coxswain.control.cli.words import count, span
 from coxswain.lab.experiment import Outcome
 from coxswain.lab.life import Life
@@ -125,7 +125,7 @@ def deviation(metrics: Metrics, row: Published) -> dict[str, float]:
 def _ours(policy: str, metrics: Metrics, outcome: Outcome) -> Row:
     waits = spread(metrics) or (None,) * 3
     speed = outcome.virtual_s / outcome.wall_s if outcome.wall_s else 0.0
-    cells = [policy, str(metrics.n), _done(metrics.n, metrics.done)]
+    cells: list[Cell] = [policy, str(metrics.n), _done(metrics.n, metrics.done)]
     cells += [f"{metrics.max_diff:.1f}", f"{metrics.avg_diff:.1f}", f"{metrics.var_diff:.0f}"]
     cells += [f"{metrics.throughput:.0f}", f"{metrics.total_s:.0f}s", f"{metrics.acc_max:.0f}"]
     return Row(cells=[*cells, *(_seconds(wait) for wait in waits), f"{speed:.0f}"])
@@ -142,7 +142,9 @@ def _theirs(name: str, row: Published) -> Row:
         f"{row.avg_diff:.1f}",
     ]
     cells += [f"{row.var_diff:.0f}", f"{row.throughput:.0f}", f"{row.total_s:.0f}s", f"{row.acc_max:.0f}"]
-    return Row(cells=[Text(str(cell), style="dim") for cell in (*cells, *(_seconds(wait) for wait in shown), "")])
+    return Row(
+        cells=[Text(str(cell), style="dim") for cell in (*cells, *(_seconds(wait) for wait in shown), "")]
+    )
 
 
 def _difference(metrics: Metrics, row: Published) -> Row:

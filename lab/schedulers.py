@@ -42,6 +42,11 @@ def steered(agenda: Agenda, note: Note) -> type[Any]:
                 self._drain(agenda.now)
             return super().has_requests()
 
+        def _publish(self, now: float, *, idle: bool) -> None:
+            super()._publish(now, idle=idle)
+            # Frames are spaced by what they cost in real time: that too would be luck.
+            self._frame_at = now + self.settings.status_interval_s
+
         def _emit(self, now: float, record: Record | None, kind: Any, fields: dict[str, Any]) -> None:
             del kind, fields
             if record is not None:

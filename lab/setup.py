@@ -5,8 +5,8 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
+from coxswain.control.policy import Tables
 from coxswain.lab.devices import DEVICES, Device
-from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 
 Admission = Literal["reserve", "vllm"]
 """Who may enter: whose whole output is sure to fit (`admission`), or whose prompt fits, as vLLM has it."""
@@ -19,13 +19,6 @@ STOCK: Final[Mapping[str, Kind]] = {"stock-fcfs": "fcfs", "stock-priority": "pri
 """vLLM's own schedulers as policies: without a controller."""
 RPM: Final = "rpm"
 """`rpm20`: as fcfs, but a tenant's request is refused when 20 of it were accepted in the last 60 s."""
-
-
-class Tables(NamedTuple):
-    """The class and tenant tables in force."""
-
-    classes: Mapping[str, ClassPolicy] = {}
-    tenants: Mapping[str, TenantPolicy] = {}
 
 
 class Outage(NamedTuple):

@@ -14,7 +14,8 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from coxswain.lab.setup import Admission, Tables
+from coxswain.control.policy import Tables
+from coxswain.lab.setup import Admission
 from coxswain.lab.trace import Arrival, TraceError, ordered, read
 from coxswain.schemas.policy import TenantPolicy
 

@@ -63,7 +63,7 @@ def roots(pyproject: dict[str, Any]) -> Roots:
     control = tuple(project["dependencies"])
     return Roots(
         control=control,
-        cpu=(*control, *extras["cpu"], *extras["demo"]),
+        cpu=(*control, *extras["cpu"], *extras["demo"], *extras["lab"]),
         dev=(*pyproject["dependency-groups"]["dev"], *pyproject["build-system"]["requires"]),
     )
 
@@ -155,7 +155,7 @@ def files(wanted: Roots, known: Packages) -> dict[str, str]:
     torch = {"torch": cpu.pop("torch")}
     dev = {name: line for name, line in dev.items() if name not in cpu}
     return {
-        "cpu.lock": _text("A worker on a CPU and the demo, without torch: see torch.lock.", cpu),
+        "cpu.lock": _text("A worker on a CPU, the demo and the lab, without torch: see torch.lock.", cpu),
         "torch.lock": _text("torch's CPU build, for cpu.lock.", torch),
         "control.lock": _text("The control side, the contract and the command line: no vLLM.", control),
         "dev.lock": _text("Tests, static checks and the build backend, on top of cpu.lock.", dev),

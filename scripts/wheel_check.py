@@ -1,6 +1,6 @@
 """Check what a stranger gets from `pip install`: the wheel's content, and a control side without vLLM.
 
-Builds the wheel and, by way of the sdist, a second one; both must hold exactly the files of the three
+Builds the wheel and, by way of the sdist, a second one; both must hold exactly the files of the four
 folders, under `coxswain/`. Then installs it with `requirements/control.lock` into a fresh environment and
 uses it there. Called by `make wheel`.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-FOLDERS: Final = ("schemas", "service", "control")
+FOLDERS: Final = ("schemas", "service", "control", "lab")
 
 USE_IT: Final = """
 import importlib, importlib.util, pkgutil, sys
@@ -27,7 +27,8 @@ for package in (coxswain.schemas, coxswain.control):
             importlib.import_module(module.name)
 mixed = sorted(name for name in sys.modules if name.startswith("coxswain.service"))
 assert not mixed, f"control imports the engine side: {mixed}"
-for name in ("control", "service", "schemas", "vllm", "torch"):
+assert not any(name.startswith("coxswain.lab") for name in sys.modules), "control imports the lab"
+for name in ("control", "service", "schemas", "lab", "vllm", "torch"):
     assert importlib.util.find_spec(name) is None, f"{name} is importable next to an installed coxswain"
 """
 

@@ -157,6 +157,8 @@ def run(
         if key not in ("cox", "suite", "policy", "plots", "requests")
     }
     asked = _asked(suites=suite, policies=policy, plots=plots, requests=requests, **given)
+    if len(asked.suites) > 1 or len(asked.policies) > 1:
+        raise CliError(Exit.USAGE, "`run` takes one suite and one policy; `cox lab compare` takes several")
     return int(_lab().run(cox, asked))
 
 

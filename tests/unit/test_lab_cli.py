@@ -1,0 +1,122 @@
+"""`cox lab` from the command line: figures, files, and what is said about mistakes."""
+
+import csv
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from coxswain.control.cli import app
+from coxswain.lab.published import VTC
+
+pytestmark = pytest.mark.vllm
+
+TRACE = "arrival_s,tenant,prompt_tokens,output_tokens\n" + "".join(
+    f"{0.2 * n},{'ab'[n % 2]},{40 + n},{5 + n % 4}\n" for n in range(20)
+)
+
+
+@pytest.fixture
+def cox(monkeypatch, tmp_path):
+    """A function that calls `cox lab` with arguments; a small trace is `tiny.csv` and also stands for the real one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(
+        "COX_LOG_LEVEL", "warning"
+    )  # the command sets it, and must not for the tests after this
+    monkeypatch.setenv("COX_TRACES", str(tmp_path))
+    for name in ("tiny.csv", "vtc_arena.csv"):
+        (tmp_path / name).write_text(TRACE)
+
+    def call(*arguments):
+        return CliRunner().invoke(app, ["lab", *arguments], prog_name="cox")
+
+    return call
+
+
+def test_a_run_says_what_came_of_it_and_writes_what_is_asked_for(cox, tmp_path):
+    """Figures on the terminal; every request as CSV; pictures with a page around them."""
+    done = cox("run", "--trace", "tiny.csv", "--plots", "out", "--requests", "each.csv")
+    assert done.exit_code == 0, done.output
+    assert "tiny, vtc" in done.stdout
+    with (tmp_path / "each.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["delivered_tokens"]) for row in rows] == [int(row["output_tokens"]) for row in rows]
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert pictures.keys() == {"service.png", "ttft.png", "held.png", "index.html"}
+    assert all(data.startswith(b"\x89PNG") for name, data in pictures.items() if name.endswith("png"))
+
+
+def test_a_run_as_json_is_one_document_with_its_setup(cox):
+    """What was set is in it, so that a figure can be made again."""
+    done = cox(
+        "run",
+        "--trace",
+        "tiny.csv",
+        "--json",
+        "--latency",
+        "25ms",
+        "--loss",
+        "1%",
+        "--outage",
+        "1s+2s",
+        "--weight",
+        "a=3",
+    )
+    document = json.loads(done.stdout)
+    assert document["policy"] == "vtc"
+    assert document["metrics"]["n"] == document["metrics"]["done"] == 20
+    setup = document["setup"]
+    assert (setup["latency_s"], setup["loss"], setup["outages"]) == (0.025, 0.01, [[1.0, 2.0]])
+    assert setup["tables"][1]["a"]["weight"] == 3.0
+
+
+def test_a_comparison_puts_the_published_figures_beside_ours(cox):
+    """On a suite that has any; always with how many were done, of how many."""
+    done = cox("compare", "--suite", "real", "--policies", "fcfs,vtc:wq=2,stock-priority", "--json")
+    fcfs, vtc, stock = json.loads(done.stdout)
+    assert fcfs["published"]["avg_diff"] == VTC["real"]["FCFS"].avg_diff
+    assert vtc["settings"] == ["wq=2"]
+    assert stock["published"] is None
+    table = cox("compare", "--suite", "real", "--policies", "fcfs").stdout
+    assert "FCFS, published" in table
+    assert "DONE" in table
+
+
+def test_classes_of_a_trace_are_rows_of_the_class_table(cox, tmp_path):
+    """A trace may name classes and their SLO without anybody setting up tables."""
+    (tmp_path / "classes.csv").write_text(
+        "arrival_s,tenant,prompt_tokens,output_tokens,class,slo_s\n0,a,10,3,chat,1.5\n0,a,10,3,,\n"
+    )
+    classes, tenants = json.loads(cox("run", "--trace", "classes.csv", "--json").stdout)["setup"]["tables"]
+    assert classes["chat"]["slo_s"] == 1.5
+    assert tenants["default"]["classes"] == ["chat"]
+
+
+def test_the_suites_are_listed_with_what_was_published(cox):
+    """Names to choose from, and how much of each is known."""
+    listed = {row["suite"]: row for row in json.loads(cox("suites", "--json").stdout)}
+    assert listed.keys() >= VTC.keys()
+    assert listed["overload"]["n"] == 1620
+    assert listed["real"]["n"] == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run"], "what traffic? --suite NAME"),
+        (["run", "--suite", "nosuch"], "no suite 'nosuch': one of real"),
+        (["run", "--suite", "overload", "--policy", "nosuch"], "no policy 'nosuch'"),
+        (["run", "--trace", "none.csv"], "cannot be read"),
+        (["run", "--trace", "tiny.csv", "--device", "toaster"], "no device 'toaster'"),
+        (["run", "--trace", "tiny.csv", "--admission", "free"], "no admission 'free': one of reserve, vllm"),
+        (["run", "--trace", "tiny.csv", "--loss", "2"], "is no part of a whole"),
+        (["run", "--trace", "tiny.csv", "--outage", "5s"], "is no outage"),
+        (["run", "--suite", "overload,weighted"], "one suite"),
+        (["compare", "--trace", "tiny.csv", "--policies", "vtc,,fcfs"], "names no policy"),
+    ],
+)
+def test_a_mistake_is_said_in_a_line_and_nothing_runs(cox, arguments, says):
+    """What was wrong, and what is allowed."""
+    done = cox(*arguments)
+    assert done.exit_code == 2, done.output
+    assert says in " ".join(done.output.replace("│", " ").split())
