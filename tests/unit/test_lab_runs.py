@@ -54,7 +54,7 @@ def test_every_request_is_done_and_gets_the_tokens_it_asked_for(policy, admissio
     assert [life.tokens for life in outcome.lives] == [life.arrival.output_tokens for life in outcome.lives]
     for life in outcome.lives:
         assert life.arrival.at_s < life.first_token_s < life.finished_s
-        assert [state for _, state in life.states][0] == "queued"
+        assert next(state for _, state in life.states) == "queued"
         assert [state for _, state in life.states][-2:] == ["running", "ended"]
 
 
