@@ -86,11 +86,11 @@ def run(cox: Cox, asked: Asked) -> Exit:
     setup = msgspec.structs.replace(case.setup, policy=policy, settings=settings)
     outcome = _run(cox, case, setup)
     metrics = measure(outcome.lives)
-    theirs = peer(case.name, policy)
-    title = f"{case.name}, {_label(policy, settings)}"
+    label = _label(policy, settings)
+    theirs, title = peer(case.name, label), f"{case.name}, {label}"
     cox.say(report.heading(title, setup, outcome))
-    published = {_label(policy, settings): theirs} if theirs else {}
-    cox.say(report.comparison([(_label(policy, settings), metrics, outcome)], published, cox.out.width))
+    published = {label: theirs} if theirs else {}
+    cox.say(report.comparison([(label, metrics, outcome)], published, cox.out.width))
     cox.say("")
     cox.say(report.tenants(outcome.lives, metrics, cox.out.width))
     if asked.requests is not None:
@@ -123,7 +123,7 @@ def compare(cox: Cox, asked: Asked) -> Exit:
         theirs = {
             _label(policy, settings): row
             for policy, settings, _, _ in runs
-            if (row := peer(case.name, policy))
+            if (row := peer(case.name, _label(policy, settings)))
         }
         cox.say(report.heading(case.name, case.setup, None))
         cox.say(report.comparison(labelled, theirs, cox.out.width))
@@ -264,7 +264,7 @@ def _document(
             "metrics": metrics,
             "run": {name: getattr(outcome, name) for name in Outcome.__struct_fields__ if name != "lives"},
             "published": None
-            if (theirs := peer(case.name, policy)) is None
+            if (theirs := peer(case.name, _label(policy, settings))) is None
             else {
                 "name": theirs[0],
                 **theirs[1]._asdict(),

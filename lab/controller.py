@@ -10,7 +10,8 @@ from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
-from coxswain.control.core import Answer, Beat, ControlCore, Inputs, Send
+from coxswain.control.core import NOT_FAILURES, Answer, Ask, Beat, ControlCore, Inputs, Listing, Outgoing
+from coxswain.control.daemon import MAX_QUEUE_PAGES, QUEUE_PAGE
 from coxswain.control.policy import Policy, Tables
 from coxswain.lab.agenda import START, Agenda
 from coxswain.lab.engine import Engine
@@ -18,9 +19,9 @@ from coxswain.lab.link import Link
 from coxswain.lab.setup import Outage
 from coxswain.schemas.commands import Reply, decode, encode
 from coxswain.schemas.errors import Code, RefusedError
-from coxswain.schemas.status import Frame
+from coxswain.schemas.status import Frame, QueuePage, QueueQuery, RequestStatus
 from coxswain.schemas.subjects import CONTROLLER
-from coxswain.service.port import CommandIn, Draft, FrameOut, LeadIn, Outbound, ReplyOut
+from coxswain.service.port import AnswerOut, CommandIn, Draft, FrameOut, LeadIn, Outbound, QueryIn, ReplyOut
 
 HEARTBEAT_S: Final = 1.0
 """Between two frames of an idle engine."""
@@ -35,18 +36,31 @@ class _Token(NamedTuple):
     verb: str
 
 
+class _Question(NamedTuple):
+    """Whose queue which controller asked for, and what it was told of it so far."""
+
+    core: ControlCore
+    worker: str
+    rows: tuple[RequestStatus, ...] = ()
+    pages: int = 1
+
+
+Said = Frame | ReplyOut | AnswerOut
+"""What comes from an engine."""
+
+
 class Mouth:
     """What the bus is to an engine: it completes and numbers frames, and repeats the last one of an idle engine.
 
     Args:
         engine: whose.
         agenda: whose time it lives in.
-        say: takes frames and replies as they leave.
+        say: takes frames, replies and answers as they leave.
         requests: whether anybody reads the rows of single requests; frames go without them otherwise.
     """
 
     def __init__(
-        self, engine: Engine, agenda: Agenda, say: Callable[[Frame | ReplyOut], None], *, requests: bool
+        self, engine: Engine, agenda: Agenda, say: Callable[[Said], None], *, requests: bool
     ) -> None:
         self._agenda = agenda
         self._say = say
@@ -62,7 +76,7 @@ class Mouth:
                 if not self._requests:
                     draft = Draft(replace(draft.frame, gone=()), (), draft.tenants)
                 self._number(draft.complete(), idle=item.idle)
-            elif isinstance(item, ReplyOut):
+            elif isinstance(item, ReplyOut | AnswerOut):
                 self._say(item)
 
     def _number(self, frame: Frame, *, idle: bool) -> None:
@@ -113,6 +127,7 @@ class Controller:
         self.commands = 0
         """Commands sent, heartbeats apart."""
         self.rejected = 0
+        """Commands refused, but for requests that had ended when they came."""
         self._engines = {engine.name: engine for engine in engines}
         self._agenda = agenda
         self._make_policy = make_policy
@@ -125,27 +140,47 @@ class Controller:
         self._core: ControlCore | None = None
         self._frames: list[Frame] = []
         self._answers: list[Answer] = []
-        requests = make_policy().sees_requests
+        self._listings: list[Listing] = []
+        requests = make_policy().sees != "tenants"
         for engine in engines:
             Mouth(engine, agenda, self._hear, requests=requests)
         agenda.at(agenda.now, self._step)
 
-    def _hear(self, said: Frame | ReplyOut) -> None:
+    def _hear(self, said: Said) -> None:
+        self._link.send(lambda: self._take(said))
+
+    def _take(self, said: Said) -> None:
         if isinstance(said, Frame):
-            self._link.send(lambda: self._frames.append(said))
-        else:
-            self._link.send(lambda: self._answer(said.token, said.reply))
+            self._frames.append(said)
+        elif isinstance(said, ReplyOut):
+            self._answer(said.token, said.reply)
+        elif isinstance(said.answer, QueuePage):
+            self._page(said.token, said.answer)
 
     def _answer(self, token: _Token, reply: Reply) -> None:
         ok = reply.outcome != "rejected"
-        self.rejected += not ok
+        self.rejected += not ok and reply.code not in NOT_FAILURES
         if token.core is self._core:
             self._answers.append(Answer(token.worker, token.verb, ok=ok, code=reply.code))
+
+    def _page(self, question: _Question, page: QueuePage) -> None:
+        if question.core is not self._core:
+            return
+        rows = (*question.rows, *page.requests)
+        if page.next is None or question.pages >= MAX_QUEUE_PAGES:
+            self._listings.append(Listing(question.worker, rows))
+        else:
+            self._ask(_Question(question.core, question.worker, rows, question.pages + 1), page.next)
+
+    def _ask(self, question: _Question, after: str | None = None) -> None:
+        item = QueryIn("queue", QueueQuery(after=after, limit=QUEUE_PAGE), question)
+        self._link.send(lambda: self._engines[question.worker].scheduler.port.offer(item))
 
     def _step(self) -> None:
         self._agenda.after(self._cadence_s, self._step)
         frames, self._frames = self._frames, []
         answers, self._answers = self._answers, []
+        listings, self._listings = self._listings, []
         now = self._agenda.now
         if any(outage.at_s <= now - START < outage.at_s + outage.for_s for outage in self._outages):
             self._core = None
@@ -155,12 +190,15 @@ class Controller:
             self._core = ControlCore(self._make_policy(), NAME, self._new_id, cadence_s=self._cadence_s)
         inputs = Inputs(
             frames=frames, classes=self._tables.classes, tenants=self._tables.tenants,
-            epoch=(START, self._lives), answers=answers,
+            epoch=(START, self._lives), answers=answers, listings=listings,
         )  # fmt: skip
         for outgoing in self._core.step(now, inputs):
             self._send(self._core, outgoing)
 
-    def _send(self, core: ControlCore, outgoing: Send | Beat) -> None:
+    def _send(self, core: ControlCore, outgoing: Outgoing) -> None:
+        if isinstance(outgoing, Ask):
+            self._ask(_Question(core, outgoing.worker))
+            return
         if isinstance(outgoing, Beat):
             for engine in self._engines.values():
                 self._link.send(lambda port=engine.scheduler.port: port.offer(LeadIn(outgoing.lead)))  # type: ignore[misc]

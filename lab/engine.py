@@ -20,6 +20,7 @@ from coxswain.lab.life import ENDED, HELD, QUEUED, RUNNING, Life
 from coxswain.lab.modelless import make_scheduler, vllm_config
 from coxswain.lab.schedulers import KEY, environment, steered, stock
 from coxswain.lab.setup import Admission, Kind
+from coxswain.lab.trace import Arrival
 from coxswain.service.port import Outbound
 from coxswain.service.request_id import make
 from coxswain.service.scheduler.record import Record
@@ -43,6 +44,11 @@ class Build(NamedTuple):
     kind: Kind
     max_model_len: int
     status_interval_s: float
+
+
+def public_id(arrival: Arrival, number: int) -> str:
+    """The signed id of a run's request with this number."""
+    return make(KEY, arrival.tenant, arrival.class_, f"{number:026d}")
 
 
 class Engine:
@@ -91,7 +97,7 @@ class Engine:
     def submit(self, life: Life, number: int) -> None:
         """A request arrives now; `number` makes its id its own."""
         arrival = life.arrival
-        public = make(KEY, arrival.tenant, arrival.class_, f"{number:026d}")
+        public = public_id(arrival, number)
         request = Request(
             request_id=f"cmpl-{public}-0-{number:08x}",
             prompt_token_ids=[TOKEN] * arrival.prompt_tokens,

@@ -15,12 +15,14 @@ import msgspec
 
 from coxswain.control import policy as policies
 from coxswain.control.errors import PolicyError
+from coxswain.control.policies.vtc import Vtc
+from coxswain.control.predict import Oracle
 from coxswain.lab.agenda import START, Agenda
 from coxswain.lab.controller import Controller
-from coxswain.lab.engine import Build, Engine
+from coxswain.lab.engine import Build, Engine, public_id
 from coxswain.lab.life import Life
 from coxswain.lab.link import Link
-from coxswain.lab.setup import RPM, STOCK, Kind, Setup
+from coxswain.lab.setup import ORACLES, RPM, STOCK, Kind, Setup
 from coxswain.lab.trace import Arrival, TraceError
 
 RPM_WINDOW_S: Final = 60.0
@@ -30,6 +32,8 @@ LONGEST_S: Final = 7 * 86_400.0
 """Virtual time after which a run is given up: somebody starves."""
 Progress = Callable[[int, float], None]
 """Told now and then: requests that ended, virtual seconds since traffic began."""
+
+MakePolicy = Callable[[], policies.Policy]
 
 
 class StuckError(Exception):
@@ -44,7 +48,8 @@ class Outcome(msgspec.Struct, kw_only=True):
     virtual_s: float
     """From the beginning of the traffic to the end of the last request."""
     wall_s: float
-    """How long the run took here: the one thing that is not the same each time."""
+    """How long the run took here: this and the next are all that is not the same each time."""
+    cpu_s: float
     steps: int
     busy_s: float
     """How long the devices worked, together."""
@@ -62,8 +67,8 @@ def run(arrivals: Sequence[Arrival], setup: Setup, progress: Progress | None = N
         TraceError: a request can never fit, or there is none.
         StuckError: requests are left that nothing will ever finish.
     """
-    make_policy, kind, limit = _chosen(setup)
     _check(arrivals, setup)
+    make_policy, kind, limit = _chosen(arrivals, setup)
     agenda = Agenda(START - LEAD_S)
     lives = [Life(arrival=arrival) for arrival in arrivals]
     left = len(lives)
@@ -76,7 +81,7 @@ def run(arrivals: Sequence[Arrival], setup: Setup, progress: Progress | None = N
 
     longest = max(arrival.prompt_tokens + arrival.output_tokens for arrival in arrivals)
     build = Build(setup.device, setup.admission, kind, longest + 1, setup.status_interval_s)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     engines = [Engine(f"w{number}", build, agenda, landed) for number in range(setup.workers)]
     link = Link(agenda, latency_s=setup.latency_s, loss=setup.loss, seed=setup.seed)
     controller = None
@@ -106,6 +111,7 @@ def run(arrivals: Sequence[Arrival], setup: Setup, progress: Progress | None = N
         lives=lives,
         virtual_s=max((life.finished_s for life in lives if life.finished_s is not None), default=0.0),
         wall_s=time.perf_counter() - began,
+        cpu_s=time.process_time() - cpu_began,
         steps=sum(engine.steps for engine in engines),
         busy_s=sum(engine.busy_s for engine in engines),
         commands=controller.commands if controller else 0,
@@ -160,16 +166,31 @@ class _Limit:
         return True
 
 
-def _chosen(setup: Setup) -> tuple[Callable[[], policies.Policy] | None, Kind, _Limit | None]:
-    if setup.policy in STOCK:
-        if setup.settings:
-            raise PolicyError(f"{setup.policy} takes no settings")
-        return None, STOCK[setup.policy], None
-    name, limit = setup.policy, None
+def _chosen(arrivals: Sequence[Arrival], setup: Setup) -> tuple[MakePolicy | None, Kind, _Limit | None]:
+    name, settings, limit = setup.policy, setup.settings, None
+    if name in STOCK:
+        if settings:
+            raise PolicyError(f"{name} takes no settings")
+        return None, STOCK[name], None
+    if name in ORACLES:
+        return _oracle(arrivals, setup, ORACLES[name]), "steered", None
     if name.startswith(RPM) and (number := name.removeprefix(RPM)).isdigit():
         name, limit = "fcfs", _Limit(int(number))
-    policies.load(name, setup.settings)  # a mistake shows now, not at the first step
-    return lambda: policies.load(name, setup.settings), "steered", limit
+    policies.load(name, settings)  # a mistake shows now, not at the first step
+    return lambda: policies.load(name, settings), "steered", limit
+
+
+def _oracle(arrivals: Sequence[Arrival], setup: Setup, off: float) -> MakePolicy:
+    """vtc with a predictor that was told the lengths, each off by up to that part of itself (VTC's `pred_50`)."""
+    shipped: policies.PolicyType = policies.available()[Vtc.name].load()
+    params = policies.params_of(shipped, setup.settings)
+    assert isinstance(params, Vtc.Params)
+    draw = random.Random(setup.seed)  # noqa: S311 — not for secrets
+    told = {
+        public_id(arrival, number): round(arrival.output_tokens * draw.uniform(1 - off, 1 + off))
+        for number, arrival in enumerate(arrivals)
+    }
+    return lambda: Vtc(params, Oracle(told))
 
 
 def _check(arrivals: Sequence[Arrival], setup: Setup) -> None:

@@ -4,8 +4,9 @@ VTC (Sheng et al., OSDI'24): recomputed from the result logs in VTC-artifact (fa
 the authors' formulae, which are those of `metrics`; A10G 24 GB, Llama 7B, a pool of 10,000 tokens. Their policies and
 ours, by what they do:
 
-    fcfs     FCFS         vtc             VTC
-    rpm<n>   LShare, RPM  vtc predicting  VTC_predict (moving average), VTC_oracle (told the length)
+    fcfs, stock-fcfs      FCFS          vtc:predict=average  VTC_predict, a moving average of lengths
+    vtc                   VTC, WVTC     vtc-oracle           VTC_oracle, told the lengths
+    rpm20                 LShare, RPM   vtc-oracle50         VTC_pred_50, told them ± 50 %
 """
 
 from collections.abc import Mapping
@@ -106,22 +107,21 @@ VTC: Final[Mapping[str, Mapping[str, Row]]] = MappingProxyType(
 )  # fmt: skip
 """By suite of `suites`, by the authors' name of the scheduler."""
 
-PEER: Final[Mapping[str, str]] = MappingProxyType(
+PEER: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
-        "fcfs": "FCFS",
-        "stock-fcfs": "FCFS",
-        "vtc": "VTC",
-        "lcf": "LCF",
-        **{f"rpm{most}": f"RPM{most}" for most in (5, 10, 15, 20, 30)},
+        "fcfs": ("FCFS",),
+        "stock-fcfs": ("FCFS",),
+        "vtc": ("VTC", "WVTC"),
+        "vtc:predict=average": ("VTC_predict",),
+        "vtc-oracle": ("VTC_oracle",),
+        "vtc-oracle50": ("VTC_pred_50",),
+        **{f"rpm{most}": (f"RPM{most}",) for most in (5, 10, 15, 20, 30)},
     }
 )
-"""Which of theirs stands beside which of ours."""
+"""Which of theirs stand beside which of ours, with its settings: the first that was run on the suite."""
 
 
 def peer(suite: str, policy: str) -> tuple[str, Row] | None:
-    """The published run that one of ours is to be compared with, or None."""
-    name = PEER.get(policy, "")
+    """The published run that one of ours, `vtc` or `vtc:predict=average`, is to be compared with, or None."""
     rows = VTC.get(suite, {})
-    if name == "VTC" and name not in rows:
-        name = "WVTC"
-    return (name, rows[name]) if name in rows else None
+    return next(((name, rows[name]) for name in PEER.get(policy, ()) if name in rows), None)

@@ -124,7 +124,7 @@ def deviation(metrics: Metrics, row: Published) -> dict[str, float]:
 
 def _ours(policy: str, metrics: Metrics, outcome: Outcome) -> Row:
     waits = spread(metrics) or (None,) * 3
-    speed = outcome.virtual_s / outcome.wall_s if outcome.wall_s else 0.0
+    speed = outcome.virtual_s / outcome.cpu_s if outcome.cpu_s else 0.0
     cells: list[Cell] = [policy, str(metrics.n), _done(metrics.n, metrics.done)]
     cells += [f"{metrics.max_diff:.1f}", f"{metrics.avg_diff:.1f}", f"{metrics.var_diff:.0f}"]
     cells += [f"{metrics.throughput:.0f}", f"{metrics.total_s:.0f}s", f"{metrics.acc_max:.0f}"]

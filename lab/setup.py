@@ -21,6 +21,10 @@ RPM: Final = "rpm"
 """`rpm20`: as fcfs, but a tenant's request is refused when 20 of it were accepted in the last 60 s."""
 
 
+ORACLES: Final[Mapping[str, float]] = {"vtc-oracle": 0.0, "vtc-oracle50": 0.5}
+"""vtc that is told how long outputs will be, and how far off that may be: 0.5 is ± 50 %, evenly."""
+
+
 class Outage(NamedTuple):
     """The controller is dead from `at_s` on, for `for_s`. Seconds."""
 

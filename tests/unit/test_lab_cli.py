@@ -76,6 +76,7 @@ def test_a_comparison_puts_the_published_figures_beside_ours(cox):
     fcfs, vtc, stock = json.loads(done.stdout)
     assert fcfs["published"]["avg_diff"] == VTC["real"]["FCFS"].avg_diff
     assert vtc["settings"] == ["wq=2"]
+    assert vtc["published"] is None, "not what was published: it has other settings"
     assert stock["published"] is None
     table = cox("compare", "--suite", "real", "--policies", "fcfs").stdout
     assert "FCFS, published" in table

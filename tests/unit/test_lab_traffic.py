@@ -103,4 +103,6 @@ def test_our_policies_have_their_published_peers():
     """What stands beside ours did the same thing on the same suite."""
     assert peer("real", "rpm20")[0] == "RPM20"
     assert peer("weighted", "vtc")[0] == "WVTC"
+    assert peer("real", "vtc:predict=average")[0] == "VTC_predict"
     assert peer("overload", "fcfs") is None
+    assert peer("real", "vtc:wq=3") is None
