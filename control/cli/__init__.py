@@ -72,6 +72,7 @@ command(app, "policies", panel=POLICY, example="cox policies --json")(policies.p
 laboratory = typer.Typer(
     rich_markup_mode="rich",
     help="Try policies on the real scheduler in virtual time: no GPU, no NATS, ten minutes of traffic in seconds.",
+    epilog=epilogue("cox lab compare --suite overload --policies fcfs,vtc"),
     no_args_is_help=True,
 )
 command(laboratory, "run", panel=RUN, example="cox lab run --suite overload --policy vtc --plots out")(
