@@ -58,10 +58,14 @@ class SteeringCore:
         self.limits = Limits(self.queue, self.tenants, self.tell)
         self.roster = Roster(self.tenants, self.limits)
         self.ledger = Ledger(self.roster, self.tenants, self.queue)
-        self.holds = Holds(engine, self.roster, self.ledger, self.queue, self.tell, self._began)
+        self.holds = Holds(
+            engine, self.roster, self.ledger, self.queue, self.tell, self._began, self.limits.room
+        )
         self.drain = Drain(self.roster, self.holds)
-        self.room = Room(engine, self.roster, self.queue, self.holds, self.evict, self.class_place)
-        self.budget = StepBudget(self.class_place)
+        self.room = Room(
+            engine, self.roster, self.queue, self.holds, self.limits, self.evict, self.class_place
+        )
+        self.budget = StepBudget(self.class_place, self.queue, self.limits)
         self.classes: dict[str, ClassPolicy] = {}
         self.digest = ""
         self.configure({}, {})
@@ -172,10 +176,7 @@ class SteeringCore:
         for record in [
             record for record in self.roster.records.values() if self.engine.waits_with_kv(record)
         ]:
-            self.ledger.lose_kv(record)
-            self.engine.evict(record)
-            self.roster.touch(record)
-            self.tell(now, record, ev.Preempted, reason=reason)
+            self.evict(now, record, reason)
 
     def waits_again(self, now: float, record: Record) -> None:
         """A running streaming session waits for its next input; its KV stays."""
@@ -355,7 +356,7 @@ class SteeringCore:
         self.limits.set_classes(groups)
         self._put_rows(tenants)
         self.room.set_classes(self.classes)
-        self.budget.set_classes(self.classes)
+        self.budget.set_classes(groups)
         for record in waiting:
             self.queue.add(record)
         for record in self.roster.records.values():
@@ -382,12 +383,6 @@ class SteeringCore:
     def class_place(self, name: str) -> int:
         """Place of a class among all, 0 runs first."""
         return self._places[name]
-
-    def best_place(self, running: int | None) -> int | None:
-        """Place of the best class of which anything waits or, as the engine says, runs."""
-        waiting = self.queue.first_class()
-        places = [running, None if waiting is None else self.class_place(waiting)]
-        return min((place for place in places if place is not None), default=None)
 
     def tell(self, now: float, record: Record | None, kind: type[ev.Event], **fields: Any) -> None:
         """Something happened: into the request's story, and out as an event."""

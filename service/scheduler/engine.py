@@ -28,7 +28,7 @@ class Engine(Protocol):
         """Free the KV of a running request, or of one that waits with its KV, and queue it."""
 
     def resume(self, record: Record) -> None:
-        """Schedule a kept request again."""
+        """Schedule a kept request again; a parked one, for which there is a slot, from its next admission."""
 
     def enqueue(self, record: Record) -> None:
         """Put a released request back into the waiting queue."""

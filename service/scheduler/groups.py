@@ -48,6 +48,7 @@ class Group:
 
     __slots__ = (
         "borrowing",
+        "busy",
         "held",
         "max_prefill_tokens_per_step",
         "max_queued",
@@ -61,6 +62,8 @@ class Group:
         self.running = self.held = 0
         self.borrowing = 0
         """Those of the running whose class may borrow."""
+        self.busy = False
+        """Whether the prompts of it that run take all that a step may compute of its prompts."""
         self.put_caps(NO_CAPS)
 
     def put_caps(self, caps: Caps) -> None:
@@ -77,6 +80,11 @@ class Group:
         """Whether one more may not run."""
         cap = self.max_running
         return cap is not None and self.running >= cap
+
+    @property
+    def closed(self) -> bool:
+        """Whether none of it should be admitted in this step."""
+        return self.full or self.busy
 
     @property
     def excess(self) -> int:

@@ -34,6 +34,7 @@ class Holds:
         queue: what a held request leaves.
         tell: the core's way to say what happened.
         began: called when a kept request runs again.
+        may_run: whether one more like it may run within the caps.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Holds:
         queue: SteeredQueue,
         tell: Callable[..., None],
         began: Callable[[float, Record], None],
+        may_run: Callable[[Record], bool],
     ) -> None:
         self._engine = engine
         self._roster = roster
@@ -51,6 +53,7 @@ class Holds:
         self._queue = queue
         self._tell = tell
         self._began = began
+        self._may_run = may_run
         self.returning: dict[Record, None] = {}
         """Held by the engine: they go on when there is room (`Room`)."""
         self.returning_version = 0
@@ -158,23 +161,24 @@ class Holds:
     def _can_go_on(self, record: Record) -> bool:
         """Whether a released request needs nothing that it has not got: if not, `Room` sees to it."""
         if record.state is State.HELD_KEPT:
-            return self._engine.resumable(record)
+            return self._engine.resumable(record) and self._may_run(record)
         return record.state is not State.HELD_PARKED
 
     def _go_on(self, now: float, record: Record, by: str, reason: str) -> None:
         was = record.state
         held_s = now - record.held_since
         record.held_s += held_s
-        if was is not State.HELD_KEPT:
+        if was is not State.HELD_KEPT:  # a parked one passes admission, if only for the step at hand
             record.queued_since = now
         # No counter lift here: a tenant whose requests were all held was kept from its share, it did not idle.
         self._roster.move(record, Transition.RELEASE)
         self.tidy()
-        if was is State.HELD_KEPT:
+        if was in WITH_KV:
             self._engine.resume(record)
-            self._began(now, record)
         else:
             self._engine.enqueue(record)
+        if was is State.HELD_KEPT:
+            self._began(now, record)
         self._tell(
             now, record, ev.Continued, by=by, reason=reason, held_s=held_s, output_tokens=len(record.outputs)
         )

@@ -5,14 +5,14 @@ limited; those that come later are affected. A controller's limits end with its 
 `verbs.py` sets them, `roster.py` tells of every change of a count that has a cap, the vLLM shell asks who is over.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Literal, NamedTuple
 
 from coxswain.schemas import events as ev
 from coxswain.schemas.commands import MAX_TARGETS
 from coxswain.schemas.subjects import CONTROLLER
-from coxswain.service.scheduler.groups import NO_CAPS, Caps, ClassGroup, Group, stricter
+from coxswain.service.scheduler.groups import NO_CAPS, Caps, ClassGroup, Group
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import State
@@ -60,6 +60,8 @@ class Limits:
         self._stored: dict[str, dict[Target, Caps]] = defaultdict(dict)
         """By role."""
         self._over: dict[Group, None] = {}
+        self._prefill: dict[Group, None] = {}
+        """Those with a cap on their prompt tokens per step."""
 
     # What is set
 
@@ -116,6 +118,7 @@ class Limits:
         """Other classes are in force; their counts are theirs already."""
         for group in self._classes.values():
             self._over.pop(group, None)
+            self._prefill.pop(group, None)
         self._classes = classes
         for group in classes.values():
             self.put_in_force(group)
@@ -133,6 +136,10 @@ class Limits:
             caps = caps.strictest(stored.get(target, NO_CAPS))
         if caps != group.caps:
             group.put_caps(caps)
+            if caps.max_prefill_tokens_per_step is None:
+                self._prefill.pop(group, None)
+            else:
+                self._prefill[group] = None
             self._put(group)
 
     def _put(self, group: Group) -> None:
@@ -161,11 +168,23 @@ class Limits:
         """Whether one more like it may run within the caps."""
         return not record.account.full and not self._classes[record.class_].full
 
-    def prefill_of(self, account: Account, class_: str) -> int | None:
-        """Prefill tokens per step that `limit` leaves the tenant's requests of a class; None is any number."""
-        return stricter(
-            account.max_prefill_tokens_per_step, self._classes[class_].max_prefill_tokens_per_step
-        )
+    @property
+    def bounds_prefill(self) -> bool:
+        """Whether anybody has a cap on prompt tokens per step."""
+        return bool(self._prefill)
+
+    def prefill(self) -> dict[Group, int]:
+        """Prompt tokens that a step may compute, of each tenant and class with a cap on them."""
+        return {group: group.max_prefill_tokens_per_step or 0 for group in self._prefill}
+
+    def group_of(self, record: Record) -> ClassGroup:
+        """A request's class."""
+        return self._classes[record.class_]
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more run of anything than may."""
+        return bool(self._over)
 
     def over(self) -> Iterator[Over]:
         """Tenants and classes of which more run than may; O(number of them)."""
@@ -181,9 +200,32 @@ class Limits:
             and (record.account.excess > 0 or group.excess > 0)
         )
 
-    def borrowers(self, running: Iterable[Record]) -> list[Record]:
-        """Those of the running on borrowed room; nothing is looked at while nobody is over a cap."""
-        return [record for record in running if self.is_borrowing(record)] if self._over else []
+    def borrowers(self, running: Iterable[Record]) -> Iterator[Record]:
+        """The first of the running that borrow their room, of each tenant and class as many as are over its cap."""
+        taken: Counter[Group] = Counter()
+        for record in running if self._over else ():
+            account, group = record.account, self._classes[record.class_]
+            if group.policy.borrow and (account.excess > taken[account] or group.excess > taken[group]):
+                taken.update((account, group))
+                yield record
+
+    def to_stop(self, running: Callable[[], Iterable[Record]]) -> list[tuple[Record, Group]]:
+        """Running requests that are over a cap which they may not exceed, worst first, and whose."""
+        stop: dict[Record, Group] = {}
+        for group, excess, borrowed in self.over():
+            mine = [
+                record
+                for record in (running() if excess > borrowed else ())
+                if group in (record.account, self._classes[record.class_])
+            ]
+            already = sum(record in stop for record in mine)
+            for record in mine:
+                if already >= excess - borrowed:
+                    break
+                if record not in stop and not self._classes[record.class_].policy.borrow:
+                    stop[record] = group
+                    already += 1
+        return list(stop.items())
 
     def validate(self) -> None:
         """Check every invariant; for tests."""

@@ -180,7 +180,7 @@ class ClassLine:
     @property
     def offers(self) -> bool:
         """Whether anything of it may run within its caps."""
-        return self.open.size > 0 and not self.group.full
+        return self.open.size > 0 and not self.group.closed
 
     def of(self, account: Account) -> Lines:
         """Where a tenant's line belongs now."""

@@ -10,6 +10,7 @@ the scheduler's own state, on the engine's thread, between two of its steps or, 
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any, Final
@@ -18,8 +19,10 @@ from vllm.v1.request import RequestStatus
 
 from coxswain.service.scheduler import compat
 from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.groups import Group
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.tenants import Account
 
 CLASS_STRIDE: Final = 2**33
 """vLLM picks a victim by `Request.priority`; we write class and priority into it, class first."""
@@ -46,8 +49,9 @@ class Mechanism:
         self.core: SteeringCore
         self._unsorted = False
         self._chunks: bool = scheduler.scheduler_config.enable_chunked_prefill
-        self._left: dict[str, int] = {}
-        self._whole: dict[str, int] = {}
+        self._left: dict[Group, int] = {}
+        self._whole: dict[Group, int] = {}
+        self._busy: set[Group] = set()
         self._reserve_lookahead: Callable[..., Any] = scheduler._reserve_prefill_lookahead  # noqa: SLF001
         self._allocate: Callable[..., Any] = scheduler.kv_cache_manager.allocate_slots
 
@@ -96,12 +100,15 @@ class Mechanism:
         self.fit()
 
     def resume(self, record: Record) -> None:
-        """Put a kept request back into the running loop."""
+        """Put a kept request back into the running loop, a parked one where vLLM admits what waits with KV."""
         request, scheduler = record.payload, self._scheduler
-        scheduler.running.append(request)
-        self._unsorted = True
-        if request.is_prefill_chunk:
-            scheduler._inflight_prefills.add(request)  # noqa: SLF001
+        if request.status == RequestStatus.RUNNING:
+            scheduler.running.append(request)
+            self._unsorted = True
+            if request.is_prefill_chunk:
+                scheduler._inflight_prefills.add(request)  # noqa: SLF001
+        else:
+            scheduler.kv_holding_waiting.add_request(request)
         self.fit()
 
     def enqueue(self, record: Record) -> None:
@@ -134,7 +141,7 @@ class Mechanism:
             return "a streaming session cannot be held in this version"
         if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
             return "its KV is being loaded from a remote store: try again"
-        if record.state is State.QUEUED and record not in self.core.queue:
+        if self.waits_with_kv(record) or (record.state is State.QUEUED and record not in self.core.queue):
             return "vLLM itself has it waiting for something: try again"
         if (
             kv == "keep"
@@ -164,8 +171,10 @@ class Mechanism:
     def waits_with_kv(self, record: Record) -> bool:
         """Whether it was released from a park and has not been scheduled since."""
         request = record.payload
-        return bool(request.status == RequestStatus.PREEMPTED and request.num_computed_tokens) and (
-            record.state is State.QUEUED
+        return bool(
+            record.state is State.RUNNING
+            and request.status == RequestStatus.PREEMPTED
+            and request.num_computed_tokens
         )
 
     def frees(self, record: Record) -> int:
@@ -234,19 +243,21 @@ class Mechanism:
         return (running[0].priority + CLASS_STRIDE // 2) // CLASS_STRIDE if running else None
 
     @property
-    def bounds(self) -> bool:
-        """Whether the last step's prompt tokens were bounded."""
-        return bool(self._whole)
+    def bounds_prefill(self) -> bool:
+        """Whether the last step's bounds are still in force."""
+        return bool(self._left)
 
-    def bound_prefill(self, left: dict[str, int]) -> None:
-        """Bound the prompt tokens per class of the step that begins.
+    def bound_prefill(self, left: dict[Group, int]) -> None:
+        """Bound the prompt tokens of tenants and classes in the step that begins.
 
         vLLM asks `_reserve_prefill_lookahead` once per request and step how many tokens it may have, after its own
-        budget and before it allocates; 0 skips a running request, and ends the admission of waiting ones.
+        budget and before it allocates; 0 skips a running request, and ends the admission of waiting ones. So that
+        nobody behind them waits for it, groups whose running prompts will take all of it offer none that wait.
         """
         if self._scheduler.need_mamba_block_aligned_split:
             return  # chunks of such models must end where vLLM put the end
         self._left, self._whole = left, dict(left)
+        self._note_busy(left)
         if left:
             self._scheduler._reserve_prefill_lookahead = self._grant  # noqa: SLF001
         else:
@@ -255,16 +266,36 @@ class Mechanism:
     def _grant(self, request: Any, computed: int, tokens: int) -> int:
         """What vLLM would give a request, within what is left to its class."""
         granted = int(self._reserve_lookahead(request, computed, tokens))
-        name = request.steering.class_
-        left = self._left.get(name)
-        if left is None or request.num_tokens - computed <= 1:  # a decode
+        if request.num_tokens - computed <= 1:  # a decode
             return granted
-        if self._chunks:
-            granted = min(granted, left)
-        elif granted > left and left < self._whole[name]:
-            return 0  # a prompt that cannot be cut goes whole when it is the step's first
-        self._left[name] = max(0, left - granted)
+        record = request.steering
+        groups = [
+            group for group in (record.account, self.core.limits.group_of(record)) if group in self._left
+        ]
+        for group in groups:
+            left = self._left[group]
+            if self._chunks:
+                granted = min(granted, left)
+            elif granted > left and left < self._whole[group]:
+                return 0  # a prompt that cannot be cut goes whole when it is the step's first
+        for group in groups:
+            self._left[group] = max(0, self._left[group] - granted)
         return granted
+
+    def _note_busy(self, left: dict[Group, int]) -> None:
+        """Which groups' running prompts will take all that is left to them in this step."""
+        limits = self.core.limits
+        wanted: Counter[Group] = Counter()
+        for request in self._scheduler._inflight_prefills if left else ():  # noqa: SLF001
+            tokens = request.num_tokens - request.num_computed_tokens
+            wanted[request.steering.account] += tokens
+            wanted[limits.group_of(request.steering)] += tokens
+        busy = {group for group, tokens in left.items() if wanted[group] >= tokens}
+        for group in busy ^ self._busy:
+            group.busy = group in busy
+            if isinstance(group, Account):
+                limits.counted(group)
+        self._busy = busy
 
     def admitted(self) -> None:
         """vLLM put requests at the end of its running list."""

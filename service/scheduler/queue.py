@@ -189,19 +189,19 @@ class SteeredQueue:
     # What was told
 
     def room_changed(self, account: Account) -> bool:
-        """A tenant may have come to its cap, or under it; whether it did."""
-        full = account.full
-        if full is account.shut:
+        """A tenant may have come to its cap, or under it, or be busy; whether that changed."""
+        closed = account.closed
+        if closed is account.shut:
             return False
         for class_line in self._order:
             line = class_line.lines.get(account.name)
             if line is not None and line.account is account:
                 source, target = class_line.open, class_line.aside
-                if not full:
+                if not closed:
                     source, target = target, source
                 source.leave(line)
                 target.join(line)
-        account.shut = full
+        account.shut = closed
         return True
 
     def moved_back(self, account: Account) -> None:

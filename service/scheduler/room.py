@@ -11,7 +11,10 @@ takes the room of the worst of that work, if its class may (`cut_in`).
   held; where KV blocks are short, or no slot can be had so, they are preempted, if the class is `kv`.
 * Held requests give way before running ones, least urgent first: their slots by parking, their KV by dropping.
 
-Acts through `Holds` and the port `Engine`. Knows ranks, not tenants; no policy.
+* Caps are exact: what runs beyond one that was lowered is held. What runs on borrowed room gives way to whatever
+  waits within its caps, whether its class may cut in or not.
+
+Acts through `Holds` and the port `Engine`. No policy.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +24,15 @@ from coxswain.schemas.policy import ClassPolicy
 from coxswain.schemas.subjects import ENGINE
 from coxswain.service.scheduler.engine import Engine
 from coxswain.service.scheduler.holds import WITH_KV, Holds
+from coxswain.service.scheduler.limits import Limits
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.roster import Roster
 from coxswain.service.scheduler.states import State
 
+CUTS: Final = ("slots", "kv")
+"""Values of `cut_in` that may take room."""
+NOBODY: Final = (None, False)
 MOST: Final = 32
 """Requests that one step makes room for; the next step goes on."""
 
@@ -41,6 +48,7 @@ class Room:
         roster: where requests are.
         queue: who waits.
         holds: how requests are held and go on.
+        limits: how many may run.
         evict: the core's way to preempt a running request: (now, record, reason).
         place_of: place of a class among all, 0 first.
     """
@@ -51,6 +59,7 @@ class Room:
         roster: Roster,
         queue: SteeredQueue,
         holds: Holds,
+        limits: Limits,
         evict: Callable[[float, Record, str], None],
         place_of: Callable[[str], int],
     ) -> None:
@@ -58,6 +67,7 @@ class Room:
         self._roster = roster
         self._queue = queue
         self._holds = holds
+        self._limits = limits
         self._evict = evict
         self._place_of = place_of
         self._classes: dict[str, ClassPolicy] = {}
@@ -73,7 +83,7 @@ class Room:
     def set_classes(self, classes: dict[str, ClassPolicy]) -> None:
         """Put class policies in force."""
         self._classes = classes
-        self._cuts = any(policy.cut_in in ("slots", "kv") for policy in classes.values())
+        self._cuts = any(policy.cut_in in CUTS for policy in classes.values())
         self.orders_running = any(
             policy.cut_in != "off" or policy.max_prefill_tokens_per_step is not None
             for policy in classes.values()
@@ -108,35 +118,45 @@ class Room:
         """Let those go on who have room, and make room for those who may take it."""
         self._now = now
         returning = self._holds.returning
+        if self._limits.exceeded:
+            self._stop_excess(now)
         if self._roster.kept and (self._queue or returning):
             self._park_surplus()
-        if returning or self._cuts:
+        if returning or self._cuts or self._limits.exceeded:
             self._place(now)
 
+    def _stop_excess(self, now: float) -> None:
+        """Hold what runs beyond its caps and may not borrow, the worst first; it goes on when there is room."""
+        for record, group in self._limits.to_stop(self._engine.worst_running):
+            if self._engine.obstacle(record, "keep") is None:
+                self._holds.hold(now, record, ENGINE, "keep", None, f"over the cap of {group.name}")
+
     def _place(self, now: float) -> None:
+        """See to the first that would like to run, in their order, until one finds no room."""
         engine = self._engine
-        backs, heads = iter(self._waiting_for_room(now)), (record for record, _ in self._queue.offered())
-        back, head = next(backs, None), next(heads, None)
+        backs, heads = iter(self._waiting_for_room(now)), self._queue.offered()
+        back, (head, borrows) = next(backs, None), next(heads, NOBODY)
         slots, tokens, claimed = engine.free_slots(), engine.step_tokens(), 0
         for _ in range(MOST):
             if back is not None and (head is None or self._returns_before(back, head)):
-                if back.state in WITH_KV:
-                    if not self._find_room(back, slots, claimed):
-                        return
-                    slots -= 1
-                back.aged |= self._overdue(back)
-                self._holds.release(now, back, (ENGINE,), ENGINE, "room")
+                if self._limits.room(back) or back.state not in WITH_KV:
+                    if back.state in WITH_KV:
+                        if not self._find_room(back, slots, claimed):
+                            return
+                        slots -= 1
+                    back.aged |= self._overdue(back)
+                    self._holds.release(now, back, (ENGINE,), ENGINE, "room")
                 back = next(backs, None)
             elif head is None or tokens <= 0:
                 return
             else:
                 if engine.ready(head):
-                    if not self._find_room(head, slots, claimed):
+                    if not self._find_room(head, slots, claimed, borrows=borrows):
                         return
                     slots -= 1
                     claimed += engine.needs(head, engine.free_blocks())
                     tokens -= head.prompt_tokens
-                head = next(heads, None)
+                head, borrows = next(heads, NOBODY)
 
     def _waiting_for_room(self, now: float) -> list[Record]:
         """Those that only the engine holds, the most urgent first."""
@@ -159,7 +179,7 @@ class Room:
         """What has begun goes on before what has not, where neither outranks the other."""
         return self._overdue(back) or not self.outranks(head, back)
 
-    def _find_room(self, record: Record, slots: int, claimed: int) -> bool:
+    def _find_room(self, record: Record, slots: int, claimed: int, *, borrows: bool = False) -> bool:
         """Whether there is room for this request in the step at hand, made if need be."""
         engine = self._engine
         if record.state is State.HELD_KEPT and not engine.resumable(record):
@@ -170,13 +190,15 @@ class Room:
         short = engine.needs(record, free) - free
         if slots > 0 and short <= 0:
             return True
-        mode = self._classes[record.class_].cut_in
-        return mode in ("slots", "kv") and self._cut_in(record, slots <= 0, short, mode)
+        return not borrows and self._cut_in(record, slots <= 0, short)
 
     # Cut-in
 
-    def _cut_in(self, record: Record, needs_slot: bool, short: int, mode: str) -> bool:
+    def _cut_in(self, record: Record, needs_slot: bool, short: int) -> bool:
         """Take what is missing from held requests and, worst first, from running ones; or nothing, and False."""
+        mode = self._classes[record.class_].cut_in
+        if mode not in CUTS and not self._limits.exceeded:
+            return False
         dropped, short = self._enough(self._giving_way(record), short)
         victims = self._victims(record)
         preempted: list[Record] = []
@@ -213,14 +235,23 @@ class Room:
         return needed[::-1], short
 
     def _victims(self, record: Record) -> Iterator[Record]:
-        """Running requests that this one may cut in on, the worst first."""
-        for running in self._engine.worst_running():
-            if not self.outranks(record, running):
-                return
-            if running.protected_until > self._now or running.aged:
-                continue
-            if self._engine.obstacle(running, "keep") is None:
+        """Running requests that this one may cut in on: who borrows, then whom it outranks, the worst first."""
+        worst_running, seen = self._engine.worst_running, set()
+        for running in self._limits.borrowers(worst_running()):
+            seen.add(running)
+            if self._may_stop(running):
                 yield running
+        if self._classes[record.class_].cut_in in CUTS:
+            for running in worst_running():
+                if not self.outranks(record, running):
+                    return
+                if running not in seen and self._may_stop(running):
+                    yield running
+
+    def _may_stop(self, running: Record) -> bool:
+        """Whether nothing protects a running request from being a victim."""
+        protected = running.aged or running.protected_until > self._now
+        return not protected and self._engine.obstacle(running, "keep") is None
 
     def _take_slot(self, victim: Record, mode: str, why: str) -> bool:
         """Have the slot of a running request; False if it takes another step or two until it is free."""

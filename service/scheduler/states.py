@@ -2,11 +2,11 @@
 
               admit                    hold (keep)               park
     QUEUED ──────────▶ RUNNING ───────────────────▶ HELD_KEPT ─────────▶ HELD_PARKED
-       ▲ ◀──────────────  │ ◀─────────────────────────  │                     │
-       │     evict        │          release            │ drop                │ drop
-       │                  └───────── hold (drop) ──┐    ▼                     ▼
-       ├───────────────── release ──────────────── HELD_DROPPED ◀─────────────┘
-       ├───────────────── release ──────────────── HELD_PARKED  (with its KV)
+       ▲ ◀──────────────  │ ▲ ◀────────── release ─────  │                   │   │
+       │     evict        │ └─────────────────── release, when there is room ┘   │ drop
+       │                  │                              │ drop                  │
+       │                  └──── hold (drop) ──▶ HELD_DROPPED ◀───────────────────┘
+       ├───────────────── release ──────────────────┘
        └──────── hold ──▶ HELD_NONE ── release ──▶ QUEUED
     any state ── finish ──▶ FINISHED
 
@@ -64,7 +64,7 @@ TRANSITIONS: Final[dict[State, dict[Transition, State]]] = {
         Transition.FINISH: State.FINISHED,
     },
     State.HELD_PARKED: {
-        Transition.RELEASE: State.QUEUED,
+        Transition.RELEASE: State.RUNNING,
         Transition.DROP: State.HELD_DROPPED,
         Transition.FINISH: State.FINISHED,
     },

@@ -153,12 +153,8 @@ class SteeredScheduler(AsyncScheduler):
         if self.pause_state == PauseState.UNPAUSED:
             core.room.plan(now)
         self.mechanism.sort()
-        if (
-            core.budget or self.mechanism.bounds
-        ):  # once more after the last budget is gone: it lifts the bound
-            self.mechanism.bound_prefill(
-                core.budget.begin(now, core.best_place(self.mechanism.best_running()))
-            )
+        if core.budget or self.mechanism.bounds_prefill:  # once more after the last bound went: to lift it
+            self.mechanism.bound_prefill(core.budget.begin(now, self.mechanism.best_running()))
         if core.queue and len(self.running) < self.max_num_active_reqs:
             core.ledger.settle_all()
         output = super().schedule(*args, **kwargs)

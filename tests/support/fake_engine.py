@@ -13,7 +13,7 @@ from coxswain.schemas import events as ev
 from coxswain.schemas.policy import Lead
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.record import Hold, Record
-from coxswain.service.scheduler.states import State, Transition
+from coxswain.service.scheduler.states import State
 
 
 class Work:
@@ -53,7 +53,7 @@ class FakeEngine:
         self.parks = True
         self.chunk = chunk
         self.again: dict[Record, None] = {}
-        """Released from a park: they wait, with their KV."""
+        """Released from a park: they run from the next step, before anything that waits."""
         self.events: list[tuple[Record | None, type[ev.Event], dict[str, Any]]] = []
         self.running: dict[Record, None] = {}
         self.waiting: dict[Record, None] = {}
@@ -153,8 +153,7 @@ class FakeEngine:
         for record in list(self.again):
             if self.active <= len(self.running):
                 break
-            del self.again[record], self.waiting[record]
-            self.core.roster.move(record, Transition.ADMIT)
+            del self.again[record]
             self.running[record] = None
             self.core.admitted(self.now, record, self.kv[record])
         while self.core.queue and len(self.running) < self.active and self._fits(self.core.queue.peek()):
@@ -188,8 +187,8 @@ class FakeEngine:
     # The port `Engine`
 
     def obstacle(self, record: Record, kv: str) -> str | None:
-        """Why the request cannot be held: what the test said."""
-        return record.payload.obstacle
+        """Why the request cannot be held: what the test said, or that it is about to run again."""
+        return "it is about to run again" if record in self.again else record.payload.obstacle
 
     def hold(self, record: Record) -> None:
         """Stop running it; its KV stays."""
@@ -215,20 +214,21 @@ class FakeEngine:
         self.core.queue.add(record)
 
     def resume(self, record: Record) -> None:
-        """Run it again with the KV that it kept."""
+        """Run it again with the KV that it kept; a parked one at the next step."""
         assert record in self.kv
         assert record not in self.running
-        self.running[record] = None
-
-    def enqueue(self, record: Record) -> None:
-        """Queue it, where it belongs."""
-        assert record not in self.waiting
-        self.waiting[record] = None
-        if record in self.kv:
+        if record in self.slotless:
             del self.slotless[record]
             self.again[record] = None
         else:
-            self.core.queue.add(record)
+            self.running[record] = None
+
+    def enqueue(self, record: Record) -> None:
+        """Queue it."""
+        assert record not in self.waiting
+        assert record not in self.kv
+        self.waiting[record] = None
+        self.core.queue.add(record)
 
     def dequeue(self, record: Record) -> None:
         """Forget that it waits."""
@@ -333,14 +333,14 @@ class FakeEngine:
         """The core and this engine agree on who is where, and every invariant holds."""
         core = self.core
         core.validate()
-        assert self.running.keys() == core.roster.running.keys()
+        assert self.running.keys() | self.again.keys() == core.roster.running.keys()
         with_kv = core.roster.running.keys() | core.roster.kept.keys() | core.roster.parked.keys()
         assert self.kv.keys() == with_kv | self.again.keys()
         assert self.slotless.keys() == core.roster.parked.keys()
         assert len(self.running) + len(core.roster.kept) <= self.slots + self.spare
         states = {record: record.state for record in core.roster.records.values()}
         assert self.waiting.keys() == {record for record, state in states.items() if state is State.QUEUED}
-        assert set(core.queue.walk()) == self.waiting.keys() - self.again.keys()
+        assert set(core.queue.walk()) == self.waiting.keys()
 
     def seen(self, kind: type[ev.Event]) -> list[dict[str, Any]]:
         """The fields of all events of a kind, in order."""

@@ -49,8 +49,9 @@ def act(engine: FakeEngine, operation: int, choice: int, value: int) -> None:
     elif operation in (1, 2):
         engine.step()
     elif operation == 3:
-        lease = None if value == 0 else now + value
-        core.holds.hold(now, record, ROLES[choice % 3], "drop" if value == 1 else "keep", lease, "why")
+        lease, kv = None if value == 0 else now + value, "drop" if value == 1 else "keep"
+        if engine.obstacle(record, kv) is None:
+            core.holds.hold(now, record, ROLES[choice % 3], kv, lease, "why")
     elif operation == 4:
         core.holds.release(now, record, [ROLES[value % 3]], ROLES[value % 3], "command")
     elif operation == 5:

@@ -1,57 +1,83 @@
 """The step budget: who is bounded, by how much, and for how long."""
 
+from typing import Any
+
 from coxswain.schemas.policy import ClassPolicy
-from coxswain.service.scheduler.budget import StepBudget
+from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.groups import Caps
+from coxswain.service.scheduler.limits import Target
+from tests.support.fake_engine import FakeEngine
 
-PLACES = {"urgent": 0, "default": 1, "batch": 2}
+URGENT, DEFAULT, BATCH = 0, 1, 2
 
 
-def budget(**classes: ClassPolicy) -> StepBudget:
-    """A budget with these classes, of the places above."""
-    made = StepBudget(PLACES.__getitem__)
-    made.set_classes(classes)
-    return made
+def core_with(**budgets: dict[str, Any]) -> SteeringCore:
+    """A core with the classes `urgent`, `default` and `batch`, in that order, and what is said of them."""
+    core = FakeEngine().core
+    names = ("urgent", "default", "batch")
+    classes = {name: ClassPolicy(position=i, **budgets.get(name, {})) for i, name in enumerate(names)}
+    core.configure(classes, {})
+    return core
+
+
+def begin(core: SteeringCore, now: float, running: int | None) -> dict[str, int]:
+    """The bounds of a step, by name."""
+    return {group.name: tokens for group, tokens in core.budget.begin(now, running).items()}
+
+
+FOUR = {"max_prefill_tokens_per_step": 4}
 
 
 def test_no_class_with_a_budget_costs_nothing() -> None:
     """A step need not ask where no class has a budget."""
-    assert not budget(urgent=ClassPolicy(), batch=ClassPolicy())
-    assert budget(batch=ClassPolicy(max_prefill_tokens_per_step=0))
+    assert not core_with().budget
+    assert core_with(batch={"max_prefill_tokens_per_step": 0}).budget
 
 
-def test_a_class_is_bounded_while_a_better_one_is_present() -> None:
+def test_a_class_is_bounded_while_a_better_one_runs() -> None:
     """Neither by itself, nor by a worse one, nor by nothing."""
-    made = budget(
-        default=ClassPolicy(max_prefill_tokens_per_step=8), batch=ClassPolicy(max_prefill_tokens_per_step=4)
-    )
-    assert made.begin(0.0, None) == {}
-    assert made.begin(0.0, 2) == {}
-    assert made.begin(0.0, 1) == {"batch": 4}
-    assert made.begin(1.0, 0) == {"default": 8, "batch": 4}
+    core = core_with(default={"max_prefill_tokens_per_step": 8}, batch=FOUR)
+    assert begin(core, 0.0, None) == {}
+    assert begin(core, 0.0, BATCH) == {}
+    assert begin(core, 0.0, DEFAULT) == {"batch": 4}
+    assert begin(core, 1.0, URGENT) == {"default": 8, "batch": 4}
+
+
+def test_a_class_is_bounded_while_a_better_one_waits() -> None:
+    """The step that will compute an urgent prompt is short already."""
+    core = core_with(batch=FOUR)
+    engine: Any = core.engine
+    engine.submit()
+    assert begin(core, 0.0, BATCH) == {"batch": 4}
 
 
 def test_it_lingers() -> None:
     """For `linger_s` after the better class was last present, then no longer."""
-    made = budget(batch=ClassPolicy(max_prefill_tokens_per_step=4, linger_s=0.5))
-    assert made.begin(10.0, 0) == {"batch": 4}
-    assert made.begin(10.5, 2) == {"batch": 4}
-    assert made.begin(10.6, None) == {}
-
-
-def test_every_step_begins_anew() -> None:
-    """What one step used up is there again in the next."""
-    made = budget(batch=ClassPolicy(max_prefill_tokens_per_step=4))
-    made.begin(0.0, 0)["batch"] = 0
-    assert made.begin(0.0, 0) == {"batch": 4}
+    core = core_with(batch={**FOUR, "linger_s": 0.5})
+    assert begin(core, 10.0, URGENT) == {"batch": 4}
+    assert begin(core, 10.5, BATCH) == {"batch": 4}
+    assert begin(core, 10.6, None) == {}
 
 
 def test_new_tables_keep_what_lingers() -> None:
     """A class that stays stays bounded; one that goes is forgotten."""
-    policy = ClassPolicy(max_prefill_tokens_per_step=4, linger_s=1.0)
-    made = budget(batch=policy)
-    made.begin(0.0, 0)
-    made.set_classes({"batch": policy})
-    assert made.begin(0.5, None) == {"batch": 4}
-    made.set_classes({})
-    made.set_classes({"batch": policy})
-    assert made.begin(0.5, None) == {}
+    core = core_with(batch={**FOUR, "linger_s": 1.0})
+    classes = dict(core.classes)
+    begin(core, 0.0, URGENT)
+    core.configure({**classes, "more": ClassPolicy()}, {})
+    assert begin(core, 0.5, None) == {"batch": 4}
+    core.configure({}, {})
+    core.configure(classes, {})
+    assert begin(core, 0.5, None) == {}
+
+
+def test_what_a_role_limits_is_bounded_always_and_the_stricter_counts() -> None:
+    """A tenant's and a class's limit need no better class beside them."""
+    core = core_with(batch=FOUR)
+    core.limits.limit(0.0, "operator", Target("tenant", "acme"), Caps(max_prefill_tokens_per_step=2))
+    core.limits.limit(0.0, "operator", Target("class", "batch"), Caps(max_prefill_tokens_per_step=9))
+    assert begin(core, 0.0, None) == {"acme": 2, "batch": 9}
+    assert begin(core, 0.0, URGENT) == {"acme": 2, "batch": 4}
+    core.limits.limit(0.0, "operator", Target("class", "batch"), Caps())
+    core.limits.limit(0.0, "operator", Target("tenant", "acme"), Caps())
+    assert begin(core, 1.0, None) == {}

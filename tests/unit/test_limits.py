@@ -109,16 +109,16 @@ def test_class_that_returns_has_its_limit_still(steered: Steered) -> None:
     assert class_row(0.0, steered.engine.core.roster.classes["gold"]).max_running == 0
 
 
-def test_prefill_limits_are_the_stricter_of_tenant_and_class(steered: Steered) -> None:
-    """`max_prefill_tokens_per_step` is kept for whoever fills steps."""
-    core = steered.engine.core
-    account = core.tenants.account("a")
-    assert core.limits.prefill_of(account, "gold") is None
+def test_prefill_limits_are_of_tenants_and_classes(steered: Steered) -> None:
+    """`max_prefill_tokens_per_step` bounds every step of whom it names; lifted, it bounds nobody."""
+    limits = steered.engine.core.limits
+    assert not limits.bounds_prefill
     steered("limit", to=A, max_prefill_tokens_per_step=512)
-    assert core.limits.prefill_of(account, "gold") == 512
     steered("limit", to=GOLD, max_prefill_tokens_per_step=256)
-    assert core.limits.prefill_of(account, "gold") == 256
-    assert core.limits.prefill_of(account, "default") == 512
+    assert {group.name: tokens for group, tokens in limits.prefill().items()} == {"a": 512, "gold": 256}
+    steered("limit", to=A, max_prefill_tokens_per_step=None)
+    steered("limit", to=GOLD, max_prefill_tokens_per_step=None)
+    assert not limits.bounds_prefill
 
 
 def test_limits_of_controllers_end_with_their_leader(steered: Steered) -> None:
@@ -303,7 +303,7 @@ def test_idle_share_is_borrowed() -> None:
     assert running(engine) == "aaab"
     (over,) = core.limits.over()
     assert (over.group.name, over.excess, over.borrowed) == ("a", 1, 1)
-    assert len(core.limits.borrowers(core.roster.running)) == 3
+    assert len(list(core.limits.borrowers(core.roster.running))) == 1
     assert core.queue.blocked == 0
     engine.submit("b")
     assert core.queue.peek().account.name == "b"
@@ -321,7 +321,7 @@ def test_who_may_not_borrow_waits_for_room() -> None:
         engine.submit("a", tokens=50)
     engine.step()
     assert running(engine) == "aa"
-    assert core.limits.borrowers(core.roster.running) == []
+    assert not list(core.limits.borrowers(core.roster.running))
 
 
 # Ageing
