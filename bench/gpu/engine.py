@@ -36,25 +36,26 @@ def make_8b(model: Path, side: str, *, kv_bytes: int, mode: Mode) -> Any:
         "max_num_seqs": sizes.slots[1] + sizes.spare, "max_num_active_seqs": sizes.slots[1],
     }  # fmt: skip
     if mode is not Mode.GPU:
-        from coxswain.service.simulated.settings import EXECUTOR
-
-        os.environ.update(
-            COX_SIM_PRESET="h200-8b",
-            COX_SIM_CHECK=str(int(mode is Mode.DRY)),
-            VLLM_USE_V2_MODEL_RUNNER="1",
-            VLLM_WORKER_MULTIPROC_METHOD="fork",
-        )
-        options |= {
-            "distributed_executor_backend": EXECUTOR,
-            "block_size": 16,
-            "num_gpu_blocks_override": 20_000,
-        }
+        options |= simulated(check=mode is Mode.DRY)
     else:
         # Given, not measured: other engines of this run take and free memory at the same time. The share
         # that vLLM checks at start is then only a lower bound on what must be free.
         options |= {"kv_cache_memory_bytes": kv_bytes, "gpu_memory_utilization": 0.3}
     scheduler = f"bench.gpu.schedulers.{'Steered' if side == STEERED else 'Stock'}"
     return make(model, scheduler=scheduler, mode=mode, **options)
+
+
+def simulated(*, check: bool) -> dict[str, Any]:
+    """The engine's options for the simulated device; sets this process's environment for it."""
+    from coxswain.service.simulated.settings import EXECUTOR
+
+    os.environ.update(
+        COX_SIM_PRESET="h200-8b",
+        COX_SIM_CHECK=str(int(check)),
+        VLLM_USE_V2_MODEL_RUNNER="1",
+        VLLM_WORKER_MULTIPROC_METHOD="fork",
+    )
+    return {"distributed_executor_backend": EXECUTOR, "block_size": 16, "num_gpu_blocks_override": 20_000}
 
 
 async def ask(llm: Any, what: str, value: Any = None) -> Any:

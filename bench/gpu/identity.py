@@ -1,6 +1,6 @@
 """Held, parked, dropped and cut-in requests say what they say undisturbed, token for token.
 
-    python -m bench.gpu identity --json PATH [--deadline S] [--mode gpu|dry]
+    python -m bench.gpu identity --json PATH [--deadline S] [--mode gpu|simulated|dry]
 
 A seeded model whose tokens depend on its KV, and batch-invariant kernels, so that a request's tokens do not depend
 on who else is in the batch. Negative control: two block tables swapped while their requests are held must
@@ -10,6 +10,7 @@ Started by `run` while the large engines load, or by hand.
 
 import asyncio
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -25,13 +26,15 @@ import msgspec
 
 from bench.gpu import wire
 from bench.gpu.blocks import swap_tables
-from bench.gpu.engine import make
+from bench.gpu.engine import make, simulated
 from bench.gpu.load import Request
-from bench.gpu.plan import DRY, FULL, Mode, Sizes
+from bench.gpu.plan import DRY, LLAMA_8B, Mode, Sizes
 
 WORKER = "identity"
 FILLER_TOKENS = 12
 BURST_TOKENS = 24
+REST_S = 0.2
+"""Longer than any step: what was in flight when a hold was applied has reached its client."""
 PARKED_S = 2.0
 """How long held requests are given to be parked; it happens once nothing of theirs is in flight."""
 
@@ -102,7 +105,7 @@ class Bench:
         reply = await self.send(
             "preempt", [run.name for run in chosen], kv="drop" if kv == "drop" else "keep"
         )
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(REST_S)
         seen = [len(run.tokens) for run in chosen]
         filled = await self._fill(chosen) if kv == "park" else []
         await asyncio.sleep(0.1)
@@ -180,7 +183,7 @@ class Bench:
 def cases(sizes: Sizes) -> list[tuple[str, int, int]]:
     """(kv, victims, after tokens): everything by everything."""
     tokens = sizes.identity_tokens
-    points = (1, tokens // 8, tokens // 3, tokens // 2, tokens - 8)
+    points = (1, tokens // 8, tokens // 3, tokens // 2, tokens * 4 // 5)
     victims = (sizes.identity_victims, sizes.identity_requests)
     # By points first: a run that is cut short has seen every kind.
     return [
@@ -234,11 +237,10 @@ def passed(found: dict[str, Any]) -> bool:
 async def identity(out: Path, mode: Mode, *, deadline_s: float) -> int:
     """Make the model and the engine, measure, write the JSON; 0 if all of it passed."""
     until = time.monotonic() + deadline_s
-    dry = mode is not Mode.GPU
-    sizes = DRY if dry else FULL
+    sizes = mode.sizes
     # The control sends a function to the worker.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    if not dry:
+    if mode is Mode.GPU:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     count = sizes.identity_requests
     found: dict[str, Any] = {"requests": count, "tokens": sizes.identity_tokens, "cases": [], "cut_in": []}
@@ -251,7 +253,7 @@ async def identity(out: Path, mode: Mode, *, deadline_s: float) -> int:
     with tempfile.TemporaryDirectory(prefix="cox-identity-") as folder:
         async with wire.server_at_hand() as url:
             os.environ.update(wire.environment(WORKER, url))
-            model, options, vocabulary = _model(Path(folder), dry=dry)
+            model, options, vocabulary = _model(Path(folder), mode)
             llm = make(
                 model, scheduler="coxswain.service.scheduler.SteeredScheduler", mode=mode, enforce_eager=True,
                 max_num_seqs=count + sizes.identity_spare, max_num_active_seqs=count, **options,
@@ -272,16 +274,20 @@ async def identity(out: Path, mode: Mode, *, deadline_s: float) -> int:
     return 0 if found["passed"] else 1
 
 
-def _model(folder: Path, *, dry: bool) -> tuple[Path, dict[str, Any], int]:
+def _model(folder: Path, mode: Mode) -> tuple[Path, dict[str, Any], int]:
     """The model's folder, the engine's options, and how many token ids prompts may use."""
-    if dry:
+    if mode is Mode.SIMULATED:  # no KV to sabotage: its checker, which is on, is what would see a wrong table
+        (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+        return (
+            folder,
+            {"max_model_len": 2_048, "max_num_batched_tokens": 2_048, **simulated(check=True)},
+            31_000,
+        )
+    if mode is Mode.DRY:
         word = ["coxswain.service.tiny", str(folder / "tiny"), "--hidden", "128"]
         subprocess.run([sys.executable, "-m", *word], check=True, stdout=subprocess.DEVNULL)
-        return (
-            folder / "tiny",
-            {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 2**26},
-            700,
-        )
+        options = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 2**26}
+        return folder / "tiny", options, 700
     # In a process of its own: an engine forked from one that has used torch hangs.
     subprocess.run([sys.executable, "-m", "bench.gpu", "model", str(folder / "model")], check=True)
     options = {

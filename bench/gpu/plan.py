@@ -59,7 +59,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     budgets: tuple[int, ...] = (256, 512, 1_024)
     identity_requests: int = 128
     identity_victims: int = 16
-    identity_tokens: int = 100
+    identity_tokens: int = 120
     identity_spare: int = 8
 
 
@@ -78,7 +78,7 @@ class Mode(StrEnum):
 
     GPU = "gpu"
     SIMULATED = "simulated"
-    """All of it on the simulated device: what the GPU's numbers should look like. Identity stays small."""
+    """All of it on the simulated device: what the GPU's numbers should look like."""
     DRY = "dry"
     """Small, on the simulated device: is every line of it in order?"""
 
