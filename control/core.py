@@ -269,7 +269,8 @@ class ControlCore:
         for view in self.fleet.live():
             told, orders, worker = self._told[view.worker], [], view.worker
             if told.retries["prioritize"].ready(now):
-                orders += requests.prioritize(now, view, told, directives.priorities.get(worker, {}))
+                wanted, moves = directives.priorities.get(worker, {}), directives.moves.get(worker, {})
+                orders += requests.prioritize(now, view, told, wanted, moves)
             if told.retries["preempt"].ready(now) and told.retries["continue"].ready(now):
                 orders += requests.hold(now, view, told, directives.holds.get(worker, {}))
             if told.retries["limit"].ready(now):

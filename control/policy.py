@@ -59,6 +59,8 @@ class Directives(msgspec.Struct, frozen=True, kw_only=True):
     """Base and weight per tenant. A tenant that is not named keeps its own."""
     priorities: Mapping[str, Mapping[RequestKey, int]] = {}
     """Priority per request. A request that is not named keeps its own."""
+    moves: Mapping[str, Mapping[RequestKey, str]] = {}
+    """Class per request; it must be in the class table. A request that is not named stays where it is."""
     holds: Mapping[str, Mapping[RequestKey, Kv]] = {}
     """Who is held, and with what becoming of the KV. A request that is not named is continued."""
     caps: Mapping[str, Mapping[Group, Cap]] = {}

@@ -28,22 +28,32 @@ Order = tuple[str, dict[str, Any]]
 """A verb, and the fields of its command beside the envelope."""
 
 
-def prioritize(now: float, view: WorkerView, told: Told, wanted: Mapping[RequestKey, int]) -> list[Order]:
-    """`prioritize` for requests whose priority is other than wanted, the most urgent first."""
-    differ: defaultdict[int, list[RequestKey]] = defaultdict(list)
-    for key, priority in wanted.items():
+def prioritize(
+    now: float,
+    view: WorkerView,
+    told: Told,
+    priorities: Mapping[RequestKey, int],
+    classes: Mapping[RequestKey, str],
+) -> list[Order]:
+    """`prioritize` for requests whose priority or class is other than wanted, the most urgent first."""
+    differ: defaultdict[tuple[int, str | None], list[RequestKey]] = defaultdict(list)
+    for key in [*priorities, *(key for key in classes if key not in priorities)]:
         row = view.request(key)
         if row is None:
             continue
-        said, at = told.priorities.get(key, (row.priority, 0.0))
-        if (said if now - at < ECHO_S else row.priority) != priority:
-            differ[priority].append(key)
+        priority, class_, at = told.places.get(key, (0, "", float("-inf")))
+        if now - at >= ECHO_S:
+            priority, class_ = row.priority, row.class_
+        wanted, into = priorities.get(key, priority), classes.get(key, class_)
+        if (wanted, into) != (priority, class_):
+            differ[wanted, into if into != class_ else None].append(key)
     orders: list[Order] = []
-    for priority in sorted(differ)[:MAX_COMMANDS]:
-        keys = differ[priority][:MAX_TARGETS]
-        told.priorities.update((key, (priority, now)) for key in keys)
-        orders.append(("prioritize", {"priority": priority, "targets": _requests(keys)}))
-    _prune(told.priorities, view)
+    for (priority, to), found in sorted(differ.items(), key=lambda each: each[0][0])[:MAX_COMMANDS]:
+        keys = found[:MAX_TARGETS]
+        for key in keys:
+            told.places[key] = (priority, to or _class_of(now, view, told, key), now)
+        orders.append(("prioritize", {"priority": priority, "class_": to, "targets": _requests(keys)}))
+    _prune(told.places, view)
     return orders
 
 
@@ -109,6 +119,14 @@ def _held(now: float, view: WorkerView, told: Told, key: RequestKey) -> bool:
     """Whether we hold it: as just told, else as its row says."""
     said, at = told.holds.get(key, (None, float("-inf")))
     return said is not None if now - at < ECHO_S else CONTROLLER in view.requests[key].held_by
+
+
+def _class_of(now: float, view: WorkerView, told: Told, key: RequestKey) -> str:
+    """The class that it is in: as just told, else as its row says."""
+    _, class_, at = told.places.get(key, (0, "", float("-inf")))
+    row = view.request(key)
+    assert row is not None, "asked about requests that we know of only"
+    return class_ if now - at < ECHO_S else row.class_
 
 
 def _prune(told: dict[RequestKey, Any], view: WorkerView) -> None:

@@ -66,7 +66,8 @@ class Told(msgspec.Struct):
     config: tuple[str, float] = ("", 0.0)
     """Digest of the tables."""
     ranked_at: float = float("-inf")
-    priorities: dict[RequestKey, tuple[int, float]] = {}
+    places: dict[RequestKey, tuple[int, str, float]] = {}
+    """Priority and class."""
     holds: dict[RequestKey, tuple[Kv | None, float]] = {}
     """None: it was continued."""
     caps: dict[Group, tuple[Cap, float]] = {}
@@ -86,7 +87,7 @@ class Told(msgspec.Struct):
                 self.ranks.clear()
                 self.prices = None
             case "prioritize":
-                self.priorities.clear()
+                self.places.clear()
             case "preempt" | "continue":
                 self.holds.clear()
             case "limit":

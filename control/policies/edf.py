@@ -9,22 +9,25 @@ and keeps requests that cannot make it from ruining others. QLM solves a linear 
 Moore's algorithm (Management Science 15, 1968) gives the most requests in time, exactly: go through them by due
 time, and whenever one would be late, the longest so far is given up. Here, per worker:
 
-    priority = deadline, in whole seconds, for requests that can make it        (negative, so before 0)
-               0                            for those without a deadline, or not looked at yet
-               deadline, after these        for those that cannot: they run when nothing else wants to
+    priority = deadline, in whole seconds, for requests that can make it     (negative)
+               deadline, after all of these, for those that cannot           (positive)
 
-Expected output is a moving average per tenant. All classes become one line: same position, `order: priority`.
+Classes would run one after the other, so those that wait are moved into a class of their own, `line`, which comes
+first and whose order is priority. There the priority *is* the deadline: whoever takes over reads it off the workers.
+Whoever has none stays in its class, behind. Expected output is a moving average per tenant.
 """
 
 from typing import Annotated, ClassVar, Final, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
-from coxswain.control.policy import Directives, Sees, Tables, each_class
+from coxswain.control.policy import Directives, Sees, Tables
 from coxswain.control.predict import MovingAverage
 from coxswain.control.rates import Rates
-from coxswain.schemas.policy import CutIn
+from coxswain.schemas.names import Token
+from coxswain.schemas.policy import ClassPolicy, CutIn
 from coxswain.schemas.status import RequestStatus
 
 SPAN: Final = 2**30
@@ -74,7 +77,9 @@ class Edf:
         """How urgent requests get in, and what to expect of unknown ones."""
 
         cut_in: CutIn = "slots"
-        """What a request may take from running ones with later deadlines."""
+        """What a request may take from running ones with later deadlines, or with none."""
+        line: Token = "deadline"
+        """Name of the class in which they all wait."""
         expected_tokens: Annotated[float, msgspec.Meta(ge=1, le=1e9)] = 256.0
         """Output tokens of a request of a tenant none of whose requests has ended yet."""
         every_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.2
@@ -99,17 +104,40 @@ class Edf:
                 self._lengths.learn(row)
 
     def decide(self, now: float) -> Directives:
-        """A priority for everything that waits and has a deadline."""
+        """A place in the line for everything that waits and has a deadline."""
         if now - self._decided_at >= self.params.every_s:
             self._decided_at = now
-            classes = each_class(
-                self._tables.classes, order="priority", position=0, cut_in=self.params.cut_in
-            )
             views = [view for view in self._fleet.live() if view.complete]
             self._given_up = {view.worker: self._late_on(view, now) for view in views}
-            priorities = {view.worker: self._priorities(view) for view in views}
-            self._directives = Directives(classes=classes, priorities=priorities)
+            self._directives = Directives(
+                classes=self._classes(),
+                priorities={view.worker: self._priorities(view, now) for view in views},
+                moves={
+                    view.worker: dict.fromkeys(self._waiting(view, now), self.params.line) for view in views
+                },
+            )
         return self._directives
+
+    def _classes(self) -> dict[str, ClassPolicy]:
+        """The table with our line before all others."""
+        rows = dict(self._tables.classes)
+        first = min(row.position for row in rows.values())
+        best = replace(rows.get(self.params.line, ClassPolicy()), position=first, slo_s=None)
+        behind = {name: replace(row, position=row.position + 1) for name, row in rows.items()}
+        return {**behind, self.params.line: replace(best, order="priority", cut_in=self.params.cut_in)}
+
+    def _waiting(self, view: WorkerView, now: float) -> dict[RequestKey, tuple[RequestStatus, float]]:
+        """What waits for its first token and has a deadline, with that."""
+        found = {}
+        for row in view.known():
+            if row.state == "queued" and not row.output_tokens:
+                deadline_s = self._deadline(row, now)
+                if deadline_s is not None:
+                    found[row.request, row.child] = row, deadline_s
+        return found
+
+    def _deadline(self, row: RequestStatus, now: float) -> float | None:
+        return _deadline(row.priority, now) if row.class_ == self.params.line else row.deadline_s
 
     def _late_on(self, view: WorkerView, now: float) -> set[RequestKey]:
         """Requests of this worker that cannot begin in time, or would keep more others from it."""
@@ -117,31 +145,31 @@ class Edf:
         if speed is None:
             return set()
         before = self._given_up.get(view.worker, set())
-        jobs = []
-        for row in view.known():
-            if row.state == "queued" and row.deadline_s is not None and not row.output_tokens:
-                key = row.request, row.child
-                left = (row.deadline_s - now) * (RETURN if key in before else 1.0)
-                jobs.append(Job(key, left, self._length(row) / speed))
-        # What is late already takes part: it would be given up first, being due before all others.
-        return {job.key for job in jobs if job.deadline < 0.0} | late(
-            [job for job in jobs if job.deadline >= 0.0]
-        )
+        jobs = [
+            Job(key, (deadline_s - now) * (RETURN if key in before else 1.0), self._length(row) / speed)
+            for key, (row, deadline_s) in self._waiting(view, now).items()
+        ]
+        past = {job.key for job in jobs if job.deadline < 0.0}
+        return past | late([job for job in jobs if job.key not in past])
 
     def _length(self, row: RequestStatus) -> float:
         return max(1.0, self._lengths.expect(row) or self.params.expected_tokens)
 
-    def _priorities(self, view: WorkerView) -> dict[RequestKey, int]:
+    def _priorities(self, view: WorkerView, now: float) -> dict[RequestKey, int]:
         given_up = self._given_up[view.worker]
         return {
-            (row.request, row.child): _priority(
-                row.deadline_s, in_time=(row.request, row.child) not in given_up
-            )
-            for row in view.known()
-            if row.deadline_s is not None and row.state == "queued"
+            key: _priority(deadline_s, in_time=key not in given_up)
+            for key, (_, deadline_s) in self._waiting(view, now).items()
         }
 
 
 def _priority(deadline_s: float, *, in_time: bool) -> int:
     place = int(deadline_s) % SPAN
     return place - SPAN if in_time else place + 1
+
+
+def _deadline(priority: int, now: float) -> float:
+    """What `_priority` was made of: of all times with this place, the one nearest to now."""
+    place = priority + SPAN if priority < 0 else priority - 1
+    ahead = (place - int(now)) % SPAN
+    return float(int(now) + (ahead if ahead < SPAN // 2 else ahead - SPAN))

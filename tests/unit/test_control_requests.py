@@ -63,6 +63,20 @@ def test_a_change_of_mind_is_sent_at_once() -> None:
     assert send.command.priority == 0
 
 
+def test_a_class_goes_with_the_priority() -> None:
+    """One command moves a request and orders it there; what is there already is left alone."""
+    wanted = {("r1", 0): 5, ("r2", 0): 5}
+    moves = {("r1", 0): "line", ("r2", 0): "line", ("r3", 0): "line"}
+    rows = (request("r1"), request("r2", priority=5, class_="line"), request("r3"))
+    core = driver(priorities={"w1": wanted}, moves={"w1": moves})
+    sends = core.sends(0.0, frame(requests=rows))
+    assert [(send.command.priority, send.command.class_, names(send)) for send in sends] == [
+        (0, "line", {"r3"}),
+        (5, "line", {"r1"}),
+    ]
+    assert core.sends(0.1, frame(seq=2, requests=rows), answers=ok(sends)) == []
+
+
 def test_a_request_that_ended_meanwhile_costs_no_patience() -> None:
     """A 404 is no failure of the worker: the next priority goes out at the next step."""
     core = driver(priorities={"w1": {("r1", 0): 5}})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Send
 from coxswain.control.fleet import Fleet
-from coxswain.control.policies.edf import SPAN, Edf, Job, late
+from coxswain.control.policies.edf import SPAN, Edf, Job, _deadline, _priority, late
 from coxswain.control.policy import Tables
 from coxswain.control.rates import Rates
 from coxswain.schemas.policy import ClassPolicy
@@ -77,6 +77,30 @@ def busy(queue: Queue, *waiting: Any) -> dict[str, int]:
     for second in range(4):
         priorities = queue.look(100.0 + second, *waiting, tokens=100 * second)
     return priorities
+
+
+def test_the_line_comes_first_and_keeps_deadlines() -> None:
+    """Whoever takes over reads deadlines off the priorities: requests in the line are ordered as before."""
+    first = Queue()
+    deadlines = {"a": 160.0, "b": 120.0, "c": 90.0}
+    before = busy(first, *(waits(name, at) for name, at in deadlines.items()))
+    moved = [
+        request(name, state="queued", class_="deadline", priority=before[name], deadline_s=None)
+        for name in deadlines
+    ]
+    after = busy(Queue(), *moved)
+    assert after == before
+    directives = first.policy.decide(200.0)
+    assert set(directives.moves["w1"].values()) == {"deadline"}
+    line, plain = directives.classes["deadline"], directives.classes["default"]
+    assert (line.position < plain.position, line.order) == (True, "priority")
+
+
+@given(st.floats(0, 4e9), st.floats(-1e6, 1e6), st.booleans())
+def test_a_priority_says_when(now: float, ahead: float, in_time: bool) -> None:
+    """To the second, for as long as anybody could wait."""
+    deadline = max(0.0, now + ahead)
+    assert abs(_deadline(_priority(deadline, in_time=in_time), now) - deadline) <= 1.0
 
 
 def test_who_cannot_make_it_stands_back() -> None:
