@@ -132,6 +132,12 @@ def test_the_example_that_steers_is_twenty_lines() -> None:
     assert sum(bool(line.strip()) for line in lines) <= 20
 
 
+def test_the_example_policy_is_short() -> None:
+    """The page on policies promises that one can be written in under 80 lines."""
+    lines = (ROOT / "examples" / "half_life.py").read_text().splitlines()
+    assert sum(bool(line.strip()) for line in lines) < 80
+
+
 def ranks_after(half_life_s: float, quiet_s: float) -> dict[str, float]:
     """Virtual times that the example policy gives two tenants, `quiet_s` after one of them was served."""
     core = ControlCore(HalfLife(params_of(HalfLife, [f"half_life_s={half_life_s}"])), "c1", lambda: "id")
