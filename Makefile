@@ -17,7 +17,7 @@ endif
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint format schema states drift links wheel lock clean
+.PHONY: help install demo test check lint format schema states drift links wheel audit lock clean
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,7 @@ drift: install ## what is generated into docs/ and the README is what the code s
 	$(BIN)/cox schema --check docs/schema.json
 	$(BIN)/python scripts/protocol_examples.py --check
 	$(BIN)/python scripts/states.py --check
+	$(BIN)/python scripts/permissions.py --check
 
 links: install ## links and paths in the documents resolve
 	$(BIN)/python scripts/doc_links.py
@@ -73,13 +74,19 @@ format: install ## let ruff format the code and sort its imports
 schema: states ## renew what is generated: docs/schema.json, the documents' examples, docs/states.md
 	$(BIN)/cox schema --output docs/schema.json
 	$(BIN)/python scripts/protocol_examples.py --write
+	$(BIN)/python scripts/permissions.py
 
 states: install ## renew docs/states.md alone, after a change of the table of states
 	$(BIN)/python scripts/states.py
+
+audit: ## known vulnerabilities of what the locks pin, by pip-audit (needs the network; not part of check)
+	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
+		$(VENV)-audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit==2.10.1; }
+	$(VENV)-audit/bin/pip-audit --no-deps --disable-pip $(AUDIT) $(addprefix -r ,$(LOCKS))
 
 lock: install ## resolve anew and pin what pip finds, in requirements/
 	$(BIN)/python scripts/lock.py --torch-index $(TORCH_INDEX)
 
 clean: ## remove what tools and builds left behind (.venv stays)
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf $(VENV)-audit build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -10,11 +10,12 @@ from typing import Any, Literal, Self, overload
 
 import msgspec
 import nats.errors
-from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from coxswain.control.errors import ControlError, NoAnswerError, UnreachableError
 from coxswain.control.history import replay
+from coxswain.control.link import Link
 from coxswain.control.parts import join
 from coxswain.control.tables import Table
 from coxswain.control.transport import Notice, open_link
@@ -45,7 +46,7 @@ class Client:
     Use `async with await Client.connect(...) as client:`; its tables are `classes` and `tenants`.
     """
 
-    def __init__(self, nc: Nats, fleet: str) -> None:
+    def __init__(self, nc: Link, fleet: str) -> None:
         self.nc = nc
         self.js = nc.jetstream()
         self.subjects = Subjects(fleet)
@@ -255,25 +256,42 @@ class Client:
     async def _gather(
         self, subject: str, payload: bytes, timeout_s: float, *, until_joined: bool
     ) -> list[Msg]:
-        loop = asyncio.get_running_loop()
         inbox = self.nc.new_inbox()
         subscription = await self.nc.subscribe(inbox)
-        messages: list[Msg] = []
         try:
-            await self.nc.publish(subject, payload, reply=inbox)
-            end = loop.time() + timeout_s
-            while (left := end - loop.time()) > 0:
-                try:
-                    message = await subscription.next_msg(timeout=min(left, QUIET_S) if messages else left)
-                except nats.errors.TimeoutError:
-                    break
-                if (message.headers or {}).get("Status") == "503":
-                    break
-                messages.append(message)
-                if until_joined and _is_last(message, len(messages)):
-                    break
+            return await self.nc.unless_denied(
+                subject,
+                lambda: self._collect(
+                    subscription, subject, payload, inbox, timeout_s, until_joined=until_joined
+                ),
+            )
         finally:
             await _unsubscribe(subscription)
+
+    async def _collect(
+        self,
+        subscription: Subscription,
+        subject: str,
+        payload: bytes,
+        inbox: str,
+        timeout_s: float,
+        *,
+        until_joined: bool,
+    ) -> list[Msg]:
+        loop = asyncio.get_running_loop()
+        messages: list[Msg] = []
+        await self.nc.publish(subject, payload, reply=inbox)
+        end = loop.time() + timeout_s
+        while (left := end - loop.time()) > 0:
+            try:
+                message = await subscription.next_msg(timeout=min(left, QUIET_S) if messages else left)
+            except nats.errors.TimeoutError:
+                break
+            if (message.headers or {}).get("Status") == "503":
+                break
+            messages.append(message)
+            if until_joined and _is_last(message, len(messages)):
+                break
         return messages
 
 

@@ -20,7 +20,7 @@ from ulid import ULID
 
 from coxswain.control.client import Client
 from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Send
-from coxswain.control.errors import ControlError, NotSetUpError, UnreachableError
+from coxswain.control.errors import ControlError, DeniedError, NotSetUpError, UnreachableError
 from coxswain.control.lease import Lease
 from coxswain.control.logs import Seldom, log
 from coxswain.control.policy import Policy
@@ -104,7 +104,12 @@ class Controller:
                 await self._pause(random.uniform(0.2, 1.0))  # noqa: S311
                 continue
             async with client:
-                await self._session(client)
+                try:
+                    await self._session(client)
+                except DeniedError as error:
+                    if self._seldom.may("denied", str(error)):
+                        log.error("this user may not control", reason=str(error))
+                    await self._pause(SET_UP_RETRY_S)
         log.info("controller stopped", name=self.name)
 
     async def _session(self, client: Client) -> None:

@@ -12,6 +12,10 @@ class UnreachableError(ControlError):
     """NATS could not be reached, refused us, or was lost."""
 
 
+class DeniedError(UnreachableError):
+    """NATS is there and does not let this user: its role may not do this."""
+
+
 class NoAnswerError(ControlError):
     """NATS is there, but no worker answered."""
 

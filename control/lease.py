@@ -17,6 +17,7 @@ import nats.js.errors
 from nats.js import JetStreamContext
 from nats.js.kv import KeyValue
 
+from coxswain.control.errors import DeniedError
 from coxswain.control.logs import Seldom, log
 from coxswain.control.tables import LEASE_TTL_S
 from coxswain.schemas.policy import Epoch, LeaseHolder
@@ -78,7 +79,7 @@ class Lease:
                 pause_s = 2.0
                 if self._seldom.may("missing"):
                     log.error("lease bucket is missing: run `cox init`", bucket=self._bucket)
-            except nats.errors.Error as error:
+            except (nats.errors.Error, DeniedError) as error:
                 pause_s = RETRY_S
                 if self._seldom.may("error", str(error)):
                     log.warning("lease: NATS does not answer", error=str(error) or type(error).__name__)
@@ -99,7 +100,7 @@ class Lease:
         try:
             await self._kv.delete(KEY, last=self._revision)
             log.info("gave the lease back", epoch=held)
-        except nats.errors.Error as error:
+        except (nats.errors.Error, DeniedError) as error:
             log.warning("lease not given back; it ends by itself", error=str(error))
 
     async def _acquire(self) -> float:

@@ -7,16 +7,15 @@ nats-py's read loop). Nothing is buffered while disconnected: a stale command mu
 import asyncio
 import random
 import re
-import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from nats.aio.client import Client as Nats
 from nats.aio.client import Server
 from nats.errors import Error as NatsError
 
 from coxswain.control.errors import UnreachableError
-from coxswain.schemas.connection import Connection
+from coxswain.control.link import Link
+from coxswain.schemas.connection import Connection, IdentityRefusedError
 
 MAX_DELAY_S = 2.0
 """Longest wait between two attempts to reconnect."""
@@ -25,26 +24,6 @@ PING_INTERVAL_S = 5
 
 Notice = Callable[[str], None]
 """Told what happened to a connection once there was one: `lost`, `back`, `closed` or the text of an error."""
-
-
-def tls_of(connection: Connection) -> ssl.SSLContext | None:
-    """The TLS context for `ca`, `cert` and `key`, or None where neither is set.
-
-    Raises:
-        UnreachableError: if a file cannot be read or is not PEM.
-    """
-    if not connection.ca and not connection.cert:
-        return None
-    try:
-        context = ssl.create_default_context(cafile=connection.ca)
-        if connection.cert:
-            context.load_cert_chain(connection.cert, connection.key)
-    except (OSError, ssl.SSLError) as error:
-        files = ", ".join(filter(None, (connection.ca, connection.cert, connection.key)))
-        raise UnreachableError(
-            f"TLS files cannot be used ({files}): {error}. Check COX_NATS_CA, _CERT and _KEY.",
-        ) from error
-    return context
 
 
 def public_urls(connection: Connection) -> str:
@@ -65,7 +44,7 @@ async def open_link(
     name: str,
     timeout_s: float,
     notice: Notice = lambda _: None,
-) -> Nats:
+) -> Link:
     """Connect, and stay connected for ever after; give up the first attempt once every server refused it.
 
     Args:
@@ -77,13 +56,14 @@ async def open_link(
     Raises:
         UnreachableError: what was tried, why it failed, what to do.
     """
-    nc = Nats()
+    nc = Link()
     failures: list[str] = []
     refused = asyncio.Event()
     open_for_good = False
 
     async def on_error(error: Exception) -> None:
         if open_for_good:
+            nc.hear_error(str(error))
             return notice(str(error))
         failures.append(str(error) or type(error).__name__)
         if len(failures) >= len(connection.urls):
@@ -97,7 +77,7 @@ async def open_link(
 
         return callback
 
-    options = connection.options() | {
+    options = _identity(connection) | {
         "name": name,
         "pending_size": 0,
         "max_reconnect_attempts": -1,
@@ -109,8 +89,6 @@ async def open_link(
         "closed_cb": say("closed"),
         "connect_timeout": max(1, round(timeout_s)),
     }
-    if context := tls_of(connection):
-        options["tls"] = context
     attempt = asyncio.ensure_future(_connect(nc, options))
     gave_up = asyncio.ensure_future(refused.wait())
     try:
@@ -132,7 +110,17 @@ async def open_link(
     )
 
 
-async def _connect(nc: Nats, options: dict[str, Any]) -> None:
+def _identity(connection: Connection) -> dict[str, Any]:
+    try:
+        options = connection.options()
+        if context := connection.tls():
+            options["tls"] = context
+    except IdentityRefusedError as error:
+        raise UnreachableError(str(error)) from error
+    return options
+
+
+async def _connect(nc: Link, options: dict[str, Any]) -> None:
     try:
         await nc.connect(**options)
     except (NatsError, OSError, ValueError) as error:

@@ -1,16 +1,19 @@
 """How to reach NATS: the same environment variables for workers, controllers and the command line.
 
-Pure: reads a mapping, opens nothing. The shells turn it into a connection (`service/bus.py`,
-`control/client.py`).
+Reads a mapping, and the file of a seed in `options`; opens nothing else. The shells turn it into a connection
+(`service/bus/connect.py`, `control/transport.py`).
 """
 
+import ssl
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
 
 from coxswain.schemas.names import check_token
+from coxswain.schemas.permissions import INBOX
 
 DEFAULT_URL: Final = "nats://127.0.0.1:4222"
 DEFAULT_FLEET: Final = "main"
@@ -18,6 +21,10 @@ DEFAULT_FLEET: Final = "main"
 
 class AddressRefusedError(ValueError):
     """An address of NATS that is none; the text says which by its place, for it may hold a password."""
+
+
+class IdentityRefusedError(ValueError):
+    """A file that should say who we are, or who the server is, cannot be used; the text never shows a secret."""
 
 
 class Connection(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,10 +82,55 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         return self
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for `nats.connect`, without TLS (the caller's, from `ca`, `cert`, `key`)."""
+        """Keyword arguments for `nats.connect`, without TLS (see `tls`).
+
+        With an nkey, answers go to an inbox that has our public key in its name: only we may hear it, and
+        nobody need be told its prefix.
+
+        Raises:
+            IdentityRefusedError: the seed's file cannot be read or has none.
+        """
         options: dict[str, Any] = {"servers": list(self.urls)}
         if self.creds:
             options["user_credentials"] = self.creds
         if self.nkey:
             options["nkeys_seed"] = self.nkey
+            options["inbox_prefix"] = f"{INBOX}.{public_nkey(self.nkey)}"
         return options
+
+    def tls(self) -> ssl.SSLContext | None:
+        """The TLS context for `ca`, `cert` and `key`, or None where neither is set.
+
+        Raises:
+            IdentityRefusedError: a file cannot be read or is not PEM.
+        """
+        if not (self.ca or self.cert):
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.cert:
+                context.load_cert_chain(self.cert, self.key)
+        except (OSError, ssl.SSLError) as error:
+            files = ", ".join(filter(None, (self.ca, self.cert, self.key)))
+            raise IdentityRefusedError(
+                f"TLS files cannot be used ({files}): {error}. Check COX_NATS_CA, _CERT and _KEY.",
+            ) from error
+        return context
+
+
+def public_nkey(path: str) -> str:
+    """The public key of the seed in a file; the seed itself is neither kept nor in any error.
+
+    Raises:
+        IdentityRefusedError: the file cannot be read or has no seed of a user.
+    """
+    import nkeys  # type: ignore[import-untyped]
+
+    try:
+        seed = bytearray(Path(path).read_bytes().strip())
+        public: str = nkeys.from_seed(seed).public_key.decode()
+    except OSError as error:
+        raise IdentityRefusedError(f"COX_NATS_NKEY: {path} cannot be read: {error.strerror}") from error
+    except (nkeys.NkeysError, ValueError):
+        raise IdentityRefusedError(f"COX_NATS_NKEY: {path} holds no nkey seed (SU…)") from None
+    return public

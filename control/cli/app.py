@@ -26,6 +26,7 @@ from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.words import printable
 from coxswain.control.errors import (
     ControlError,
+    DeniedError,
     JetStreamRefusedError,
     NoAnswerError,
     NotSetUpError,
@@ -275,6 +276,8 @@ def explain(error: Exception) -> tuple[Exit, str]:
     match error:
         case CliError():
             return error.code, error.message
+        case DeniedError():
+            return Exit.REFUSED, str(error)
         case UnreachableError():
             return Exit.UNREACHABLE, str(error)
         case JetStreamRefusedError():

@@ -4,7 +4,7 @@ import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -13,6 +13,10 @@ from coxswain.control.cli import parse
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.schemas import VERSION, jsonschema
+from coxswain.schemas.permissions import ADMIN, VIEWER
+from coxswain.schemas.subjects import CONTROLLER, OPERATOR
+
+AUTH: Final[dict[str, Any]] = {"rich_help_panel": "Users of NATS"}
 
 
 async def init(
@@ -33,8 +37,39 @@ async def init(
         int | None,
         typer.Option(metavar="N", min=1, max=5, help="NATS servers that keep a copy (new: 1)."),
     ] = None,
+    auth: Annotated[
+        bool,
+        typer.Option(
+            "--auth", help="Instead make users for NATS: keys, and the server's configuration.", **AUTH
+        ),
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where users are kept: auth.conf, users.json, keys/.", **AUTH)
+    ] = Path("nats-auth"),
+    worker: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:RANKS]", help="A worker, and its data-parallel ranks; repeatable.", **AUTH
+        ),
+    ] = None,
+    user: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE[:NAME]",
+            help="One more user: controller, operator, viewer, edge or admin; repeatable.",
+            **AUTH,
+        ),
+    ] = None,
+    revoke: Annotated[
+        list[str] | None,
+        typer.Option(metavar="USER", help="Drop a user, such as worker-w1; repeatable.", **AUTH),
+    ] = None,
 ) -> Exit:
-    """Make the fleet's event log and tables in JetStream; safe to repeat."""
+    """Make the fleet's event log and tables in JetStream; or its users, with --auth. Safe to repeat."""
+    if auth:
+        return _users(cox, out, [*(f"worker:{name}" for name in worker or ()), *(user or ())], revoke or [])
+    if worker or user or revoke:
+        raise CliError(Exit.USAGE, "--worker, --user and --revoke go with --auth")
     from coxswain.control import tables
 
     given: dict[str, Any] = {
@@ -48,6 +83,32 @@ async def init(
     cox.emit({"fleet": cox.connection.fleet, "made": [each._asdict() for each in made]})
     for each in made:
         cox.say(f"{each.outcome:<8} {each.kind} {each.name}")
+    return Exit.DONE
+
+
+def _users(cox: Cox, out: Path, wanted: list[str], revoked: list[str]) -> Exit:
+    from coxswain.control import auth
+
+    roles = [CONTROLLER, OPERATOR, VIEWER, ADMIN]
+    try:
+        users = [
+            auth.user(text) for text in ([*roles, *wanted] if not (out / auth.USERS).exists() else wanted)
+        ]
+    except ValueError as error:
+        raise CliError(Exit.USAGE, f"--worker or --user: {error}") from error
+    done = auth.write(out, cox.connection.fleet, users, revoked)
+    cox.emit(done)
+    for label in done.revoked:
+        cox.say(f"revoked  {label}")
+    for label in done.kept:
+        cox.say(f"kept     {label}")
+    for label, path in done.made.items():
+        cox.say(f"made     {label:<20} {path}")
+    cox.say(
+        f"wrote    {done.config}: include it in nats-server's configuration, then `nats-server --signal reload`"
+    )
+    if done.made:
+        cox.say("Bring each key to where it is used, as COX_NATS_NKEY=FILE; who has the file has the role.")
     return Exit.DONE
 
 

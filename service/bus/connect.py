@@ -10,13 +10,23 @@ Called by `thread.py`.
 
 import asyncio
 import contextlib
-import ssl
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from nats.aio.client import Client
+from nats.errors import Error as NatsError
 
 from coxswain.schemas.connection import Connection
+
+
+class _Client(Client):
+    """nats-py's client, which never goes on in the clear where TLS was asked for."""
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if self.options.get("tls") and not info.get("tls_required"):
+            raise NatsError("the server offers no TLS, and COX_NATS_CA or _CERT asks for it")
+        await super()._process_info(info, initial_connection)
+
 
 CONNECT_TIMEOUT_S: Final = 2
 PING_INTERVAL_S: Final = 2
@@ -51,12 +61,12 @@ async def connect(
     async def closed_cb() -> None:
         on_closed()
 
-    client = Client()
+    client = _Client()
     try:
         await client.connect(
             **connection.options(),
             name=name,
-            tls=_tls(connection),
+            tls=connection.tls(),
             no_echo=True,
             error_cb=error_cb,
             closed_cb=closed_cb,
@@ -83,12 +93,3 @@ async def close(client: Client) -> None:
         return
     with contextlib.suppress(Exception):  # it is closed, whatever it says
         closing.result()
-
-
-def _tls(connection: Connection) -> ssl.SSLContext | None:
-    if not (connection.ca or connection.cert):
-        return None
-    context = ssl.create_default_context(cafile=connection.ca)
-    if connection.cert:
-        context.load_cert_chain(connection.cert, connection.key)
-    return context

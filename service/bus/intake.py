@@ -11,7 +11,7 @@ import msgspec
 from coxswain.schemas.commands import MAX_AHEAD_S, Command, Preempt, Rank, Reply, decode
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, UNREADABLE, Code, RefusedError
 from coxswain.schemas.names import ALL
-from coxswain.schemas.policy import Lead
+from coxswain.schemas.policy import Epoch, Lead
 from coxswain.schemas.status import QueueQuery, RequestQuery
 from coxswain.schemas.subjects import CONTROLLER, QUERIES, ROLES, CommandSubject
 
@@ -19,6 +19,9 @@ MAX_PAYLOAD: Final = 1024 * 1024
 """Bytes of one message: NATS's own default. Decoding more would take the interpreter away from the engine."""
 AHEAD_GRACE_S: Final = 1.0
 """How far the sender's clock may run ahead before a full minute of deadline is refused."""
+MAX_EPOCH_AHEAD_S: Final = 300.0
+"""How far in our future the bucket of an epoch may have been made. An epoch is only ever superseded by a higher
+one: an absurd one, once believed, would shut out every controller until this worker restarts."""
 MAX_PAGE: Final = 1_000
 """Requests in one page of `query queue`."""
 
@@ -54,6 +57,12 @@ def command(subject: CommandSubject, payload: bytes, now: float) -> tuple[Comman
         if asked.epoch is None:
             raise RefusedError(
                 Code.MALFORMED, "epoch is missing: a controller's commands carry its lease's epoch"
+            )
+        if (ahead_s := epoch_ahead_s(asked.epoch, now)) is not None:
+            raise RefusedError(
+                Code.STALE,
+                f"epoch {list(asked.epoch)} is of {ahead_s:.6g} s from now by this worker's clock and is not believed "
+                f"(at most {MAX_EPOCH_AHEAD_S:g} s): its first number is when the lease's bucket was made, in Unix s",
             )
         if isinstance(asked, Preempt) and asked.lease_s is None:
             raise RefusedError(Code.MALFORMED, "lease_s is missing: a controller's holds end by themselves")
@@ -94,6 +103,21 @@ def lead(payload: bytes) -> Lead | None:
         return _decode_lead(payload)
     except UNREADABLE:
         return None
+
+
+def epoch_ahead_s(epoch: Epoch, now: float) -> float | None:
+    """How far an epoch that nobody can have lies in the future, or None for one that may be believed."""
+    ahead_s = epoch[0] - now
+    return ahead_s if ahead_s > MAX_EPOCH_AHEAD_S else None
+
+
+def answerable(reply: str) -> bool:
+    """Whether an answer may go to a subject: whoever asks chooses it, and NATS lets us publish it there.
+
+    Not into anybody's subjects (ours, JetStream's, a table's rows). What JetStream delivers has such a one too: a
+    stored command is one from the past.
+    """
+    return not reply.startswith(("cox.", "$"))
 
 
 def refusal(

@@ -202,6 +202,9 @@ class Session:
 
     async def _on_command(self, msg: Msg) -> None:
         now = time.time()
+        if not intake.answerable(msg.reply):
+            self._warn("command.not_answerable", subject=msg.subject, reply=msg.reply[:128])
+            return
         try:
             self._take_command(msg, now)
         except RefusedError as error:
@@ -235,7 +238,7 @@ class Session:
         await self.reply(ReplyOut(msg.reply, reply))
 
     async def _on_query(self, msg: Msg) -> None:
-        if not msg.reply:
+        if not msg.reply or not intake.answerable(msg.reply):
             return  # nobody to tell
         what = msg.subject.rpartition(".")[2]
         try:
@@ -248,6 +251,10 @@ class Session:
         lead = intake.lead(msg.data)
         if lead is None:
             self._warn("lead.malformed", subject=msg.subject, size=len(msg.data))
+        elif (ahead_s := intake.epoch_ahead_s(lead.epoch, time.time())) is not None:
+            self._warn(
+                "lead.not_believed", epoch=lead.epoch, ahead_s=round(ahead_s), why="it is of the future"
+            )
         elif not self._port.offer(LeadIn(lead)):
             self._warn("lead.dropped", why="the queue for the engine is full")
 

@@ -28,6 +28,8 @@ from coxswain.service.config import Settings
 from coxswain.service.logs import get_logger
 from coxswain.service.port import AnswerOut, EventOut, FrameOut, Port, ReplyOut
 
+DENIED: Final = "permissions violation"
+"""In the error by which nats-py says that the server refused a subject; only `on_error` hears of it."""
 BACKOFF_S: Final = (0.1, 5.0)
 """First and longest pause between connections; doubled each time, and jittered against herds."""
 
@@ -282,6 +284,12 @@ class Bus:
     def _on_error(self, error: Exception) -> None:
         """Hear of an error on the connection. Must not raise: nats-py's read loop would end in silence."""
         self._last_error = error
+        if DENIED in str(error):
+            # Also while a session opens: NATS would call us connected, and we would be deaf.
+            if (held := self._throttle.allow(str(error)[:256], time.monotonic())) is not None:
+                hint = "NATS does not let this user: its key must be worker:NAME of COX_WORKER (`cox init --auth`)"
+                self._log.error("nats.denied", error=str(error), hint=hint, times=held + 1)
+            return
         if self._session is None:
             return  # `_say_unreachable` says it
         kind = type(error).__name__

