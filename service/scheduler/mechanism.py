@@ -51,7 +51,7 @@ class Mechanism:
         self._chunks: bool = scheduler.scheduler_config.enable_chunked_prefill
         self._left: dict[Group, int] = {}
         self._whole: dict[Group, int] = {}
-        self._busy: set[Group] = set()
+        self._busy: list[Group] = []
         self._reserve_lookahead: Callable[..., Any] = scheduler._reserve_prefill_lookahead  # noqa: SLF001
         self._allocate: Callable[..., Any] = scheduler.kv_cache_manager.allocate_slots
 
@@ -290,12 +290,20 @@ class Mechanism:
             tokens = request.num_tokens - request.num_computed_tokens
             wanted[request.steering.account] += tokens
             wanted[limits.group_of(request.steering)] += tokens
-        busy = {group for group, tokens in left.items() if wanted[group] >= tokens}
-        for group in busy ^ self._busy:
-            group.busy = group in busy
+        self._busy = [group for group, tokens in left.items() if wanted[group] >= tokens]
+        self._mark_busy(busy=True)
+
+    def scheduled(self) -> None:
+        """The step was scheduled: what was busy in it may offer what waits again."""
+        if self._busy:
+            self._mark_busy(busy=False)
+            self._busy = []
+
+    def _mark_busy(self, *, busy: bool) -> None:
+        for group in self._busy:
+            group.busy = busy
             if isinstance(group, Account):
-                limits.counted(group)
-        self._busy = busy
+                self.core.limits.counted(group)
 
     def admitted(self) -> None:
         """vLLM put requests at the end of its running list."""

@@ -275,5 +275,5 @@ class SteeredQueue:
             assert self._classes[class_line.name] is class_line
             class_line.validate()
             accounts = [line.account for line in class_line.lines.values()]
-            assert all(account.shut == account.full for account in accounts), "a cap was not told"
+            assert all(account.shut == account.closed for account in accounts), "a cap was not told"
         assert sum(class_line.size for class_line in self._order) == self._size

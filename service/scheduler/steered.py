@@ -158,6 +158,7 @@ class SteeredScheduler(AsyncScheduler):
         if core.queue and len(self.running) < self.max_num_active_reqs:
             core.ledger.settle_all()
         output = super().schedule(*args, **kwargs)
+        self.mechanism.scheduled()
         core.step = self.port.step = self.current_step
         if output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
             self._note_admitted(now, output)
