@@ -2,7 +2,7 @@
 
 The one model behind `cox top`, its replay and whatever else draws a fleet. It reads nothing but status frames, so
 what it shows of a recording is what it would have shown then. Call `feed` with every frame, `tick` about once a
-second, `picture` whenever something is to be drawn.
+second (for silence is news too), `picture` whenever something is to be drawn.
 """
 
 from collections import defaultdict
@@ -25,6 +25,8 @@ from coxswain.schemas.status import ClassStatus, Frame, StoryLine, TenantStatus
 
 WINDOW_S: Final = 30.0
 """What "of late" means."""
+TICK_S: Final = 1.0
+"""The grain of it."""
 SHOWN: Final = 100
 """Happenings in a picture."""
 
@@ -41,6 +43,7 @@ class Overview:
         self.name = fleet
         self.fleet = Fleet()
         self.now = 0.0
+        self._ticked = 0.0
         self._recent = Recent(window_s)
         self._first_tokens = FirstTokens(window_s)
         self._chronicle = Chronicle()
@@ -48,13 +51,15 @@ class Overview:
     def feed(self, frame: Frame, now: float) -> None:
         """Take a frame that came at `now` (Unix s)."""
         self.now = max(self.now, now)
+        if self.now - self._ticked >= TICK_S:  # however fast a recording is played
+            self.tick(now)
         self._chronicle.before(self.fleet, frame, now)
         self._first_tokens.observe(self.fleet, frame, now)
         self.fleet.merge(frame, now)
 
     def tick(self, now: float) -> None:
         """Let time pass: shares move on, silent workers become stale. Once a second will do."""
-        self.now = max(self.now, now)
+        self.now = self._ticked = max(self.now, now)
         self.fleet.age(self.now)
         self._chronicle.after(self.fleet, self.now)
         self._recent.observe(self.fleet, self.now)

@@ -64,7 +64,7 @@ def roots(pyproject: dict[str, Any]) -> Roots:
     return Roots(
         control=control,
         cpu=(*control, *extras["cpu"], *extras["demo"], *extras["lab"]),
-        dev=(*pyproject["dependency-groups"]["dev"], *pyproject["build-system"]["requires"]),
+        dev=(*pyproject["dependency-groups"]["dev"], *extras["top"], *pyproject["build-system"]["requires"]),
     )
 
 
@@ -158,7 +158,7 @@ def files(wanted: Roots, known: Packages) -> dict[str, str]:
         "cpu.lock": _text("A worker on a CPU, the demo and the lab, without torch: see torch.lock.", cpu),
         "torch.lock": _text("torch's CPU build, for cpu.lock.", torch),
         "control.lock": _text("The control side, the contract and the command line: no vLLM.", control),
-        "dev.lock": _text("Tests, static checks and the build backend, on top of cpu.lock.", dev),
+        "dev.lock": _text("Tests, `cox top`, static checks and the build backend, on top of cpu.lock.", dev),
     }
 
 

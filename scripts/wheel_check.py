@@ -23,7 +23,7 @@ import coxswain.control, coxswain.schemas
 
 for package in (coxswain.schemas, coxswain.control):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not module.name.startswith("coxswain.control.demo"):  # it has an extra of its own
+        if not module.name.startswith(("coxswain.control.demo", "coxswain.control.top")):  # they have extras
             importlib.import_module(module.name)
 mixed = sorted(name for name in sys.modules if name.startswith("coxswain.service"))
 assert not mixed, f"control imports the engine side: {mixed}"

@@ -6,7 +6,18 @@ this package; how they fail is in `app.py` and `exits.py`. Called by the `cox` s
 
 import typer
 
-from coxswain.control.cli import events, fleet, lab, launch, policies, policy_tables, requests, setup, steer
+from coxswain.control.cli import (
+    events,
+    fleet,
+    lab,
+    launch,
+    policies,
+    policy_tables,
+    requests,
+    setup,
+    steer,
+    top,
+)
 from coxswain.control.cli.app import boundary, command, epilogue, root
 from coxswain.control.cli.exits import EPILOGUE
 
@@ -26,6 +37,7 @@ app = typer.Typer(
 root(app)
 
 command(app, "ps", panel=LOOK, example="cox ps --watch")(fleet.ps)
+command(app, "top", panel=LOOK, example="cox top --record incident.jsonl")(top.top)
 command(app, "requests", panel=LOOK, example="cox requests --tenant acme --state queued")(requests.requests)
 command(app, "events", panel=LOOK, example="cox events --since 10m --kind held --kind continued")(
     events.events

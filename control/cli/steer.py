@@ -107,7 +107,7 @@ async def hold(
 ) -> Exit:
     """Hold requests: no step runs them until they are continued."""
     targets = _targets(requests, tenant, class_, all)
-    command = commands.Preempt(**_envelope(), targets=targets, kv=kv, lease_s=lease)
+    command = commands.Preempt(**envelope(), targets=targets, kv=kv, lease_s=lease)
     return await _send(cox, worker, "preempt", command, done="held")
 
 
@@ -120,7 +120,7 @@ async def continue_(
     worker: Worker = ALL,
 ) -> Exit:
     """Continue held requests, whoever holds them."""
-    command = commands.Continue(**_envelope(), targets=_targets(requests, tenant, class_, all))
+    command = commands.Continue(**envelope(), targets=_targets(requests, tenant, class_, all))
     return await _send(cox, worker, "continue", command, done="continued")
 
 
@@ -152,7 +152,7 @@ async def prioritize(
     if priority is None and class_ is None:
         raise CliError(Exit.USAGE, "nothing to change: give --priority N (lower runs first) or --class CLASS")
     targets = _targets(requests, tenant, from_class, all)
-    command = commands.Prioritize(**_envelope(), targets=targets, priority=priority, class_=class_)
+    command = commands.Prioritize(**envelope(), targets=targets, priority=priority, class_=class_)
     return await _send(cox, worker, "prioritize", command, done="changed")
 
 
@@ -169,7 +169,7 @@ async def abort(
 ) -> Exit:
     """End requests; their clients see finish_reason `abort` at once."""
     targets = _targets(requests, tenant, class_, all)
-    command = commands.Abort(**_envelope(), targets=targets, reason=reason[:512])
+    command = commands.Abort(**envelope(), targets=targets, reason=reason[:512])
     return await _send(cox, worker, "abort", command, done="aborted")
 
 
@@ -216,7 +216,7 @@ async def rank(
             )
             for tenant in sorted(by_weight.keys() | by_base.keys())
         }
-        command = commands.Rank(**_envelope(), incarnation=frame.incarnation, tenants=tenants)
+        command = commands.Rank(**envelope(), incarnation=frame.incarnation, tenants=tenants)
         done = f"ranked {plural(len(tenants), 'tenant')}"
         return await _send_over(client, cox, worker, "rank", command, done=done, noun="tenant")
 
@@ -250,7 +250,8 @@ def _pairs(values: list[Any] | None) -> list[tuple[str, float]]:
     return list(values or ())  # the option's parser has made them pairs
 
 
-def _envelope() -> dict[str, Any]:
+def envelope() -> dict[str, Any]:
+    """What every command of an operator has: an id, who asks, until when it may be applied."""
     return {"id": str(ULID()), "issuer": _issuer(), "expires_at": time.time() + EXPIRY_S}
 
 

