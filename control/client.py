@@ -16,7 +16,6 @@ from nats.aio.subscription import Subscription
 from coxswain.control.errors import ControlError, NoAnswerError, UnreachableError
 from coxswain.control.history import replay
 from coxswain.control.link import Link
-from coxswain.control.parts import join
 from coxswain.control.tables import Table
 from coxswain.control.transport import Notice, open_link
 from coxswain.schemas import commands, status
@@ -25,6 +24,7 @@ from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, UNREADABLE, Code, RefusedError
 from coxswain.schemas.events import Event, decode_event
 from coxswain.schemas.names import ALL, check_token, tenant_key, tenant_of_key
+from coxswain.schemas.parts import join
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import Config, Frame, QueuePage, RequestReport
 from coxswain.schemas.subjects import OPERATOR, Subjects

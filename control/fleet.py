@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from coxswain.control.parts import Assembler
+from coxswain.schemas.parts import Assembler
 from coxswain.schemas.status import ClassStatus, Frame, RequestStatus, TenantStatus
 
 STALE_S: Final = 3.0
@@ -104,7 +104,7 @@ class WorkerView:
         self.counted = False
         """Whether `presence` has them: while the worker is live, and was heard in full."""
         self._presence = presence or Presence()
-        self._assembler = Assembler()
+        self._assembler: Assembler[Frame] = Assembler()
         self._heard: tuple[int, frozenset[int]] = (-1, frozenset())
 
     def merge(self, frame: Frame, now: float, changed: Changed | None = None) -> None:

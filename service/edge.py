@@ -47,6 +47,10 @@ _API_PATHS: Final = frozenset(
 _ADMIN_PATHS: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """Administration that stands among the API's paths."""
 
+_WITHOUT_ENGINE: Final = frozenset({"/tokenize", "/detokenize"})
+_WITHOUT_ENGINE_ENDS: Final = ("/cancel", "/count_tokens", "/render")
+"""What the front end answers by itself, of what is sent with POST."""
+
 CLASS_HEADER: Final = b"x-cox-class"
 PRIORITY_HEADER: Final = b"x-vllm-priority"
 ID_HEADER: Final = b"x-request-id"
@@ -65,6 +69,7 @@ class Refusal(NamedTuple):
     kind: str
     """The error's `type`."""
     message: str
+    retry_after_s: int | None = None
 
 
 class RefusedRequestError(Exception):
@@ -75,6 +80,13 @@ class RefusedRequestError(Exception):
         self.refusal = Refusal(status, kind, message)
 
 
+class Passage(Protocol):
+    """A request on its way to the engine (`edge_caps.py`)."""
+
+    def sent(self, now: float, children: int) -> None:
+        """One of its prompts was given to the engine, as so many requests."""
+
+
 class Ticket(NamedTuple):
     """What goes along with an admitted request, out of the client's reach (a context variable)."""
 
@@ -82,6 +94,8 @@ class Ticket(NamedTuple):
     """The signed public id."""
     priority_min: int
     priority_max: int
+    passage: Passage | None = None
+    """Told when the engine is given what the request asks for."""
 
 
 class Admitted(NamedTuple):
@@ -89,6 +103,9 @@ class Admitted(NamedTuple):
 
     ticket: Ticket
     headers: Headers
+    tenant: str
+    class_: str
+    """The class that it may be in, by its header or its key; empty: the tenant table says."""
 
 
 class Keys(Protocol):
@@ -166,6 +183,17 @@ class Edge:
         """Whether a request passes untouched: a probe, or a browser's preflight, which carries no key."""
         return method == "OPTIONS" or _tidy(path) in OPEN_PATHS
 
+    @staticmethod
+    def asks_engine(method: str, path: str) -> bool:
+        """Whether a request becomes work for an engine: what caps on queues and draining are about."""
+        path = _tidy(path)
+        return (
+            method == "POST"
+            and _is_api(path)
+            and path not in _WITHOUT_ENGINE
+            and not path.endswith(_WITHOUT_ENGINE_ENDS)
+        )
+
     def anonymous_id(self, ulid: str) -> str:
         """A public id for a request that is refused before anybody knows who asks."""
         return request_id.make(self._key, "default", "", ulid)
@@ -200,12 +228,14 @@ class Edge:
                 "PermissionDeniedError",
                 "this path is not part of the serving API: it needs a key with `admin`",
             )
-        public = request_id.make(self._key, grant.tenant, _class(grant, taken.get(CLASS_HEADER)), ulid)
+        class_ = _class(grant, taken.get(CLASS_HEADER))
+        public = request_id.make(self._key, grant.tenant, class_, ulid)
         kept.append((ID_HEADER, public.encode()))
         priority = _priority(grant, taken.get(PRIORITY_HEADER))
         if priority is not None:
             kept.append((PRIORITY_HEADER, b"%d" % priority))
-        return Admitted(Ticket(public, grant.priority_min, grant.priority_max), kept)
+        ticket = Ticket(public, grant.priority_min, grant.priority_max)
+        return Admitted(ticket, kept, grant.tenant, class_)
 
     def _who(self, headers: Headers, taken: dict[bytes, bytes], peer: str | None) -> Grant:
         named = taken.get(self._header) if self._header else None

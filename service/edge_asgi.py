@@ -15,6 +15,7 @@ from ulid import ULID
 from coxswain.service.edge import (
     CLIENT_ID_HEADER,
     ID_HEADER,
+    Admitted,
     Edge,
     Headers,
     Refusal,
@@ -22,6 +23,8 @@ from coxswain.service.edge import (
     Ticket,
     client_id,
 )
+from coxswain.service.edge_caps import Passage
+from coxswain.service.edge_status import EdgeStatus
 from coxswain.service.keys import Keyring
 
 Scope = MutableMapping[str, Any]
@@ -41,16 +44,33 @@ class EdgeMiddleware:
         app: what comes next.
         edge: the decisions.
         keyring: the keys that `edge` uses, to be kept fresh, or None.
+        listen: makes what knows of the engines' queues, from the server's app, or None if nobody is to know.
     """
 
-    def __init__(self, app: App, edge: Edge, keyring: Keyring | None = None) -> None:
+    def __init__(
+        self,
+        app: App,
+        edge: Edge,
+        keyring: Keyring | None = None,
+        listen: Callable[[Any], EdgeStatus] | None = None,
+    ) -> None:
         self._app = app
         self._edge = edge
         self._keyring = keyring
+        self._listen = listen
+        self._status: EdgeStatus | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection; anything but HTTP and websockets passes untouched."""
         kind = scope["type"]
+        if self._listen is not None and self._status is None:
+            self._status = self._listen(scope.get("app"))
+            self._status.start()
+        if kind == "lifespan" and self._status is not None:
+            try:
+                return await self._app(scope, receive, send)
+            finally:
+                await self._status.stop()
         if kind not in ("http", "websocket"):
             return await self._app(scope, receive, send)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -68,13 +88,30 @@ class EdgeMiddleware:
                 # Closing before accepting is how ASGI refuses a websocket: the client sees 403.
                 return await send({"type": "websocket.close", "code": 1008})
             return await _refuse(_naming(send, self._edge.anonymous_id(ulid), own_id), error.refusal)
-        token = ticket.set(admitted.ticket)
+        send = _naming(send, admitted.ticket.request, own_id)
+        passage = self._enter(scope, path, admitted)
+        if isinstance(passage, Refusal):
+            if kind == "websocket":
+                return await send({"type": "websocket.close", "code": 1013})
+            return await _refuse(send, passage)
+        token = ticket.set(admitted.ticket._replace(passage=passage))
         try:
             # A copy: servers log and reuse the scope that they made.
-            inner = {**scope, "headers": admitted.headers}
-            return await self._app(inner, receive, _naming(send, admitted.ticket.request, own_id))
+            return await self._app({**scope, "headers": admitted.headers}, receive, send)
         finally:
             ticket.reset(token)
+            if passage is not None:
+                passage.left()
+
+    def _enter(self, scope: Scope, path: str, admitted: Admitted) -> Passage | Refusal | None:
+        """Ask the counts about what an engine would have to do; None if they need not know of it."""
+        websocket = scope["type"] == "websocket"
+        if self._status is None or not (websocket or self._edge.asks_engine(scope["method"], path)):
+            return None
+        passage = self._status.caps.enter(admitted.tenant, admitted.class_, time.monotonic())
+        if websocket and isinstance(passage, Passage):
+            passage.left()  # it may stay open for hours without asking for anything
+        return passage
 
 
 def _naming(send: Send, request: str, own_id: bytes | None) -> Send:
@@ -98,5 +135,7 @@ async def _refuse(send: Send, refusal: Refusal) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if refusal.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if refusal.retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % refusal.retry_after_s))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -7,6 +7,7 @@ there. Called by `identity.py`, in the API server.
 """
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from coxswain.service.edge_asgi import ticket
 
 
 def apply(request: Any, held: Ticket) -> None:
-    """Bound the priority of vLLM's `EngineCoreRequest`; put the signed id into its internal id.
+    """Bound the priority of vLLM's `EngineCoreRequest`; put the signed id into its internal id; count it as sent.
 
     The external id stays what vLLM had: that one is the client's, and vLLM's own maps use it.
     """
@@ -24,6 +25,9 @@ def apply(request: Any, held: Ticket) -> None:
     # Exactly this id, and as the last mark: another one would be somebody else's, sent along in a body.
     if request_id.normalise(request.request_id) != held.request:
         request.request_id = request_id.insert(request.request_id, held.request)
+    if held.passage is not None:
+        sampling = getattr(request, "sampling_params", None)
+        held.passage.sent(time.monotonic(), sampling.n if sampling is not None else 1)
 
 
 def install() -> None:

@@ -9,12 +9,15 @@ import os
 from typing import Final
 
 from coxswain.service import edge_hook
+from coxswain.service.config import Settings
 from coxswain.service.edge import Edge, EdgeSettings
 from coxswain.service.edge_asgi import App, EdgeMiddleware
+from coxswain.service.edge_status import listener
 from coxswain.service.keys import Keyring
 
 _SETTINGS: Final = EdgeSettings.from_env(os.environ)
 _KEYRING: Final = Keyring(_SETTINGS.keys) if _SETTINGS.keys else None
+_LISTEN: Final = listener(Settings.from_env(os.environ), os.environ)
 
 edge_hook.install()
 
@@ -27,4 +30,4 @@ class Identity(EdgeMiddleware):
     """
 
     def __init__(self, app: App) -> None:
-        super().__init__(app, Edge(_SETTINGS, _KEYRING), _KEYRING)
+        super().__init__(app, Edge(_SETTINGS, _KEYRING), _KEYRING, _LISTEN)

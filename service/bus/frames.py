@@ -11,10 +11,9 @@ import msgspec
 from msgspec.structs import replace
 
 from coxswain.schemas.commands import encode
+from coxswain.schemas.parts import ROWS
 from coxswain.schemas.status import CommandStats, Frame
 
-ROWS: Final = ("tenants", "classes", "requests", "gone")
-"""The fields of a frame that grow, and are shared out over its parts."""
 _SLACK: Final = 64
 """Bytes by which `seq`, `part` and `parts` may grow when they are filled in."""
 

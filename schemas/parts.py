@@ -1,20 +1,48 @@
-"""Put the parts of split frames together. Pure; called by `client` and `fleet`."""
+"""Put the parts of split frames together. Pure; called by `control` and by the HTTP edge."""
 
 from collections.abc import Iterable
+from itertools import chain
+from typing import Final, Generic, Protocol, TypeVar
 
 import msgspec
 
 from coxswain.schemas.status import Frame
 
+ROWS: Final = ("tenants", "classes", "requests", "gone")
+"""The fields of a frame that grow, and are shared out over its parts."""
 
-class Assembler:
+
+class Part(Protocol):
+    """A frame, or as much of one as somebody reads, as far as its parts are concerned."""
+
+    @property
+    def incarnation(self) -> str:
+        """Whose."""
+
+    @property
+    def seq(self) -> int:
+        """Which."""
+
+    @property
+    def part(self) -> int:
+        """From 0."""
+
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+
+
+P = TypeVar("P", bound=Part)
+
+
+class Assembler(Generic[P]):
     """Collects the parts of one worker's full frame: the newest only, so memory is bounded by one frame."""
 
     def __init__(self) -> None:
         self._key: tuple[str, int] | None = None
-        self._parts: dict[int, Frame] = {}
+        self._parts: dict[int, P] = {}
 
-    def add(self, frame: Frame) -> Frame | None:
+    def add(self, frame: P) -> P | None:
         """The whole frame once its last missing part is in, else None. Repeated parts change nothing."""
         if frame.parts <= 1:
             return frame
@@ -28,20 +56,18 @@ class Assembler:
             return None
         ordered = [self._parts[part] for part in sorted(self._parts)]
         self._key, self._parts = None, {}
-        return msgspec.structs.replace(
-            ordered[0],
-            part=0,
-            parts=1,
-            tenants=tuple(row for part in ordered for row in part.tenants),
-            classes=tuple(row for part in ordered for row in part.classes),
-            requests=tuple(row for part in ordered for row in part.requests),
-            gone=tuple(row for part in ordered for row in part.gone),
-        )
+        rows = {
+            field: tuple(chain.from_iterable(getattr(part, field) for part in ordered))
+            for field in ROWS
+            if hasattr(frame, field)
+        }
+        whole: P = msgspec.structs.replace(ordered[0], part=0, parts=1, **rows)  # type: ignore[type-var]
+        return whole
 
 
 def join(frames: Iterable[Frame]) -> dict[str, Frame]:
     """Whole frames by worker, from parts in any order; a frame that lacks a part is left out."""
-    assemblers: dict[str, Assembler] = {}
+    assemblers: dict[str, Assembler[Frame]] = {}
     whole: dict[str, Frame] = {}
     for frame in frames:
         done = assemblers.setdefault(frame.worker, Assembler()).add(frame)

@@ -1,0 +1,272 @@
+"""Caps at the HTTP edge: what the engines behind this server have queued, and who may still send.
+
+Pure: frames and clock readings in, a refusal or a passage out; a decision is a few dictionary look-ups. Called by
+`edge_asgi.py` once per request and by `edge_status.py` for every status frame.
+
+What counts as queued is what the engines' last frames say, and what this process let through that those frames cannot
+know of yet. A frame's totals say how many of a tenant's requests an engine has ever been given, so it is known which
+of those sent are in the frame's count. So the count is never too low where this process is the only one, and too
+high by at most what left the queue since the last frame. Of several processes each knows its own alone: together they
+let in at most what the others sent since the last frame beyond a cap.
+"""
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
+from math import ceil
+from typing import Final, NamedTuple
+
+import msgspec
+
+from coxswain.schemas.names import DEFAULT
+from coxswain.schemas.parts import Assembler
+from coxswain.service.edge import Refusal
+
+STALE_S: Final = 5.0
+"""Numbers of a worker that was silent for longer count no more: it publishes at least once a second."""
+LOST_S: Final = 5.0
+"""A request that no frame has confirmed for so long never reached an engine."""
+SWEEP_S: Final = 0.1
+RETRY_S: Final = (1, 60)
+"""Least and most that Retry-After says."""
+DRAINING_RETRY_S: Final = 10
+
+
+class TenantSeen(msgspec.Struct, frozen=True):
+    """What the edge reads of a tenant's row."""
+
+    tenant: str
+    class_: str = msgspec.field(name="class")
+    queued: int
+    running: int
+    held: int
+    finished_total: int
+    oldest_queued_s: float
+    max_queued: int | None = None
+
+    @property
+    def arrived_total(self) -> int:
+        """How many of its requests the engine was ever given."""
+        return self.queued + self.running + self.held + self.finished_total
+
+
+class ClassSeen(msgspec.Struct, frozen=True):
+    """What the edge reads of a class's row."""
+
+    class_: str = msgspec.field(name="class")
+    queued: int
+    oldest_queued_s: float
+    max_queued: int | None = None
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What the edge reads of a status frame: the rest, requests above all, is not even decoded."""
+
+    worker: str
+    incarnation: str
+    seq: int
+    full: bool
+    part: int
+    parts: int
+    state: str
+    tenants: tuple[TenantSeen, ...] = ()
+    classes: tuple[ClassSeen, ...] = ()
+
+
+class Passage:
+    """One HTTP request that was let through, until it has reached the engine or will not.
+
+    Args:
+        caps: where it counts.
+        tenant: whose it is.
+        class_: the class that it counts in.
+    """
+
+    __slots__ = ("_caps", "_underway", "class_", "tenant")
+
+    def __init__(self, caps: "EdgeCaps", tenant: str, class_: str) -> None:
+        self._caps = caps
+        self.tenant = tenant
+        self.class_ = class_
+        self._underway = True
+        caps.underway[tenant] += 1
+        caps.underway_in[class_] += 1
+
+    def sent(self, now: float, children: int) -> None:
+        """The front end gave the engine one of its prompts, as so many requests (`n`)."""
+        self.left()
+        self._caps.note_sent(self.tenant, self.class_, children, now)
+
+    def left(self) -> None:
+        """It is not on its way to the engine any more: it is there, or was answered without it."""
+        if self._underway:
+            self._underway = False
+            self._caps.underway[self.tenant] -= 1
+            self._caps.underway_in[self.class_] -= 1
+            if not self._caps.underway[self.tenant]:
+                del self._caps.underway[self.tenant]
+
+
+class Load(NamedTuple):
+    """What waits of a tenant or class on all live engines together."""
+
+    queued: int
+    oldest_s: float
+    cap: int | None
+
+
+class View:
+    """One engine as last heard."""
+
+    def __init__(self, incarnation: str) -> None:
+        self.incarnation = incarnation
+        self.heard_at = 0.0
+        self.draining = False
+        self.tenants: dict[str, TenantSeen] = {}
+        self.classes: dict[str, ClassSeen] = {}
+        self.seq = -1
+        self._assembler: Assembler[Seen] = Assembler()
+
+    def merge(self, frame: Seen, now: float) -> dict[str, int]:
+        """Take a frame; how many requests of each tenant it has that were not known before. Older ones: none."""
+        if frame.seq < self.seq:
+            return {}
+        self.seq = frame.seq
+        self.heard_at = now
+        self.draining = frame.state == "draining"
+        whole = self._assembler.add(frame) if frame.full else frame
+        if whole is None:
+            return {}
+        before = self.tenants
+        arrived = {
+            row.tenant: row.arrived_total - old.arrived_total
+            if (old := before.get(row.tenant)) is not None
+            else row.arrived_total
+            for row in whole.tenants
+        }
+        if whole.full:
+            self.classes = {}
+        self.tenants = {**before, **{row.tenant: row for row in whole.tenants}}
+        self.classes.update((row.class_, row) for row in whole.classes)
+        return {tenant: count for tenant, count in arrived.items() if count > 0}
+
+
+class EdgeCaps:
+    """What one API server process knows of queues.
+
+    Args:
+        workers: names of the engines behind this server; frames of others are not looked at.
+    """
+
+    def __init__(self, workers: Iterable[str]) -> None:
+        self.workers = frozenset(workers)
+        self.views: dict[str, View] = {}
+        self.underway: Counter[str] = Counter()
+        """HTTP requests per tenant that were let through and are not with the engine yet."""
+        self.underway_in: Counter[str] = Counter()
+        """The same per class."""
+        self.sent: defaultdict[str, deque[tuple[float, str]]] = defaultdict(deque)
+        """Per tenant, requests (when, class) that were given to an engine and are in no frame yet, oldest first."""
+        self.sent_in: Counter[str] = Counter()
+        """How many of these there are per class."""
+        self._swept_at = 0.0
+
+    # What is heard
+
+    def heard(self, frame: Seen, now: float) -> None:
+        """A status frame came."""
+        if frame.worker not in self.workers:
+            return
+        view = self.views.get(frame.worker)
+        if view is None or view.incarnation != frame.incarnation:
+            if view is not None and frame.incarnation < view.incarnation and now - view.heard_at < STALE_S:
+                return  # a late frame of the incarnation before
+            view = self.views[frame.worker] = View(frame.incarnation)
+        for tenant, count in view.merge(frame, now).items():
+            for _ in range(min(count, len(self.sent.get(tenant, ())))):
+                self._drop_oldest(tenant)
+        self._sweep(now)
+
+    def note_sent(self, tenant: str, class_: str, count: int, now: float) -> None:
+        """An engine was given so many requests; while none was ever heard nobody is capped, and nobody counts."""
+        if self.views:
+            self.sent[tenant].extend((now, class_) for _ in range(count))
+            self.sent_in[class_] += count
+            self._sweep(now)
+
+    def _sweep(self, now: float) -> None:
+        """Forget what never arrived, now and then."""
+        if now - self._swept_at < SWEEP_S:
+            return
+        self._swept_at = now
+        for tenant in list(self.sent):
+            while (sent := self.sent[tenant]) and now - sent[0][0] > LOST_S:
+                self._drop_oldest(tenant)
+            if not sent:
+                del self.sent[tenant]
+
+    def _drop_oldest(self, tenant: str) -> None:
+        _, class_ = self.sent[tenant].popleft()
+        self.sent_in[class_] -= 1
+
+    # What is asked
+
+    def enter(self, tenant: str, asked_class: str, now: float) -> Passage | Refusal:
+        """Let a request through, or say why not.
+
+        Args:
+            tenant: who asks.
+            asked_class: the class that was asked for, or empty.
+            now: monotonic seconds.
+        """
+        views = [view for view in self.views.values() if now - view.heard_at <= STALE_S]
+        class_ = self._class_of(views, tenant, asked_class)
+        refusal = self._refusal(views, tenant, class_)
+        return refusal or Passage(self, tenant, class_)
+
+    def _refusal(self, views: list[View], tenant: str, class_: str) -> Refusal | None:
+        # A worker that was told to become empty stays so when its frames stop; only its numbers grow old.
+        if self.views and all(view.draining for view in self.views.values()):
+            return Refusal(
+                503,
+                "ServiceUnavailableError",
+                "this server is draining: send new requests elsewhere",
+                DRAINING_RETRY_S,
+            )
+        load = _load([view.tenants.get(tenant) for view in views])
+        count = load.queued + self.underway[tenant] + len(self.sent.get(tenant, ()))
+        if load.cap is not None and count >= load.cap:
+            return _too_many(f"tenant {tenant!r}", count, load)
+        load = _load([view.classes.get(class_) for view in views])
+        count = load.queued + self.underway_in[class_] + self.sent_in[class_]
+        if load.cap is not None and count >= load.cap:
+            return _too_many(f"class {class_!r}", count, load)
+        return None
+
+    def _class_of(self, views: list[View], tenant: str, asked: str) -> str:
+        """The class in which the engine will queue it, as far as the frames tell."""
+        if any(asked in view.classes for view in views):
+            return asked
+        return next((view.tenants[tenant].class_ for view in views if tenant in view.tenants), DEFAULT)
+
+
+def _load(rows: list[TenantSeen | None] | list[ClassSeen | None]) -> Load:
+    """The sum over engines; a cap only where all that know the group have one."""
+    known = [row for row in rows if row is not None]
+    caps = [row.max_queued for row in known if row.max_queued is not None]
+    return Load(
+        sum(row.queued for row in known),
+        max((row.oldest_queued_s for row in known), default=0.0),
+        sum(caps) if caps and len(caps) == len(known) else None,
+    )
+
+
+def _too_many(who: str, count: int, load: Load) -> Refusal:
+    # By Little's law a queue of `count`, of which the oldest has waited `oldest_s`, has room every oldest_s / count.
+    least, most = RETRY_S
+    retry_s = min(max(ceil(load.oldest_s / max(count, 1)), least), most)
+    return Refusal(
+        429,
+        "RateLimitError",
+        f"{who} has {count} requests waiting here, and at most {load.cap} may (max_queued): try again in {retry_s} s",
+        retry_s,
+    )

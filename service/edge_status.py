@@ -1,0 +1,163 @@
+"""The edge's ear: one NATS connection per API server process, for the status of the engines behind it. Shell only.
+
+Started on the server's own loop with the first thing that it serves, its own start above all. Nothing waits for it:
+while it hears nothing, what it heard last stands, and where it never heard anything everybody is served.
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+import msgspec
+from nats.aio.msg import Msg
+
+from coxswain.schemas.connection import Connection
+from coxswain.schemas.errors import UNREADABLE
+from coxswain.schemas.subjects import Subjects
+from coxswain.service.bus.connect import close, connect
+from coxswain.service.bus.throttle import Throttle
+from coxswain.service.config import SettingRefusedError, Settings
+from coxswain.service.edge_caps import EdgeCaps, Seen
+from coxswain.service.logs import get_logger
+
+BACKOFF_S: Final = (0.1, 5.0)
+"""First and longest pause between connections; doubled each time, and jittered against herds."""
+PENDING_MESSAGES: Final = 256
+PENDING_BYTES: Final = 32 * 1024 * 1024
+"""What may wait while the server is busy; what comes then is dropped, and repaired by the next full frame."""
+LOG_PERIOD_S: Final = 60.0
+
+_decode = msgspec.json.Decoder(Seen).decode
+
+
+class EdgeStatus:
+    """Keeps an `EdgeCaps` told.
+
+    Args:
+        connection: where NATS is.
+        caps: what is told; its workers are those listened to.
+        log: a structlog logger; our own by default.
+    """
+
+    def __init__(self, connection: Connection, caps: EdgeCaps, log: Any = None) -> None:
+        self._connection = connection
+        self.caps = caps
+        self._log = log or get_logger(fleet=connection.fleet)
+        self._throttle = Throttle(LOG_PERIOD_S)
+        self._task: asyncio.Task[None] | None = None
+        self._reachable: bool | None = None
+
+    def start(self) -> None:
+        """Begin to listen on the running loop; more than once is as good as once."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._live(), name="coxswain-edge")
+
+    async def stop(self) -> None:
+        """Close the connection."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _live(self) -> None:
+        failures = 0
+        while True:
+            since = time.monotonic()
+            try:
+                await self._listen()
+            except Exception as error:  # noqa: BLE001 - whatever it was, the server serves on and we try again
+                self._say(reachable=False, error=str(error) or type(error).__name__)
+            if time.monotonic() - since > BACKOFF_S[1]:
+                failures = 0
+            await asyncio.sleep(random.uniform(0.5, 1.0) * min(BACKOFF_S[0] * 2**failures, BACKOFF_S[1]))  # noqa: S311
+            failures = min(failures + 1, 16)
+
+    async def _listen(self) -> None:
+        lost = asyncio.Event()
+        client = await connect(
+            self._connection, name="coxswain-edge", on_error=self._on_error, on_closed=lost.set
+        )
+        try:
+            subjects = Subjects(self._connection.fleet)
+            for worker in sorted(self.caps.workers):
+                await client.subscribe(
+                    subjects.status(worker),
+                    cb=self._on_status,
+                    pending_msgs_limit=PENDING_MESSAGES,
+                    pending_bytes_limit=PENDING_BYTES,
+                )
+            self._say(reachable=True)
+            await lost.wait()
+            self._say(reachable=False, error="connection lost")
+        finally:
+            await close(client)
+
+    async def _on_status(self, msg: Msg) -> None:
+        try:
+            self.caps.heard(_decode(msg.data), time.monotonic())
+        except UNREADABLE as error:
+            self._on_error(error)
+        except Exception:  # noqa: BLE001 - one bad frame must not end the subscription
+            self._log.exception("edge.frame_failed", subject=msg.subject)
+
+    def _say(self, *, reachable: bool, **why: str) -> None:
+        """Log once per change of state."""
+        if self._reachable is reachable:
+            return
+        self._reachable = reachable
+        if reachable:
+            self._log.info("edge.listening", workers=sorted(self.caps.workers))
+        else:
+            self._log.warning(
+                "edge.unreachable",
+                hint="the server serves on and retries for ever; caps end after 5 s",
+                **why,
+            )
+
+    def _on_error(self, error: Exception) -> None:
+        """Hear of an error on the connection. Must not raise: nats-py's read loop would end in silence."""
+        kind = type(error).__name__
+        if self._reachable and (held := self._throttle.allow(kind, time.monotonic())) is not None:
+            self._log.warning("edge.error", kind=kind, error=str(error) or kind, times=held + 1)
+
+
+def listener(settings: Settings, env: Mapping[str, str]) -> Callable[[Any], EdgeStatus] | None:
+    """What makes an `EdgeStatus` for a server's app; None where `COX_NATS_URL` is not set or `COX_EDGE_CAPS` is `off`.
+
+    Raises:
+        SettingRefusedError: if `COX_EDGE_CAPS` is neither `on` nor `off`.
+    """
+    wanted = env.get("COX_EDGE_CAPS", "").strip().lower() or "on"
+    if wanted not in ("on", "off"):
+        raise SettingRefusedError(f"COX_EDGE_CAPS is {wanted!r}: on or off is allowed")
+    if wanted == "off" or not settings.enabled:
+        return None
+
+    def listen(app: Any) -> EdgeStatus:
+        config = getattr(getattr(app, "state", None), "vllm_config", None)
+        workers = workers_behind(settings.worker, getattr(config, "parallel_config", None))
+        return EdgeStatus(settings.connection, EdgeCaps(workers))
+
+    return listen
+
+
+def workers_behind(name: str, parallel: Any = None) -> Iterable[str]:
+    """The names of the engines that an API server feeds.
+
+    Args:
+        name: the worker's name without a rank.
+        parallel: vLLM's `ParallelConfig`, or None if it cannot be known: then there is one engine.
+    """
+    size = int(getattr(parallel, "data_parallel_size", 1))
+    if size <= 1:
+        return (name,)
+    first, count = 0, size
+    if parallel.local_engines_only:  # the balancer in front of several servers chose ours
+        first = int(parallel.data_parallel_rank)
+        count = max(1, int(parallel.data_parallel_size_local))
+    # Ranks of a dense model are independent engines, and the first of them has the plain name.
+    ranks = tuple(f"{name}-dp{rank}" for rank in range(first, first + count))
+    return ranks if first else (name, *ranks)
