@@ -12,8 +12,6 @@ import msgspec
 from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
 from coxswain.schemas.names import NameRefusedError, TenantName, Token, check_tenant
 from coxswain.schemas.policy import (
-    NOT_BUILT_CLASS,
-    NOT_BUILT_TENANT,
     ClassPolicy,
     Count,
     Epoch,
@@ -161,7 +159,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     counts: dict[str, int] = {}
     """Targets per outcome."""
     ignored: tuple[str, ...] = ()
-    """Fields that nobody knows (a typo shows here) or that this version only stores."""
+    """Fields that nobody knows: a typo shows here."""
     results: tuple[TargetResult, ...] = ()
     results_omitted: int = 0
     code: int | None = None
@@ -217,17 +215,9 @@ def _ignored(raw: dict[str, Any], struct: type[Command]) -> tuple[str, ...]:
     if isinstance(targets := raw.get("targets"), dict):
         found += _unknown(targets, Targets, "targets.")
     if struct is Configure:
-        for table, row_type, later in (
-            ("classes", ClassPolicy, NOT_BUILT_CLASS),
-            ("tenants", TenantPolicy, NOT_BUILT_TENANT),
-        ):
-            plain = (
-                row_type()
-            )  # what a row says that says nothing: an encoder that spells it out asks nothing
+        for table, row_type in (("classes", ClassPolicy), ("tenants", TenantPolicy)):
             for name, row in raw.get(table, {}).items():
                 found += _unknown(row, row_type, f"{table}.{name}.")
-                asked = (field for field in row if field in later and row[field] != getattr(plain, field))
-                found += [f"{table}.{name}.{field}" for field in asked]
     if struct is Rank:
         for name, row in raw.get("tenants", {}).items():
             found += _unknown(row, TenantRank, f"tenants.{name}.")

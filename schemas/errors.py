@@ -36,8 +36,6 @@ class Code(IntEnum):
     """The target exists but cannot do this now; the text says why."""
     QUEUE_FULL = 429
     """The worker's command queue is full; nothing was queued."""
-    NOT_BUILT = 501
-    """Part of the contract, not of this version."""
     CLOSING = 503
     """The worker is draining or shutting down."""
 

@@ -1,7 +1,6 @@
 """Policy tables and the leader's word: what a class or tenant means, who leads.
 
 The tables live in JetStream KV, one key per class or tenant; the leader applies both with `configure`.
-Fields that this version's workers do not act on yet are stored, echoed, and named in a reply's `ignored`.
 """
 
 import hashlib
@@ -85,21 +84,6 @@ class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True):
         if self.priority_min > self.priority_max:
             return f"priority_min {self.priority_min} is above priority_max {self.priority_max}"
         return None
-
-
-NOT_BUILT_CLASS = frozenset(
-    {
-        "cut_in",
-        "quantum_s",
-        "cooldown_s",
-        "max_prefill_tokens_per_step",
-        "max_queued",
-        "linger_s",
-    },
-)
-"""Class fields that workers of this version store but do not act on."""
-NOT_BUILT_TENANT = frozenset({"max_queued"})
-"""Tenant fields that workers of this version store but do not act on."""
 
 
 class TenantRank(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -48,6 +48,8 @@ command(app, "continue", panel=STEER, example="cox continue --tenant acme")(stee
 command(app, "prioritize", panel=STEER, example="cox prioritize REQUEST --priority -10")(steer.prioritize)
 command(app, "abort", panel=STEER, example="cox abort REQUEST --reason 'ran away'")(steer.abort)
 command(app, "rank", panel=STEER, example="cox rank --worker w1 acme=2 globex=1")(steer.rank)
+command(app, "limit", panel=STEER, example="cox limit --tenant acme --max-running 8")(steer.limit)
+command(app, "drain", panel=STEER, example="cox drain --worker w1")(steer.drain)
 
 command(app, "controller", panel=RUN, example="cox controller --policy vtc --set wq=2")(launch.controller)
 command(app, "worker", panel=RUN, example="cox worker Qwen/Qwen3-0.6B --port 8000", passes_on=True)(

@@ -64,6 +64,16 @@ def option(parser: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse_option
 
 
+def or_none(help: str, parser: Callable[[str], Any], metavar: str) -> Any:
+    """An option that also takes the word `none`: it arrives as `UNSET`, None is not given."""
+
+    def parse_or_none(text: str) -> Any:
+        value = parser(text)
+        return msgspec.UNSET if value is None else value
+
+    return typer.Option(help=help, parser=option(parse_or_none), metavar=metavar, show_default=False)
+
+
 def _shared(*, root: bool) -> list[inspect.Parameter]:
     """The global options, for the root (with their environment variables and defaults) or for one command."""
 

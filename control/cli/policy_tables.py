@@ -11,12 +11,10 @@ import typer
 from rich.text import Text
 
 from coxswain.control.cli import parse, view_tables
-from coxswain.control.cli.app import Cox, option
+from coxswain.control.cli.app import Cox, option, or_none
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.words import printable
 from coxswain.schemas.policy import (
-    NOT_BUILT_CLASS,
-    NOT_BUILT_TENANT,
     ClassPolicy,
     CutIn,
     Order,
@@ -38,16 +36,6 @@ ClassArgument = Annotated[
     str,
     typer.Argument(metavar="NAME", parser=option(parse.class_name), help="The class.", show_default=False),
 ]
-
-
-def _maybe(help: str, parser: Callable[[str], Any], metavar: str) -> Any:
-    """An option that also takes the word `none`: it arrives as `UNSET`, None is not given."""
-
-    def parse_maybe(text: str) -> Any:
-        value = parser(text)
-        return UNSET if value is None else value
-
-    return typer.Option(help=help, parser=option(parse_maybe), metavar=metavar, show_default=False)
 
 
 async def tenants_list(cox: Cox) -> Exit:
@@ -92,11 +80,11 @@ async def tenants_set(
     ] = None,
     max_running: Annotated[
         str | None,
-        _maybe("Requests that may run at once; none: no cap.", parse.count_or_none, "N|none"),
+        or_none("Requests that may run at once; none: no cap.", parse.count_or_none, "N|none"),
     ] = None,
     max_queued: Annotated[
         str | None,
-        _maybe("Requests that may wait; none: no cap.", parse.count_or_none, "N|none"),
+        or_none("Requests that may wait; none: no cap.", parse.count_or_none, "N|none"),
     ] = None,
 ) -> Exit:
     """Make or change a tenant's row; what is not named stays."""
@@ -111,9 +99,7 @@ async def tenants_set(
         max_queued=max_queued,
     )
     async with cox.client() as client:
-        return await _set(
-            cox, client.tenants, name, TenantPolicy(), given, NOT_BUILT_TENANT, view_tables.tenants
-        )
+        return await _set(cox, client.tenants, name, TenantPolicy(), given, view_tables.tenants)
 
 
 async def tenants_rm(cox: Cox, name: TenantArgument) -> Exit:
@@ -141,7 +127,7 @@ async def classes_set(
     ] = None,
     slo: Annotated[
         str | None,
-        _maybe(
+        or_none(
             "Deadline of a request after its arrival: 30s, 2m.", parse.positive_or_none_s, "DURATION|none"
         ),
     ] = None,
@@ -162,22 +148,22 @@ async def classes_set(
     ] = None,
     ageing: Annotated[
         str | None,
-        _maybe("After this wait a request counts as the best.", parse.duration_or_none_s, "DURATION|none"),
+        or_none("After this wait a request counts as the best.", parse.duration_or_none_s, "DURATION|none"),
     ] = None,
     max_prefill_tokens_per_step: Annotated[
         str | None,
-        _maybe("Prefill tokens per step while a better class is there.", parse.count_or_none, "N|none"),
+        or_none("Prefill tokens per step while a better class is there.", parse.count_or_none, "N|none"),
     ] = None,
     borrow: Annotated[
         bool | None, typer.Option("--borrow/--no-borrow", help="May use the idle share of others.")
     ] = None,
     max_running: Annotated[
         str | None,
-        _maybe("Requests of the class that may run at once; none: no cap.", parse.count_or_none, "N|none"),
+        or_none("Requests of the class that may run at once; none: no cap.", parse.count_or_none, "N|none"),
     ] = None,
     max_queued: Annotated[
         str | None,
-        _maybe("Requests of the class that may wait; none: no cap.", parse.count_or_none, "N|none"),
+        or_none("Requests of the class that may wait; none: no cap.", parse.count_or_none, "N|none"),
     ] = None,
     linger: Annotated[
         float | None,
@@ -205,9 +191,7 @@ async def classes_set(
         linger_s=linger,
     )
     async with cox.client() as client:
-        return await _set(
-            cox, client.classes, name, ClassPolicy(), given, NOT_BUILT_CLASS, view_tables.classes
-        )
+        return await _set(cox, client.classes, name, ClassPolicy(), given, view_tables.classes)
 
 
 async def classes_rm(cox: Cox, name: ClassArgument) -> Exit:
@@ -243,7 +227,6 @@ async def _set(
     name: str,
     default: Row,
     given: dict[str, Any],
-    not_built: frozenset[str],
     view: Callable[[Mapping[str, Row], int], Text],
 ) -> Exit:
     rows = await table.get_all()
@@ -252,8 +235,6 @@ async def _set(
     cox.emit({"name": name, "row": row, "revision": revision})
     cox.say(view({name: row}, cox.out.width))
     cox.say(f"stored as revision {revision}; the leading controller applies it")
-    if later := sorted(given.keys() & not_built):
-        cox.warn(f"cox: stored, but workers of this version do not act on it yet: {', '.join(later)}")
     return Exit.DONE
 
 

@@ -1,4 +1,4 @@
-"""The commands that steer requests: `hold`, `continue`, `prioritize`, `abort`, and `rank` for tenants.
+"""The commands that steer: `hold`, `continue`, `prioritize`, `abort` requests, `rank` and `limit` tenants, `drain`.
 
 Lives here: their options and one way to send; `verdict.py` says what replies mean. Called by `__init__.py`.
 """
@@ -15,7 +15,7 @@ import typer
 from ulid import ULID
 
 from coxswain.control.cli import parse
-from coxswain.control.cli.app import Cox, option
+from coxswain.control.cli.app import Cox, option, or_none
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.verdict import judge, outcome, skew_s
 from coxswain.control.cli.words import plural, span
@@ -221,6 +221,70 @@ async def rank(
         return await _send_over(client, cox, worker, "rank", command, done=done, noun="tenant")
 
 
+async def limit(
+    cox: Cox,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tenant", metavar="TENANT", parser=option(parse.tenant), help="Cap this tenant; repeatable."
+        ),
+    ] = None,
+    class_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class", metavar="CLASS", parser=option(parse.class_name), help="Cap this class; repeatable."
+        ),
+    ] = None,
+    max_running: Annotated[
+        Any, or_none("Requests that may run at once; none: no cap.", parse.count_or_none, "N|none")
+    ] = None,
+    max_queued: Annotated[
+        Any, or_none("Requests that may wait; none: no cap.", parse.count_or_none, "N|none")
+    ] = None,
+    max_prefill_tokens_per_step: Annotated[
+        Any, or_none("Prompt tokens in one step; none: no cap.", parse.count_or_none, "N|none")
+    ] = None,
+    worker: Worker = ALL,
+) -> Exit:
+    """Cap what tenants or classes may have running and waiting, on each worker, until lifted or restarted."""
+    given = {
+        "max_running": max_running,
+        "max_queued": max_queued,
+        "max_prefill_tokens_per_step": max_prefill_tokens_per_step,
+    }
+    caps: dict[str, Any] = {
+        name: None if value is msgspec.UNSET else value for name, value in given.items() if value is not None
+    }
+    if not caps:
+        raise CliError(
+            Exit.USAGE, "nothing to cap: give --max-running N, --max-queued N or another; none lifts one"
+        )
+    if not tenant and not class_:
+        raise CliError(Exit.USAGE, "whom to cap? name a --tenant or a --class")
+    command = commands.Limit(**_envelope(), targets=_targets(None, tenant, class_, all_=False), **caps)
+    return await _send(cox, worker, "limit", command, done="capped", noun="target")
+
+
+async def drain(
+    cox: Cox,
+    worker: Annotated[
+        str,
+        typer.Option(
+            "--worker",
+            metavar="NAME",
+            parser=option(parse.worker_or_all),
+            help="The worker; `all` is every one.",
+        ),
+    ] = ...,  # type: ignore[assignment]
+    off: Annotated[bool, typer.Option("--off", help="Serve again.")] = False,
+) -> Exit:
+    """Empty a worker: new requests are refused (503), what is there runs to its end, holds end."""
+    command = commands.Drain(**_envelope(), on=not off)
+    done = "serving again" if off else "draining"
+    async with cox.client() as client:
+        return await _send_over(client, cox, worker, "drain", command, done=done, noun="request")
+
+
 def _targets(
     requests: list[str] | None,
     tenants: list[str] | None,
@@ -263,9 +327,11 @@ def _issuer() -> str:
     return f"{user}@{socket.gethostname()}"[:128]
 
 
-async def _send(cox: Cox, worker: str, verb: str, command: commands.Targeted, *, done: str) -> Exit:
+async def _send(
+    cox: Cox, worker: str, verb: str, command: commands.Targeted, *, done: str, noun: str = "request"
+) -> Exit:
     async with cox.client() as client:
-        return await _send_over(client, cox, worker, verb, command, done=done, noun="request")
+        return await _send_over(client, cox, worker, verb, command, done=done, noun=noun)
 
 
 async def _send_over(

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import UNSET
 from typer.testing import CliRunner, Result
 
 from coxswain.control.cli import app
@@ -86,6 +87,21 @@ def test_prioritize_and_abort_say_what_they_were_told(url: str) -> None:
     assert (by_class.targets.classes, by_class.class_) == (("default",), None)
     assert isinstance(abort, c.Abort)
     assert (abort.targets.all, abort.reason) == (True, "ran away")
+
+
+def test_limit_and_drain_say_what_they_were_told(url: str) -> None:
+    """What is named is set or, with `none`, lifted; the rest is not touched. A drain begins and ends."""
+    with FakeWorker(url, requests=[request("r1")]) as worker:
+        _json(
+            "limit", "--tenant", "default", "--class", "batch", "--max-running", "4", "--max-queued", "none"
+        )
+        assert "w1: draining" in _cox("drain", "--worker", "w1").stdout
+        assert "w1: serving again" in _cox("drain", "--worker", "all", "--off").stdout
+    limit, *drains = (command for _, _, command in worker.seen)
+    assert isinstance(limit, c.Limit)
+    assert limit.targets == c.Targets(tenants=("default",), classes=("batch",))
+    assert (limit.max_running, limit.max_queued, limit.max_prefill_tokens_per_step) == (4, None, UNSET)
+    assert [drain.on for drain in drains if isinstance(drain, c.Drain)] == [True, False]
 
 
 def test_what_nobody_has_exits_4_or_6(url: str) -> None:
@@ -268,7 +284,6 @@ def test_class_rows_change_field_by_field(url: str) -> None:
         "2m",
     )
     assert result.exit_code == Exit.DONE
-    assert "do not act on it yet: cut_in" in result.stderr
     row = _json("classes", "set", "batch", "--slo", "none", "--borrow")["row"]
     assert (row["position"], row["order"], row["slo_s"], row["borrow"]) == (10, "priority", None, True)
     assert _cox("classes", "rm", "batch").exit_code == Exit.DONE

@@ -13,7 +13,7 @@ from coxswain.control.cli import app
 from coxswain.control.cli.exits import MEANING
 from coxswain.control.core import ControlCore, Inputs, Send
 from coxswain.control.policy import params_of
-from coxswain.schemas import commands, events, policy, status, subjects
+from coxswain.schemas import commands, events, status, subjects
 from coxswain.schemas.errors import Code
 from examples.half_life import HalfLife
 from scripts import protocol_examples
@@ -48,10 +48,10 @@ def test_every_example_is_shown() -> None:
 
 @pytest.mark.parametrize("verb", commands.COMMANDS)
 def test_a_worker_understands_the_commands_of_the_protocol_page(verb: str) -> None:
-    """Each example command decodes to itself, and a worker ignores only what the page says it does."""
+    """Each example command decodes to itself, and a worker ignores nothing of it."""
     command, ignored = commands.decode(verb, protocol_examples.payload(verb))
     assert command == protocol_examples.EXAMPLES[verb]
-    assert all(name.rpartition(".")[2] in policy.NOT_BUILT_CLASS for name in ignored)
+    assert ignored == ()
 
 
 def test_readers_understand_the_messages_of_the_protocol_page() -> None:
@@ -79,13 +79,6 @@ def test_every_refusal_code_is_documented(code: Code) -> None:
 def test_every_verb_query_and_kind_of_event_is_documented(name: str) -> None:
     """The page on the protocol has a word about each."""
     assert re.search(rf"^#+ .*\b{name}\b|`{name}`", PROTOCOL, re.MULTILINE)
-
-
-@pytest.mark.parametrize("field", sorted(policy.NOT_BUILT_CLASS | policy.NOT_BUILT_TENANT))
-def test_every_field_that_is_only_stored_is_listed(field: str) -> None:
-    """Whoever sets a field that does nothing yet can read so."""
-    section = PROTOCOL.partition("## In the contract, not in this version")[2].partition("\n## ")[0]
-    assert f"`{field}`" in section
 
 
 def test_the_environment_variables_are_those_that_are_read() -> None:
