@@ -261,7 +261,7 @@ async def limit(
         )
     if not tenant and not class_:
         raise CliError(Exit.USAGE, "whom to cap? name a --tenant or a --class")
-    command = commands.Limit(**_envelope(), targets=_targets(None, tenant, class_, all_=False), **caps)
+    command = commands.Limit(**envelope(), targets=_targets(None, tenant, class_, all_=False), **caps)
     return await _send(cox, worker, "limit", command, done="capped", noun="target")
 
 
@@ -279,7 +279,7 @@ async def drain(
     off: Annotated[bool, typer.Option("--off", help="Serve again.")] = False,
 ) -> Exit:
     """Empty a worker: new requests are refused (503), what is there runs to its end, holds end."""
-    command = commands.Drain(**_envelope(), on=not off)
+    command = commands.Drain(**envelope(), on=not off)
     done = "serving again" if off else "draining"
     async with cox.client() as client:
         return await _send_over(client, cox, worker, "drain", command, done=done, noun="request")
