@@ -18,6 +18,7 @@ import nats.errors
 from nats.aio.msg import Msg
 from ulid import ULID
 
+from coxswain import __version__
 from coxswain.control.client import Client
 from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Send
 from coxswain.control.errors import ControlError, DeniedError, NotSetUpError, UnreachableError
@@ -117,7 +118,9 @@ class Controller:
         self._reachable = True
         log.info("connected to NATS", urls=public_urls(self._connection))
         client.js = client.nc.jetstream(timeout=JETSTREAM_TIMEOUT_S)
-        holder = LeaseHolder(controller=self.name, policy=self.core.policy.name, since=time.time())
+        holder = LeaseHolder(
+            controller=self.name, policy=self.core.policy.name, since=time.time(), version=__version__
+        )
         self.lease = lease = Lease(client.js, client.subjects, holder)
         await client.nc.subscribe(client.subjects.status_all, cb=self._heard)
         async with _background(lease.run()):

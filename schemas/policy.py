@@ -120,6 +120,8 @@ class LeaseHolder(msgspec.Struct, frozen=True, kw_only=True):
     controller: str
     policy: str
     since: float
+    version: str = ""
+    """Of Coxswain, on the controller."""
 
 
 def digest(classes: Mapping[str, ClassPolicy], tenants: Mapping[str, TenantPolicy]) -> str:

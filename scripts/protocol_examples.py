@@ -170,7 +170,7 @@ EXAMPLES: Final[dict[str, msgspec.Struct]] = {
         epoch=EPOCH, controller="ctl-1", policy="vtc", at=AT,
         sees=p.Sight(workers=1, tenants=2, queued=1, running=0, held=1),
     ),
-    "lease holder": p.LeaseHolder(controller="ctl-1", policy="vtc", since=AT - 3_600),
+    "lease holder": p.LeaseHolder(controller="ctl-1", policy="vtc", version="0.1.0", since=AT - 3_600),
     "class row": CHAT,
     "tenant row": ACME,
 }  # fmt: skip

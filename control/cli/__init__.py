@@ -7,6 +7,7 @@ this package; how they fail is in `app.py` and `exits.py`. Called by the `cox` s
 import typer
 
 from coxswain.control.cli import (
+    doctor,
     events,
     fleet,
     lab,
@@ -59,6 +60,7 @@ command(app, "demo", panel=RUN, example="cox demo", passes_on=True)(launch.demo)
 
 command(app, "init", panel=SET_UP, example="cox init --max-age 7d")(setup.init)
 command(app, "schema", panel=SET_UP, example="cox schema --check docs/schema.json")(setup.schema)
+command(app, "doctor", panel=SET_UP, example="cox doctor")(doctor.doctor)
 command(app, "version", panel=SET_UP, example="cox version --json")(setup.version)
 
 tenants = typer.Typer(rich_markup_mode="rich")

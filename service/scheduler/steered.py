@@ -16,6 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
+from coxswain import __version__
 from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Reply
 from coxswain.service.bus import Bus
@@ -86,15 +87,15 @@ class SteeredScheduler(AsyncScheduler):
             compat.version(),
         )
         self.reporter = Reporter(self.core, identity, self.settings.head)
-        self.answers = Answers(
-            self.reporter, partial(self._frame, peek=True), compat.settings(self.vllm_config)
-        )
+        self._identity_key = read_key(os.environ)
+        ours = {"signed_ids": self._identity_key is not None, "coxswain": __version__}
+        settings = compat.settings(self.vllm_config) | ours
+        self.answers = Answers(self.reporter, partial(self._frame, peek=True), settings)
         # Order is the core's; victims of vLLM's own preemption follow class and priority whatever the flag says.
         self.policy = SchedulingPolicy.PRIORITY
         self.waiting = SteeredRequestQueue(self.core)
         self.kv_holding_waiting = KvHoldingQueue(self.core)
         self._loads = compat.watch_connector(self)
-        self._identity_key = read_key(os.environ)
         # One clock for leases, charges and events: Unix time that no clock jump can move.
         self._clock_offset = time.time() - time.monotonic()
         self._tick_at = float("inf")

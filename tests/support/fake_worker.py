@@ -14,10 +14,12 @@ import msgspec
 import nats
 from nats.aio.msg import Msg
 
+from coxswain import __version__
 from coxswain.schemas import commands as c
 from coxswain.schemas import status as st
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, Code, RefusedError
 from coxswain.schemas.events import Event
+from coxswain.schemas.policy import Prices
 from coxswain.schemas.subjects import Subjects
 
 INCARNATION = "01JD0000000000000000000000"
@@ -62,6 +64,11 @@ class FakeWorker:
         self.refuse = refuse
         self.ahead_s = ahead_s
         self.fields = fields
+        self.scheduler: dict[str, Any] = {
+            "max_num_seqs": 20,
+            "max_num_active_seqs": 16,
+            "coxswain": __version__,
+        }
         self.seen: list[tuple[str, str, c.Command]] = []
         self._url = url
         self._subjects = Subjects("main")
@@ -90,7 +97,7 @@ class FakeWorker:
         running, held = states.count("running"), states.count("held")
         plain: dict[str, Any] = {
             "worker": self.name, "incarnation": INCARNATION, "seq": 1, "full": True, "part": 0, "parts": 1,
-            "sent_at": time.time(), "step": 812, "model": "org/tiny-llama", "vllm_version": "0.32.0",
+            "sent_at": time.time() + self.ahead_s, "step": 812, "model": "org/tiny-llama", "vllm_version": "0.32.0",
             "state": "serving", "slots": st.Slots(active=16, total=20, running=running, held=held),
             "kv_blocks": st.KvBlocks(total=1000, used=710, held=90), "step_s": 0.0384,
             "queued": states.count("queued"), "running": running, "held": held,
@@ -175,6 +182,11 @@ class FakeWorker:
     def _answer(self, what: str, payload: bytes) -> Any:
         if what == "status":
             return self.frame()
+        if what == "config":
+            return st.Config(
+                worker=self.name, incarnation=INCARNATION, digest="0" * 16, classes={}, tenants={}, prices=Prices(),
+                leader=st.Leader(), vllm_version="0.32.0", scheduler=self.scheduler,
+            )  # fmt: skip
         if what == "queue":
             return self._page(msgspec.json.decode(payload or b"{}", type=st.QueueQuery))
         query = msgspec.json.decode(payload, type=st.RequestQuery)

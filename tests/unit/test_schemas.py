@@ -5,6 +5,7 @@ import re
 
 import jsonschema
 import msgspec
+import nkeys
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -418,14 +419,27 @@ def test_a_fleet_that_would_break_subjects_is_refused(fleet):
         Subjects(fleet)
 
 
-def test_connection_reads_the_environment():
-    """Several addresses, a fleet and the paths of credentials come from COX_ variables."""
+def nkey():
+    """A user's seed and public key."""
+    seed = nkeys.encode_seed(bytes(range(32)), nkeys.PREFIX_BYTE_USER)
+    return seed, nkeys.from_seed(seed).public_key.decode()
+
+
+def test_connection_reads_the_environment(tmp_path):
+    """Addresses, a fleet and the paths of credentials come from COX_ variables; answers go to the key's own inbox."""
+    seed, public = nkey()
+    path = tmp_path / "user.nk"
+    path.write_bytes(seed + b"\n")
     connection = Connection.from_env(
-        {"COX_NATS_URL": "nats://a:1, nats://b:2,", "COX_FLEET": "lab", "COX_NATS_NKEY": "/seed"}
+        {"COX_NATS_URL": "nats://a:1, nats://b:2,", "COX_FLEET": "lab", "COX_NATS_NKEY": str(path)}
     )
     assert connection.urls == ("nats://a:1", "nats://b:2")
     assert connection.fleet == "lab"
-    assert connection.options() == {"servers": ["nats://a:1", "nats://b:2"], "nkeys_seed": "/seed"}
+    assert connection.options() == {
+        "servers": ["nats://a:1", "nats://b:2"],
+        "nkeys_seed": str(path),
+        "inbox_prefix": f"_INBOX.{public}",
+    }
 
 
 def test_an_empty_environment_means_this_machine():

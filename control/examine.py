@@ -1,0 +1,177 @@
+"""Finds out what `doctor.py` judges: asks NATS, JetStream and the workers, and changes nothing.
+
+What a user may do is tried for real, with what can have no effect: a command to a worker that cannot exist, a
+row that JetStream must refuse. Called by `cox doctor`.
+"""
+
+import asyncio
+import ipaddress
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import nats.errors
+import nats.js.errors
+from nats.js.api import StreamInfo
+
+from coxswain import __version__
+from coxswain.control.client import Client
+from coxswain.control.doctor import Facts, Seen, Stored
+from coxswain.control.errors import ControlError, DeniedError
+from coxswain.control.lease import KEY
+from coxswain.schemas.errors import UNREADABLE, RefusedError
+from coxswain.schemas.permissions import streams
+from coxswain.schemas.subjects import CONTROLLER, OPERATOR
+
+NOBODY: Final = "no-such-worker-doctor"
+"""A worker that nobody runs."""
+NEVER: Final = {"Nats-Expected-Last-Sequence": str(2**62)}
+"""A row that is only stored if it is the 2^62th: JetStream refuses it, if it gets to see it."""
+
+
+async def examine(client: Client, *, timeout_s: float, nkey: str | None = None) -> Facts:
+    """Everything that this user can find out; `nkey` is the file of its seed.
+
+    Raises:
+        UnreachableError: the connection is lost.
+    """
+    stored, jetstream = await _streams(client, timeout_s)
+    may = await _abilities(client, timeout_s)
+    if "set up" not in may or "look" in may:  # an admin sees that a stream is there, and nothing in it
+        readable = {
+            "read events": client.subjects.stream,
+            "read tables": f"KV_{client.subjects.tenants_bucket}",
+        }
+        may |= {ability for ability, stream in readable.items() if stream in stored or jetstream is False}
+    workers = await _workers(client, timeout_s) if "ask" in may else ()
+    server, version = client.nc.connected_url, client.nc.connected_server_version
+    return Facts(
+        fleet=client.subjects.fleet,
+        version=__version__,
+        server=f"{version.major}.{version.minor}.{version.patch}",
+        encrypted=bool(client.nc._server_info.get("tls_required")),  # noqa: SLF001 - no public way to ask
+        local=_is_local(server.hostname if server else None),
+        seed_mode=_seed_mode(nkey),
+        may=may,
+        streams=stored,
+        jetstream=jetstream,
+        workers=workers,
+        holder=await _holder(client) if stored.get(f"KV_{client.subjects.lease_bucket}") else None,
+    )
+
+
+async def _streams(client: Client, timeout_s: float) -> tuple[dict[str, Stored | None], bool | None]:
+    found: dict[str, Stored | None] = {}
+    js = client.nc.jetstream(timeout=timeout_s)
+    for name in streams(client.subjects):
+        try:
+            found[name] = _stored(await js.stream_info(name))
+        except DeniedError:
+            continue
+        except nats.js.errors.NotFoundError:
+            found[name] = None
+        except (nats.js.errors.ServiceUnavailableError, nats.errors.TimeoutError):
+            return {}, False
+    return found, True if found else None
+
+
+def _stored(info: StreamInfo) -> Stored:
+    config, state = info.config, info.state
+    return Stored(
+        subjects=tuple(config.subjects or ()),
+        max_age_s=config.max_age or 0.0,
+        max_bytes=config.max_bytes if config.max_bytes is not None else -1,
+        bytes=state.bytes,
+        messages=state.messages,
+        history=config.max_msgs_per_subject or -1,
+        replicas=config.num_replicas or 1,
+        duplicate_window_s=config.duplicate_window or 0.0,
+    )
+
+
+async def _abilities(client: Client, timeout_s: float) -> frozenset[str]:
+    subjects, nc = client.subjects, client.nc
+
+    async def nothing_there(subject: str, headers: dict[str, Any] | None = None) -> None:
+        with suppress(nats.errors.NoRespondersError, nats.errors.TimeoutError):
+            await nc.request(subject, b"", timeout=min(timeout_s, 0.5), headers=headers)
+
+    async def hear() -> None:
+        await (await nc.subscribe(subjects.status_all)).unsubscribe()
+
+    probes: dict[str, Callable[[], Awaitable[None]]] = {
+        "look": hear,
+        "ask": lambda: nothing_there(subjects.query(NOBODY, "request")),
+        "lead": lambda: nothing_there(subjects.command(CONTROLLER, NOBODY, "drain")),
+        "command": lambda: nothing_there(subjects.command(OPERATOR, NOBODY, "drain")),
+        "write tables": lambda: nothing_there(f"$KV.{subjects.classes_bucket}.doctor", NEVER),
+        # Not empty, so that JetStream refuses it.
+        "set up": lambda: _refused(client, f"$JS.API.STREAM.UPDATE.{subjects.stream}"),
+    }
+    may = set()
+    for ability, probe in probes.items():
+        try:
+            await probe()
+        except DeniedError:
+            continue
+        may.add(ability)
+    return frozenset(may)
+
+
+async def _refused(client: Client, subject: str) -> None:
+    with suppress(nats.errors.NoRespondersError, nats.errors.TimeoutError):
+        await client.nc.request(subject, b"no JSON", timeout=0.5)
+
+
+async def _workers(client: Client, timeout_s: float) -> tuple[Seen, ...]:
+    names = list(await client.statuses(wait_s=timeout_s))
+    seen = await asyncio.gather(*(_worker(client, name, timeout_s) for name in names))
+    return tuple(each for each in seen if each is not None)
+
+
+async def _worker(client: Client, name: str, timeout_s: float) -> Seen | None:
+    try:
+        asked = time.time()
+        (frame,) = await client.query(name, "status", timeout_s=timeout_s)
+        answered = time.time()
+    except (ControlError, RefusedError):
+        return None  # gone since it was listed
+    config = None
+    with suppress(ControlError, RefusedError):
+        (config,) = await client.query(name, "config", timeout_s=timeout_s)
+    return Seen(
+        frame=frame,
+        config=config,
+        skew_s=frame.sent_at - (asked + answered) / 2,
+        unsure_s=(answered - asked) / 2,
+    )
+
+
+async def _holder(client: Client) -> dict[str, Any] | None:
+    try:
+        bucket = await client.js.key_value(client.subjects.lease_bucket)
+        found = msgspec.json.decode((await bucket.get(KEY)).value or b"{}")
+    except (nats.errors.Error, DeniedError, *UNREADABLE):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _seed_mode(path: str | None) -> int | None:
+    if not path:
+        return None
+    try:
+        return Path(path).stat().st_mode & 0o777
+    except OSError:
+        return None
+
+
+def _is_local(host: str | None) -> bool:
+    if host is None or host == "localhost":
+        return host is not None
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
