@@ -191,7 +191,7 @@ class SteeringCore:
 
     def next_turn_begins(self, record: Record) -> None:
         """vLLM is about to fold a session's output into its prompt: charge it first."""
-        self.ledger.settle(record)
+        self.ledger.fold_turn(record)
 
     def next_turn(self, record: Record, prompt_tokens: int) -> None:
         """A session's next input arrived: its output list starts again."""

@@ -8,12 +8,10 @@ happened to it. For every request that ended, exactly:
         = uncached input − uncomputed input + recomputed + output − generations + discarded
 """
 
-from itertools import chain
-
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.roster import Roster
-from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.states import SLOTTED, State
 from coxswain.service.scheduler.tenants import Account, Tenants
 
 
@@ -28,6 +26,8 @@ class Ledger:
         """Times that a request lost its KV, by vLLM or by us."""
         self.recomputed_total = 0
         """Positions computed again."""
+        self._recomputing: dict[Record, None] = {}
+        """What computes again at the moment."""
 
     # Input
 
@@ -71,12 +71,15 @@ class Ledger:
 
     def settle(self, record: Record) -> None:
         """Charge what the request was delivered and count what it recomputed since it was last settled."""
-        delivered = len(record.outputs)
-        if delivered != record.settled:
-            record.account.deliver(delivered - record.settled, self._tenants.prices.output)
-            record.settled = delivered
+        record.account.meter.catch_up(record)
+        self._settle_output(record.account)
         if record.lost_mark > record.resumed_at:
             self._settle_recompute(record)
+
+    def _settle_output(self, account: Account) -> None:
+        news = account.meter.read() - account.output_tokens
+        if news:
+            account.deliver(news, self._tenants.prices.output)
 
     def _settle_recompute(self, record: Record) -> None:
         again = min(record.payload.num_computed_tokens, record.lost_mark) - record.resumed_at
@@ -89,25 +92,26 @@ class Ledger:
             record.settled_recompute = again
         if again == record.lost_mark - record.resumed_at:
             record.resumed_at = record.lost_mark
+            self._recomputing.pop(record, None)
 
     def settle_all(self) -> None:
         """Settle whatever may be delivered tokens now: before order or totals are read.
 
-        Once per step, so it looks only at what has a slot. What was in flight when a request lost its KV may be
-        delivered later: it is settled when that request moves on.
+        Before every step that admits, so it looks at tenants, and only at those that have something with a slot. What
+        was in flight when a request lost its KV may be delivered later: it is settled when that request moves on.
         """
-        price = self._tenants.prices.output
-        for record in chain(self._roster.running, self._roster.kept):
-            news = len(record.outputs) - record.settled
-            if news:
-                record.account.deliver(news, price)
-                record.settled += news
-            if record.lost_mark > record.resumed_at:
-                self._settle_recompute(record)
+        metered = self._tenants.metered
+        for account in list(metered):
+            self._settle_output(account)
+            if not account.meter.lists:
+                del metered[account]
+        for record in list(self._recomputing):
+            self._settle_recompute(record)
 
     def lose_kv(self, record: Record) -> None:
         """The KV of a request is about to be freed, by vLLM or by us: remember what had been computed."""
         self.settle(record)
+        self._recomputing.pop(record, None)
         record.lost_mark = max(record.lost_mark, record.payload.num_computed_tokens)
         record.resumed_at = record.lost_mark
         record.has_kv = False
@@ -123,6 +127,8 @@ class Ledger:
         record.has_kv = True
         record.resumed_at = computed
         record.settled_recompute = 0
+        if record.lost_mark > computed:
+            self._recomputing[record] = None
         account = record.account
         found = min(computed, record.lost_mark)
         reloaded = min(external, found)
@@ -149,11 +155,17 @@ class Ledger:
     def end_turn(self, record: Record, in_flight: int) -> None:
         """A session's turn ended: `in_flight` positions were computed beyond its last token."""
         self.settle(record)
+        self._recomputing.pop(record, None)
         if not record.has_kv:
             return
         self.reject(record, in_flight)
         record.lost_mark = min(record.lost_mark, record.payload.num_computed_tokens - in_flight)
         record.resumed_at = record.lost_mark
+
+    def fold_turn(self, record: Record) -> None:
+        """A session's output is about to become input, and its list of outputs to be emptied: charge it first."""
+        self.settle(record)
+        record.account.meter.fold(record)
 
     def begin_turn(self, record: Record, prompt_tokens: int) -> None:
         """A session goes on with more input: charge and count it. Its KV so far is there."""
@@ -172,7 +184,12 @@ class Ledger:
         if record.admitted_at is None:
             self.refund_input(record)
             return
-        self.settle(record)
+        # Its tenant is settled with all others: it may have a thousand that run.
+        record.account.meter.catch_up(record)
+        self._tenants.metered[record.account] = None
+        if record.lost_mark > record.resumed_at:
+            self._settle_recompute(record)
+        self._recomputing.pop(record, None)
         done = max(record.lost_mark, record.payload.num_computed_tokens if record.has_kv else 0)
         used = record.prompt_tokens + max(0, len(record.outputs) - 1)
         if done > used:
@@ -185,4 +202,6 @@ class Ledger:
         """Check every invariant; for tests."""
         for record in self._roster.records.values():
             assert 0 <= record.settled <= len(record.outputs), record
+            assert (record in record.account.meter.lists) == (record.state in SLOTTED), record
+            assert record.lost_mark <= record.resumed_at or record in self._recomputing, record
             assert record.has_kv or record.state is not State.HELD_KEPT, record

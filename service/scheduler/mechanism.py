@@ -123,7 +123,7 @@ class Mechanism:
     def reprioritized(self, record: Record) -> None:
         """Write class and priority where vLLM's own choice of victims reads them."""
         record.payload.priority = self.core.class_place(record.class_) * CLASS_STRIDE + record.priority
-        self._unsorted = True
+        self._unsorted |= record.state is State.RUNNING
 
     def abort(self, records: list[Record]) -> None:
         """End requests and tell their clients."""

@@ -10,7 +10,7 @@ from coxswain.service.scheduler.families import Families
 from coxswain.service.scheduler.groups import ClassGroup
 from coxswain.service.scheduler.limits import Limits
 from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.states import HELD, State, Transition, after
+from coxswain.service.scheduler.states import HELD, SLOTTED, State, Transition, after
 from coxswain.service.scheduler.tenants import Account, Tenants
 
 
@@ -96,6 +96,9 @@ class Roster:
             self.kept[record] = None
         elif new is State.HELD_PARKED:
             self.parked[record] = None
+        if (new in SLOTTED) is not (old in SLOTTED):
+            (account.meter.start if new in SLOTTED else account.meter.stop)(record)
+            self._tenants.metered[account] = None
         record.state = new
         account.touch()
         self.changed = True

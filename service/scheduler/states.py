@@ -74,6 +74,9 @@ TRANSITIONS: Final[dict[State, dict[Transition, State]]] = {
 
 HELD: Final = frozenset({State.HELD_NONE, State.HELD_KEPT, State.HELD_PARKED, State.HELD_DROPPED})
 
+SLOTTED: Final = frozenset({State.RUNNING, State.HELD_KEPT})
+"""States with a slot in the model runner: only then are tokens computed, or in flight."""
+
 Kv = Literal["none", "kept", "parked", "dropped"]
 KV: Final[dict[State, Kv]] = {
     State.HELD_KEPT: "kept",

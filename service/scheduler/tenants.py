@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from coxswain.schemas.policy import Prices, TenantPolicy
 from coxswain.service.scheduler.groups import Group
+from coxswain.service.scheduler.meter import Meter
 
 if TYPE_CHECKING:
     from coxswain.service.scheduler.record import Record
@@ -36,8 +37,8 @@ class Account(Group):
 
     __slots__ = (
         "base", "cached_input_tokens", "charged", "discarded_tokens", "external_input_tokens", "finished", "lift",
-        "output_tokens", "policy", "recomputed_tokens", "reloaded_tokens", "restored_tokens", "seen", "shut", "touched",
-        "uncached_input_tokens", "uncomputed_input_tokens", "virtual_time", "waiting", "weight",
+        "meter", "output_tokens", "policy", "recomputed_tokens", "reloaded_tokens", "restored_tokens", "seen", "shut",
+        "touched", "uncached_input_tokens", "uncomputed_input_tokens", "virtual_time", "waiting", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, policy: TenantPolicy, touched: "dict[Account, bool]") -> None:
@@ -53,6 +54,8 @@ class Account(Group):
         self.uncached_input_tokens = self.cached_input_tokens = self.external_input_tokens = 0
         self.uncomputed_input_tokens = self.output_tokens = self.finished = 0
         self.recomputed_tokens = self.restored_tokens = self.reloaded_tokens = self.discarded_tokens = 0
+        self.meter = Meter()
+        """What was delivered; `output_tokens` is as much of it as was charged."""
         self.seen = False
         """Whether it ever had a request here, or caps of its own: only those are listed in status."""
         self.shut = False
@@ -117,6 +120,8 @@ class Tenants:
         self.accounts: dict[str, Account] = {}
         self.touched: dict[Account, bool] = {}
         """Changed since the last status frame, ages apart; False: it was charged and delivered to, nothing else."""
+        self.metered: dict[Account, None] = {}
+        """Those to which something may have been delivered since it was last charged."""
         self._open: RankHeap[Account] = RankHeap()
         """Those with anything queued that are not at their cap."""
         self._last_left: Account | None = None

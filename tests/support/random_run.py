@@ -234,7 +234,9 @@ class Run:
             if record.id not in self.gone:
                 assert fields["output_tokens"] == len(expected[record.id])
                 assert fields["discarded_tokens"] <= self.may_discard(fields["reason"]), (record, fields)
-        for account in self.engine.scheduler.core.tenants.accounts.values():
+        core = self.engine.scheduler.core
+        core.ledger.settle_all()
+        for account in core.tenants.accounts.values():
             mine = [fields for record, fields in ended.items() if record.account is account]
             for name in COUNTED:
                 assert getattr(account, name) == sum(fields[name] for fields in mine), (account, name)

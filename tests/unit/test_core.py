@@ -1,5 +1,6 @@
 """The steering core: what it counts, charges and decides, and that no order of events breaks it."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -88,6 +89,7 @@ def test_charge_is_tokens_times_price_over_weight_of_the_moment() -> None:
     assert account.charged == 16 + 2 * 2 / 4
     engine.deliver(record, 1)
     engine.finish(record)
+    engine.core.ledger.settle_all()
     assert account.charged == 17 + 8 / 4
     assert (account.uncached_input_tokens, account.cached_input_tokens, account.output_tokens) == (6, 4, 8)
 
@@ -248,6 +250,22 @@ def test_children_are_numbered_and_go_one_by_one() -> None:
     engine.check()
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(OPERATIONS, min_size=30, max_size=80))
+def test_every_delivered_token_is_counted_once(operations: list[tuple[int, int, int]]) -> None:
+    """Whatever happens to requests, their tenants were delivered what is in their lists, no more and no less."""
+    engine = FakeEngine(slots=3)
+    for operation in operations:
+        act(engine, *operation)
+        engine.core.ledger.validate()
+    engine.core.ledger.settle_all()
+    delivered = Counter[Any]()
+    for record, kind, _ in engine.events:
+        if kind is ev.Queued and record is not None:
+            delivered[record.account] += len(record.outputs)
+    assert {account: account.output_tokens for account in delivered} == delivered
+
+
 def test_session_is_charged_over_all_its_turns() -> None:
     """A streaming session's output becomes prompt at each turn, and each token is charged once."""
     engine = FakeEngine(chunk=100)
@@ -264,6 +282,7 @@ def test_session_is_charged_over_all_its_turns() -> None:
     record.payload.num_computed_tokens = 17 + 1
     engine.deliver(record, 2)
     engine.finish(record)
+    core.ledger.settle_all()
     assert record.account.charged == (10 + 5) + (3 + 2) * 2
     assert record.account.output_tokens == 5
     (fields,) = engine.seen(ev.Finished)
