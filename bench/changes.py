@@ -10,7 +10,7 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
-from bench.sides import Side, no_collection
+from bench.sides import LONG, Side, no_collection
 
 FEW = 5
 """Repetitions of what takes stock a tenth of a second."""
@@ -31,8 +31,6 @@ def median_s(
 
 def single(waiting: int, tenants: int, repeats: int) -> dict[str, Any]:
     """Reprioritize one request, re-rank one tenant, abort one request: µs (median), ours and stock's own way."""
-    from vllm.v1.request import RequestStatus
-
     from coxswain.schemas.policy import TenantRank
 
     ours, stock = Side("on", 64, waiting, tenants), Side("priority", 64, waiting, tenants)
@@ -50,7 +48,7 @@ def single(waiting: int, tenants: int, repeats: int) -> dict[str, Any]:
         core.queue.peek()
 
     def abort() -> None:
-        ours.scheduler.finish_requests(queued.pop().id, RequestStatus.FINISHED_ABORTED)
+        ours.scheduler.finish_requests(queued.pop().id, _aborted())
 
     def stock_reprioritize() -> None:
         request = source.choice(heap._heap)
@@ -68,7 +66,7 @@ def single(waiting: int, tenants: int, repeats: int) -> dict[str, Any]:
 
     def stock_abort() -> None:
         request = source.choice(heap._heap)
-        stock.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        stock.scheduler.finish_requests(request.request_id, _aborted())
 
     found: dict[str, Any] = {"waiting": waiting, "tenants": tenants}
     with no_collection():
@@ -114,6 +112,59 @@ def command(waiting: int, ids: int, repeats: int) -> dict[str, Any]:
                 side.scheduler.port.collect()
     side.close()
     return found | {f"{verb}_ms": statistics.median(times) * 1e3 for verb, times in spent.items()}
+
+
+def cut_in(running: int, waiting: int, spare: int) -> dict[str, Any]:
+    """What is decided before a step while a full engine runs: µs (median), with a victim to find and with none."""
+    from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+
+    side = Side("quiet", running, waiting, 100, spare=spare)
+    core = side.scheduler.core
+    core.configure(
+        {"urgent": ClassPolicy(position=-1, cut_in="slots")}, {"vip": TenantPolicy(class_="urgent")}
+    )
+
+    def plan() -> None:
+        core.room.plan(side.scheduler.now())
+
+    def urgent() -> None:
+        side.step()
+        side.scheduler.add_request(side.request(LONG, "vip"))
+
+    found: dict[str, Any] = {"running": running, "waiting": waiting}
+    with no_collection():
+        found["nothing_us"] = median_s(plan, spare, side.step) * 1e6
+        found["victim_us"] = median_s(plan, spare, urgent) * 1e6
+    assert len(core.roster.kept) == spare
+    side.close()
+    return found
+
+
+def capped(running: int, waiting: int, rounds: int) -> dict[str, Any]:
+    """What `waiting` requests of tenants at their cap cost a step that could admit: µs (median of the difference)."""
+    from coxswain.schemas.policy import TenantPolicy
+
+    blocked, free = Side("quiet", running, waiting, running // 2), Side("quiet", running, 0, running // 2)
+    policies = {name: TenantPolicy(max_running=1) for name in blocked.scheduler.core.tenants.accounts}
+    for side in (blocked, free):
+        side.scheduler.core.configure({}, policies)
+        # Two of each run. A few end, so that there is room in every step that nobody may take.
+        for request in side.scheduler.running[:4]:
+            side.scheduler.finish_requests(request.request_id, _aborted())
+        side.step()
+    assert blocked.scheduler.core.queue.blocked == waiting
+    with no_collection():
+        differences = [blocked.step() - free.step() for _ in range(rounds)]
+    for side in (blocked, free):
+        assert len(side.scheduler.running) == running - 4, len(side.scheduler.running)
+        side.close()
+    return {"running": running, "waiting": waiting, "more_us": statistics.median(differences) * 1e6}
+
+
+def _aborted() -> Any:
+    from vllm.v1.request import RequestStatus
+
+    return RequestStatus.FINISHED_ABORTED
 
 
 def frame(running: int, waiting: int, tenants: int, repeats: int) -> dict[str, Any]:

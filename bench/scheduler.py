@@ -10,6 +10,8 @@ each is written to PATH as it ends, and a case that PATH has already is not run 
     frame/RUNNING/WAITING/TENANTS   a status frame, everything that runs having changed
     single/WAITING                  one request reprioritized or aborted, one tenant re-ranked
     command/WAITING                 a command that names 1,000 waiting requests
+    cutin/RUNNING/WAITING           what is decided before a step while all slots are taken
+    capped/RUNNING/WAITING          a step that could admit, while all that wait is of tenants at their cap
     memory/WAITING                  bytes that a waiting request takes
 """
 
@@ -49,11 +51,15 @@ def cases(rounds: int, *, quick: bool) -> dict[str, Callable[[], Case]]:
         found["frame/64/1000/10"] = lambda: changes.frame(64, 1_000, 10, rounds)
         found["single/5000"] = lambda: changes.single(5_000, 100, rounds)
         found["command/5000"] = lambda: changes.command(5_000, 1_000, 3)
+        found["cutin/64/1000"] = lambda: changes.cut_in(64, 1_000, 16)
+        found["capped/64/1000"] = lambda: changes.capped(64, 1_000, rounds)
         found["memory/2000"] = lambda: changes.memory(2_000)
         return found
     found["frame/1024/10000/1000"] = lambda: changes.frame(1_024, 10_000, 1_000, rounds)
     found["single/100000"] = lambda: changes.single(100_000, 100, 500)
     found["command/100000"] = lambda: changes.command(100_000, 1_000, 20)
+    found["cutin/1024/10000"] = lambda: changes.cut_in(1_024, 10_000, 64)
+    found["capped/64/10000"] = lambda: changes.capped(64, 10_000, rounds)
     found["memory/20000"] = lambda: changes.memory(20_000)
     for running, tenants in product(RUNNING, TENANTS):
         step_case(running, 10_000, tenants, churn=True)
@@ -80,7 +86,7 @@ def line(name: str, case: Case) -> str:
             for verb in ("reprioritize", "rerank", "abort")
         )
         return f"{name:24} " + ", ".join(parts)
-    numbers = {key: value for key, value in case.items() if key.endswith(("_ms", "bytes"))}
+    numbers = {key: value for key, value in case.items() if key.endswith(("_ms", "_us", "bytes"))}
     return f"{name:24} " + ", ".join(f"{key} {value:.2f}" for key, value in numbers.items())
 
 

@@ -20,8 +20,8 @@ STOCK = ("fcfs", "priority")
 OURS = ("quiet", "on")
 SIDES = (*STOCK, *OURS)
 KEY = "5e" * 32
-LIFE = 64
-"""Output tokens of a request where requests come and go."""
+LIFE = 256
+"""Output tokens of a request where requests come and go: a short answer."""
 LONG = 1_000
 """Output tokens of a request that outlives the measurement."""
 
@@ -59,16 +59,20 @@ class Side:
         name: `fcfs` or `priority`: stock vLLM; `quiet`: ours without a bus; `on`: ours with accounting, events
             and frames, handed to a bus that throws them away.
         churn: requests have `LIFE` tokens, the first ones end at random; otherwise none ends.
+        spare: slots beyond those that may run, for holds.
     """
 
-    def __init__(self, name: str, running: int, waiting: int, tenants: int, *, churn: bool = False) -> None:
+    def __init__(
+        self, name: str, running: int, waiting: int, tenants: int, *, churn: bool = False, spare: int = 0
+    ) -> None:
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
         from coxswain.service.scheduler import SteeredScheduler
 
         stock = name in STOCK
         config = vllm_config(
-            max_num_seqs=running, max_num_batched_tokens=max(running * 16, 2_048), max_model_len=4_096,
+            max_num_seqs=running + spare, max_num_active_seqs=running,
+            max_num_batched_tokens=max(running * 16, 2_048), max_model_len=4_096,
             num_blocks=running * 40 + 16, policy=name if stock else "fcfs",
         )  # fmt: skip
         self.name = name
@@ -104,14 +108,14 @@ class Side:
         for name in self.scheduler.core.tenants.accounts:
             self.scheduler.core.rank(name, TenantRank(base=source.uniform(0, LONG), weight=1.0))
 
-    def request(self, tokens: int = LIFE) -> Any:
-        """A request of the next tenant, for `scheduler.add_request`."""
+    def request(self, tokens: int = LIFE, tenant: str = "") -> Any:
+        """A request of `tenant`, or the next one, for `scheduler.add_request`."""
         from ulid import ULID
 
         from coxswain.service.request_id import make
 
         number = next(self._numbers)
-        public = make(bytes.fromhex(KEY), f"tenant-{number % self._tenants}", "", str(ULID()))
+        public = make(bytes.fromhex(KEY), tenant or f"tenant-{number % self._tenants}", "", str(ULID()))
         return self.rig.request(
             f"cmpl-{public}-0-{number:08x}", prompt=16, tokens=tokens, seed=number, arrival_time=float(number)
         )
