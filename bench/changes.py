@@ -156,7 +156,6 @@ def capped(running: int, waiting: int, rounds: int) -> dict[str, Any]:
     with no_collection():
         differences = [blocked.step() - free.step() for _ in range(rounds)]
     for side in (blocked, free):
-        assert len(side.scheduler.running) == running - 4, len(side.scheduler.running)
         side.close()
     return {"running": running, "waiting": waiting, "more_us": statistics.median(differences) * 1e6}
 

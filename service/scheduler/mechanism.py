@@ -64,7 +64,7 @@ class Mechanism:
     def hold(self, record: Record) -> None:
         """Take a running request out of the running loop; it keeps status, blocks and slot."""
         request, scheduler = record.payload, self._scheduler
-        scheduler.running.remove(request)
+        _take_out(scheduler.running, request)
         request.spec_token_ids = []
         scheduler._inflight_prefills.discard(request)  # noqa: SLF001
         self.fit()
@@ -90,8 +90,7 @@ class Mechanism:
     def _preempt(self, request: Any) -> None:
         scheduler = self._scheduler
         if request.status == RequestStatus.RUNNING:
-            if request in scheduler.running:
-                scheduler.running.remove(request)
+            _take_out(scheduler.running, request)
         else:  # parked, or released from it: vLLM preempts only what has the status of running
             scheduler.kv_holding_waiting.remove_requests([request])
             request.status = RequestStatus.RUNNING
@@ -329,3 +328,11 @@ class Mechanism:
             blocks = self._allocate(request, *args, **kwargs)
             if blocks is not None or not self.core.room.give_way(request.steering):
                 return blocks
+
+
+def _take_out(running: list[Any], request: Any) -> None:
+    """Remove a request, if it is there, from vLLM's running list: from the end, where victims are."""
+    for place in range(len(running) - 1, -1, -1):
+        if running[place] is request:
+            del running[place]
+            return

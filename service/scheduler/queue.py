@@ -11,7 +11,7 @@ number of capped requests is O(classes).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from coxswain.service.scheduler.groups import ClassGroup, Group
@@ -159,6 +159,10 @@ class SteeredQueue:
             records = class_line.open.offered(fits)
             while fits(class_line.group) and (record := next(records, None)) is not None:
                 yield record
+
+    def offers(self, classes: Iterable[str]) -> bool:
+        """Whether anything of these classes waits that may run without borrowing."""
+        return any(self._classes[name].offers for name in classes)
 
     @property
     def within_caps(self) -> bool:

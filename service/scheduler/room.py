@@ -71,7 +71,8 @@ class Room:
         self._evict = evict
         self._place_of = place_of
         self._classes: dict[str, ClassPolicy] = {}
-        self._cuts = False
+        self._cutting: list[str] = []
+        """Classes that may cut in."""
         self.orders_running = False
         """Whether running requests get the step's tokens in rank order, not in that of their admission."""
         self._backs: list[Record] = []
@@ -83,7 +84,7 @@ class Room:
     def set_classes(self, classes: dict[str, ClassPolicy]) -> None:
         """Put class policies in force."""
         self._classes = classes
-        self._cuts = any(policy.cut_in in CUTS for policy in classes.values())
+        self._cutting = [name for name, policy in classes.items() if policy.cut_in in CUTS]
         self.orders_running = any(
             policy.cut_in != "off" or policy.max_prefill_tokens_per_step is not None
             for policy in classes.values()
@@ -122,7 +123,7 @@ class Room:
             self._stop_excess(now)
         if self._roster.kept and (self._queue or returning):
             self._park_surplus()
-        if returning or self._cuts or self._limits.exceeded:
+        if returning or self._limits.exceeded or self._queue.offers(self._cutting):
             self._place(now)
 
     def _stop_excess(self, now: float) -> None:
@@ -321,4 +322,4 @@ class Room:
             and (running or self.outranks(asker, record) or record.holds.keys() != {ENGINE})
             and self._engine.frees(record)
         ]
-        return iter(sorted(able, key=self.key, reverse=True))
+        yield from sorted(able, key=self.key, reverse=True)
