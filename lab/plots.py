@@ -12,11 +12,11 @@ import numpy as np
 
 from coxswain.lab.life import ENDED, HELD, QUEUED, RUNNING, Life
 from coxswain.lab.metrics import WINDOW_S, asked_rates, service_rates
-from coxswain.lab.trace import tenants
+from coxswain.lab.trace import natural, tenants
 
 MOST_LINES: Final = 10
 """Tenants with a line of their own: those that asked for most; the rest are drawn as one, in grey."""
-MOST_ROWS: Final = 400
+MOST_ROWS: Final = 5_000
 """Requests in the picture of who held what; beyond, the first to arrive."""
 POINTS: Final = 240
 COLOURS: Final = {QUEUED: "#d9d9d9", RUNNING: "#4c9f70", HELD: "#d1495b"}
@@ -71,14 +71,16 @@ def ttft(axes: Any, lives: Sequence[Life]) -> None:
         )
         if waits:
             axes.step(waits, np.arange(1, len(waits) + 1) / len(waits), where="post", label=name)
-    axes.set(xlabel="first-token latency, s", ylabel="part of the requests", xscale="symlog", ylim=(0, 1))
+    axes.set_xscale("symlog", linthresh=0.1)  # from 0, and logarithmic beyond 0.1 s
+    axes.set(xlabel="first-token latency, s", ylabel="part of the requests", ylim=(0, 1))
     axes.set_xlim(left=0)
     axes.legend(fontsize="small", ncols=2)
 
 
 def held(axes: Any, lives: Sequence[Life]) -> None:
     """A line per request, in order of arrival within its tenant: grey waits, green runs, red is held."""
-    rows = sorted(lives[:MOST_ROWS], key=lambda life: (tenants([life.arrival]), life.arrival.at_s))
+    rows = sorted(lives[:MOST_ROWS], key=lambda life: (natural(life.arrival.tenant), life.arrival.at_s))
+    width = min(1.5, max(0.2, 500 / len(rows)))
     spans: dict[str, tuple[list[float], list[float], list[int]]] = {state: ([], [], []) for state in COLOURS}
     for place, life in enumerate(rows):
         for since, until, state in life.spans():
@@ -88,7 +90,7 @@ def held(axes: Any, lives: Sequence[Life]) -> None:
                 ends.append(until)
                 places.append(place)
     for state, (begins, ends, places) in spans.items():
-        axes.hlines(places, begins, ends, colors=COLOURS[state], linewidth=1.5, label=state)
+        axes.hlines(places, begins, ends, colors=COLOURS[state], linewidth=width, label=state)
     marks = {life.arrival.tenant: place for place, life in reversed(list(enumerate(rows)))}
     axes.set_yticks(list(marks.values()), list(marks), fontsize="x-small")
     axes.set(xlabel="time, s", ylabel="requests by tenant")
