@@ -80,12 +80,17 @@ def test_our_fcfs_is_vllms_own_to_the_microsecond(admission):
     assert story(ours) == story(stock)
 
 
-def test_a_lone_request_takes_a_prefill_and_its_decode_steps():
-    """Times are the roofline's: one step of the prompt, then one per token with a context that grows."""
+@pytest.mark.parametrize(("device", "admission"), [("a10g-7b", "vllm"), ("vtc-a10g", "reserve")])
+def test_a_lone_request_takes_a_prefill_and_its_decode_steps(device, admission):
+    """Times are the roofline's: a step of the prompt, then one per token with a context that grows.
+
+    Reserving, the prefill is a pass of its own and costs what that costs; decode steps do not.
+    """
     arrival = Arrival(at_s=1.0, tenant="a", prompt_tokens=100, output_tokens=5)
-    (life,) = run([arrival], Setup(policy="stock-fcfs", device=DEVICE)).lives
-    prefill = DEVICE.preset.step_s(Work().plus(100, 0, decode=False))
-    decodes = [DEVICE.preset.step_s(Work().plus(1, 100 + done, decode=True)) for done in range(4)]
+    chosen = DEVICES[device]
+    (life,) = run([arrival], Setup(policy="stock-fcfs", device=chosen, admission=admission)).lives
+    prefill = chosen.pass_s + chosen.preset.step_s(Work().plus(100, 0, decode=False))
+    decodes = [chosen.preset.step_s(Work().plus(1, 100 + done, decode=True)) for done in range(4)]
     assert life.ttft_s == pytest.approx(prefill)
     assert life.latency_s == pytest.approx(prefill + sum(decodes))
 
@@ -197,6 +202,21 @@ def test_reserving_never_preempts_and_vllm_does():
     assert sum(life.preempted for life in reserved.lives) == 0
     assert sum(life.preempted for life in optimistic.lives) > 0
     assert all(life.done for life in (*reserved.lives, *optimistic.lives))
+    assert _most_kv(reserved) <= 1.05 * DEVICE.preset.kv_tokens < _most_kv(optimistic)
+
+
+def _most_kv(outcome):
+    """The most tokens of KV that requests had together when one of them ended, each growing evenly."""
+    lives = outcome.lives
+    return max(
+        sum(
+            life.arrival.prompt_tokens
+            + life.tokens * (moment - life.first_token_s) / (life.finished_s - life.first_token_s)
+            for life in lives
+            if life.first_token_s <= moment <= life.finished_s
+        )
+        for moment in [life.finished_s for life in lives]
+    )
 
 
 # The network and the controller
@@ -252,6 +272,19 @@ def test_the_cadence_is_how_often_the_controller_decides(world, cadence_s):
     """What it hears between two steps waits for the next."""
     until, *_ = world(latency_s=0.001, cadence_s=cadence_s)
     assert until(_ruled) == pytest.approx(cadence_s + 0.001, abs=0.002)
+
+
+def test_what_a_link_loses_never_arrives_and_the_rest_does_in_time():
+    """Each message by itself, as the seed has it."""
+    agenda, arrived = Agenda(START), []
+    link = Link(agenda, latency_s=0.5, loss=0.3, seed=1)
+    for _ in range(1_000):
+        link.send(lambda: arrived.append(agenda.now))
+    while agenda.step():
+        pass
+    assert set(arrived) == {START + 0.5}
+    assert len(arrived) == link.sent - link.lost
+    assert link.lost == pytest.approx(300, abs=50)
 
 
 def test_messages_are_lost_as_often_as_asked_and_what_rules_comes_all_the_same(world):
