@@ -28,6 +28,8 @@ from coxswain.schemas.status import (
     TenantStatus,
 )
 
+EVENTS_S = 0.05
+"""For how long events may wait for one another before the bus is told of them: as long as a status frame's interval."""
 MAX_INBOUND = 4_096
 """Commands, queries and heartbeats that wait for the engine."""
 MAX_OUTBOUND = 65_536
@@ -167,6 +169,10 @@ class Port:
         self._wake_bus: Callable[[], None] = _nobody
         self._set_alarm: Callable[[], None] = _nobody
         self._bus_told = False
+        self._urgent = False
+        """Whether more than events waits."""
+        self._events_due = inf
+        """When the events that wait go out at the latest (`clock`)."""
         # Written by the engine, read by the bus.
         self.wake_at = inf
         """When the engine wants to be woken if nothing arrives (`clock`): see `wake_later`."""
@@ -202,13 +208,23 @@ class Port:
         room = EVENT_ROOM if isinstance(item, EventOut) else MAX_OUTBOUND
         if len(self._outbound) >= room:
             return False
+        if not isinstance(item, EventOut):
+            self._urgent = True
+        elif self._events_due == inf:
+            self._events_due = self.clock() + EVENTS_S
         self._outbound.append(item)
         return True
 
-    def flush(self) -> None:
-        """Tell the bus that items wait; once per step, whatever their number."""
-        if self._outbound and not self._bus_told:
-            self._bus_told = True
+    def flush(self, *, events: bool = False) -> None:
+        """Tell the bus that items wait; once per step, whatever their number.
+
+        Events alone wait for company, for `EVENTS_S` at most: every time the bus runs it takes the interpreter from
+        the engine, and on a busy engine every step has an event. `events`: now, there may be no next step.
+        """
+        if not self._outbound or self._bus_told:
+            return
+        if self._urgent or events or self.clock() >= self._events_due:
+            self._bus_told, self._urgent, self._events_due = True, False, inf
             self._wake_bus()
 
     def wake_later(self, delay_s: float | None) -> None:

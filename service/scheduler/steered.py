@@ -307,7 +307,7 @@ class SteeredScheduler(AsyncScheduler):
         if self.port.pending():
             due = now
         self.port.wake_later(None if due == float("inf") else due - now)
-        self.port.flush()
+        self.port.flush(events=True)
 
     def _publish(self, now: float, *, idle: bool) -> None:
         began = time.thread_time()

@@ -71,14 +71,14 @@ class Engine:
             for row in made.tenants
         ]
         self.port.put(FrameOut(Draft(made, rows, tenants), idle))
-        self.port.flush()
+        self.port.flush(events=True)
 
     def send_events(self, count: int) -> None:
         """Give the bus `count` events, numbered on from the last."""
         for _ in range(count):
             self._events += 1
             self.port.put(event(self._events))
-        self.port.flush()
+        self.port.flush(events=True)
 
     def _run(self) -> None:
         while not self._stopping:
@@ -88,7 +88,7 @@ class Engine:
             while not self.busy and (item := self.port.take()) is not None:
                 self.taken.append(item)
                 self._answer(item)
-            self.port.flush()
+            self.port.flush(events=True)
 
     def _answer(self, item: Any) -> None:
         if isinstance(item, CommandIn):
