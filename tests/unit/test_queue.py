@@ -16,7 +16,7 @@ from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.tenants import Account
 
-EXAMPLES, OPERATIONS = 100, 150
+EXAMPLES, OPERATIONS = 70, 150
 TENANTS = ("a", "b", "c", "d")
 TABLES = (
     {"default": ClassPolicy()},
@@ -116,12 +116,10 @@ class Pair:
                 each.max_running is None or each.running + taken[each] < each.max_running for each in groups
             )
 
-        while True:
-            left = [each for each in order if each not in given and room(each)]
-            if not left:
-                break
-            given[left[0]] = False
-            taken.update((left[0].account, self.groups[left[0].class_]))
+        for record in order:  # once is enough: room only shrinks
+            if room(record):
+                given[record] = False
+                taken.update((record.account, self.groups[record.class_]))
         borrow = [each for each in self.members if self.table[each.class_].borrow and each not in given]
         return [
             *given.items(),
