@@ -12,7 +12,7 @@ from coxswain.service.scheduler.roster import Roster
 
 def met(record: Record, queue: SteeredQueue, roster: Roster) -> dict[str, Any]:
     """The fields for a request that is in the roster and not yet in the queue. O(log of what waits)."""
-    account, first = record.account, next(queue.walk(), None)
+    account, first = record.account, queue.peek() if queue else None
     fields: dict[str, Any] = {
         "prompt_tokens": record.prompt_tokens, "waiting": len(queue), "tenant_waiting": account.queued - 1,
         "running": len(roster.running), "virtual_time": account.virtual_time,

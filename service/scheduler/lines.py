@@ -35,7 +35,8 @@ class Line:
         if self.by_head:
             self.head()
             return self.items[0][:3]
-        return self.account.rank
+        account = self.account
+        return account.virtual_time, account.name
 
     def head(self) -> Record:
         """The first live request; the line must not be empty."""
@@ -76,10 +77,6 @@ class Lines:
         self.size = 0
         """Requests in all of them."""
 
-    def first(self) -> Line | None:
-        """The line whose head should run next, or None."""
-        return self.heap.least()
-
     def join(self, line: Line) -> None:
         """A line that was elsewhere, with all its requests."""
         self.size += line.size
@@ -93,7 +90,7 @@ class Lines:
     def walk(self, skip: int = 0) -> Iterator[Record]:
         """Requests from place `skip` on, in order, lazily."""
         if self.by_head:
-            yield from islice(self._merged(lambda _: True), skip, None)
+            yield from islice(self._merged(), skip, None)
             return
         for line in self.heap.walk():
             if skip >= line.size:
@@ -114,23 +111,30 @@ class Lines:
                     break
                 yield item[4]
 
-    def _merged(self, fits: Callable[[Account], bool]) -> Iterator[Record]:
-        """By their own order, across lines. A line is looked into when its head is due, not before."""
+    def _merged(self, fits: Callable[[Account], bool] | None = None) -> Iterator[Record]:
+        """By their own order, across lines: best first through their heaps, each looked into when its head is due."""
+        push, pop = heapq.heappush, heapq.heappop
         lines = self.heap.walk()
         coming = next(lines, None)
-        frontier: list[tuple[Item, Iterator[Item]]] = []
-        while coming is not None or frontier:
-            if coming is not None and (not frontier or coming.rank < frontier[0][0][:3]):
-                items = coming.walk()
+        frontier: list[tuple[Item, int, list[Item]]] = []
+        while True:
+            # The head of a line that the heap gave is its first item, and live.
+            while coming is not None and (not frontier or coming.items[0] < frontier[0][0]):
+                push(frontier, (coming.items[0], 0, coming.items))
                 coming = next(lines, None)
-            else:
-                item, items = heapq.heappop(frontier)
-                if not fits(item[4].account):
+            if not frontier:
+                return
+            item, index, items = pop(frontier)
+            record = item[4]
+            if item[3] == record.ticket:
+                if fits is not None and not fits(record.account):
                     continue
-                yield item[4]
-            following = next(items, None)
-            if following is not None:
-                heapq.heappush(frontier, (following, items))
+                yield record
+            child = 2 * index + 1
+            if child < len(items):
+                push(frontier, (items[child], child, items))
+                if child + 1 < len(items):
+                    push(frontier, (items[child + 1], child + 1, items))
 
     def place(self, record: Record, mine: Line) -> int:
         """How many come before a request of the line `mine`, which is one of these. O(all of them)."""

@@ -109,7 +109,7 @@ class SteeredQueue:
         """
         record = self.peek()
         class_line = self._classes[record.class_]
-        record.aged = class_line in self._overdue and not class_line.popped
+        record.aged = bool(self._overdue) and class_line in self._overdue and not class_line.popped
         class_line.popped += 1
         self.remove(record)
         return record
@@ -122,15 +122,16 @@ class SteeredQueue:
         self.add(record)
 
     def _next(self) -> Line | None:
-        for class_line in self._overdue:
-            if class_line.offers and not class_line.popped:
-                return class_line.open.first()
+        if self._overdue:
+            for class_line in self._overdue:
+                if class_line.offers and not class_line.popped:
+                    return class_line.open.heap.least()
         for class_line in self._order:
             if class_line.offers:
-                return class_line.open.first()
+                return class_line.open.heap.least()
         for class_line in self._borrowing:
             if class_line.size:
-                return class_line.open.first() or class_line.aside.first()
+                return class_line.open.heap.least() or class_line.aside.heap.least()
         return None
 
     def offered(self) -> Iterator[tuple[Record, bool]]:
@@ -237,7 +238,7 @@ class SteeredQueue:
         return [
             line.head()
             for class_line in self._overdue
-            if class_line.offers and not class_line.popped and (line := class_line.open.first())
+            if class_line.offers and not class_line.popped and (line := class_line.open.heap.least())
         ]
 
     def _all_lines(self) -> Iterator[Lines]:

@@ -280,7 +280,8 @@ class RankHeap(Generic[R]):
             item = heap[index if index >= 0 else ~index][2]
             if index >= 0:
                 for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
-                    heapq.heappush(frontier, (*heap[child][:2], child))
+                    entry = heap[child]
+                    heapq.heappush(frontier, (entry[0], entry[1], child))
                 if self._serials.get(item) != serial:
                     continue
                 if (rank := item.rank) > key:
