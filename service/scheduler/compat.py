@@ -80,6 +80,11 @@ def wake(engine: Any) -> None:
     engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
+def stops(engine: Any | None) -> bool:
+    """Whether the engine has been asked to shut down (it serves on for `--shutdown-timeout`)."""
+    return bool(getattr(engine, "shutdown_state", 0))
+
+
 def send_aborts(engine: Any | None, requests: list[Any]) -> None:
     """Tell the clients of aborted requests; `finish_requests` alone answers nobody."""
     if engine is not None and requests:

@@ -19,6 +19,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from coxswain import __version__
 from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Reply
+from coxswain.schemas.subjects import ENGINE
 from coxswain.service.bus import Bus
 from coxswain.service.config import Settings
 from coxswain.service.logs import get_logger
@@ -75,7 +76,7 @@ class SteeredScheduler(AsyncScheduler):
         self.incarnation = str(ULID())
         self.port = Port()
         self.journal = Journal(self.port)
-        engine = compat.find_engine()
+        self._engine = engine = compat.find_engine()
         self.mechanism = Mechanism(self, engine)
         self.core = SteeringCore(self.mechanism, self._emit, leader_lease_s=self.settings.leader_lease_s)
         self.mechanism.attach(self.core)
@@ -188,6 +189,10 @@ class SteeredScheduler(AsyncScheduler):
 
     def has_requests(self) -> bool:
         """Whether a step is needed. Here an idle engine applies commands, without a step, and goes to rest."""
+        stops = compat.stops(self._engine)
+        if stops and not self.core.drain:
+            # vLLM waits for what runs and would leave what is held without an answer: it goes on.
+            self.core.drain.begin(self.now(), ENGINE)
         if super().has_requests():
             return True
         now = self.now()
@@ -197,6 +202,8 @@ class SteeredScheduler(AsyncScheduler):
             self._tick(now)
         if self.core.holds.returning and self.pause_state == PauseState.UNPAUSED:
             self.core.room.plan(now)
+        if stops and self.core.roster.records:  # paused, or kept back by caps: it will not run any more
+            self.mechanism.abort(list(self.core.roster.records.values()))
         if super().has_requests():
             return True
         self._rest(now)

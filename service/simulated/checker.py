@@ -117,7 +117,8 @@ class Checker:
         """V2: forgotten by the runner, not by us: they must come back with the tokens that were sampled."""
         self._batch: set[str] = set()
         """V1: requests of the previous step."""
-        self._writer: dict[int, str] = {}
+        self._writer: dict[int, tuple[str, _Request]] = {}
+        """Who wrote a block last. A name may come again for another request."""
         self.kv = KvContent(limits.block_size)
 
     @property
@@ -318,7 +319,6 @@ class Checker:
     def _compute(self, scheduled: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> None:
         """Write the KV of all scheduled positions, then read every context: as a layer does for a batch."""
         size = self.limits.block_size
-        written: dict[int, str] = {}
         for name, count in scheduled.items():
             request = self._known[name]
             start, end = request.computed, request.computed + count
@@ -337,7 +337,7 @@ class Checker:
                 )
             extend(request.chain, tokens, end, request.salt)
             for block in self.kv.write(request.blocks, start, request.chain, end):
-                self._check_writer(name, block, written)
+                self._check_writer(name, request, block)
         for name, count in scheduled.items():
             request = self._known[name]
             request.computed += count
@@ -346,21 +346,19 @@ class Checker:
                 held = (
                     "nothing"
                     if bad.empty
-                    else f"the KV of other tokens (last written by {self._writer.get(bad.block)})"
+                    else f"the KV of other tokens (last written by {self._writer.get(bad.block, ('nobody',))[0]})"
                 )
                 self._fail(Rule.KV, name, f"position {bad.position} in block {bad.block} holds {held}")
 
-    def _check_writer(self, name: str, block: int, written: dict[int, str]) -> None:
-        other = written.get(block) or self._writer.get(block)
-        if other is not None and other != name:
-            owner = self._known.get(other)
-            if owner is not None and owner.live and block in owner.blocks:
-                self._fail(
-                    Rule.WRITER,
-                    name,
-                    f"writes block {block}, which {other} has written and still has in its table",
-                )
-        written[block] = self._writer[block] = name
+    def _check_writer(self, name: str, request: _Request, block: int) -> None:
+        other, owner = self._writer.get(block, (name, request))
+        if other != name and owner is self._known.get(other) and owner.live and block in owner.blocks:
+            self._fail(
+                Rule.WRITER,
+                name,
+                f"writes block {block}, which {other} has written and still has in its table",
+            )
+        self._writer[block] = name, request
 
     def _fail(self, rule: Rule, request: str | None, text: str) -> NoReturn:
         raise ProtocolViolationError(rule, self.step, request, text)

@@ -18,7 +18,7 @@ from tests.support.simulated import engine
 pytestmark = pytest.mark.vllm
 
 SEED = int(os.environ.get("COX_RANDOM_SEED", "1"))
-REQUESTS = int(os.environ.get("COX_RANDOM_REQUESTS", "400"))
+REQUESTS = int(os.environ.get("COX_RANDOM_REQUESTS", "300"))
 
 
 @contextmanager

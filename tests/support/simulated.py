@@ -58,6 +58,12 @@ class Engine:
 
         worker.execute_model = execute_model
 
+    def forget(self) -> None:
+        """Begin anew: nothing must be left of what was."""
+        self.check_empty()
+        for memory in (self.outputs, self.finished, self.replies, self.computed):
+            memory.clear()
+
     def events(self) -> list[tuple[Any, type[ev.Event], dict[str, Any]]]:
         """From now on: every event as (record, kind, fields), in the list that is returned."""
         heard: list[tuple[Any, type[ev.Event], dict[str, Any]]] = []
@@ -96,7 +102,7 @@ class Engine:
         before = len(self.replies)
         self.command(verb, *requests, **fields)
         self.step()
-        assert len(self.replies) == before + 1
+        assert len(self.replies) > before
         return self.replies[-1]
 
     def step(self) -> bool:
@@ -129,6 +135,11 @@ class Engine:
             if condition() or not self.step():
                 return
         raise AssertionError(f"still busy after {most} steps")
+
+    def until_said(self, name: str, tokens: int) -> None:
+        """Step until a request's client has so many tokens."""
+        self.until(lambda: self.said(name) >= tokens)
+        assert self.said(name) >= tokens
 
     def said(self, name: str) -> int:
         """How many tokens a request's client has."""
@@ -216,8 +227,8 @@ def engine(
         assert vllm_config.use_v2_model_runner is v2
         assert vllm_config.scheduler_config.async_scheduling is asynchronous
         core = EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=False)
+        envs.disable_envs_cache()  # EngineCore fixes them; the next engine has others
         try:
             yield Engine(core)
         finally:
             core.shutdown()
-            envs.disable_envs_cache()  # EngineCore fixes them; the next engine has others

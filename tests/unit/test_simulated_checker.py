@@ -311,3 +311,11 @@ def test_v1_sync_remembers_the_tokens_of_one_that_was_away() -> None:
 def test_v1_agrees_on_the_number_of_outputs(outputs: int) -> None:
     """V1 cuts its outputs to num_output_tokens: any other number than it has sampled is refused."""
     broken(Rule.TOKENS, observe({"a": 1}, cached("a", 6, outputs)), begin(checker(v2=False)))
+
+
+def test_a_name_may_come_again(v2: bool) -> None:
+    """What a finished request wrote is nobody's: another of its name may share a block that a third one writes."""
+    check = begin(checker(v2=v2), "a", (1, 2))
+    check.observe(step({}, finished=("a",)))
+    both = {"b": 6, "a": 2}
+    check.observe(step(both, new("b", PROMPT, [1, 3]), new("a", PROMPT, [1, 4], computed=4)))
