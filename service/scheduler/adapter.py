@@ -74,16 +74,22 @@ class SteeredRequestQueue(RequestQueue):
 class KvHoldingQueue(PriorityRequestQueue):
     """What vLLM's scheduler sees as `kv_holding_waiting`: requests that wait with blocks of their own.
 
-    A streaming session between two turns, and a request whose KV a connector is loading. The second was popped
-    as if to be admitted, and runs when its KV is there; until then it is queued, and vLLM's to move.
+    A streaming session between two turns, a request that was parked, and one whose KV a connector is loading. The
+    last was popped from the queue as if to be admitted. All are queued, outside the queue, until they run.
     """
 
     def __init__(self, core: SteeringCore) -> None:
         super().__init__()
         self._core = core
 
+    def pop_request(self) -> Any:
+        """Take the next out: it counts as running at once, so that caps hold within a step."""
+        request = super().pop_request()
+        self._core.running(request.steering)
+        return request
+
     def prepend_requests(self, requests: Any) -> None:
-        """Put back what was skipped in this step."""
+        """Put back what was skipped in this step, or put here what begins to load."""
         for request in requests:
             record = request.steering
             if record.state is State.RUNNING:

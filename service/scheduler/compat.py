@@ -18,7 +18,7 @@ TESTED: Final = ("0.32.0",)
 PRIVATE: Final = {
     "vllm.v1.core.sched.scheduler:Scheduler": (
         "_preempt_request", "_free_request", "_enqueue_waiting_request", "_update_request_as_session",
-        "_handle_stopped_request", "finish_requests",
+        "_handle_stopped_request", "_handle_blocked_waiting_request", "finish_requests",
         "has_requests", "has_finished_requests", "reset_prefix_cache", "get_request_counts",
         "_request_blocks_can_be_freed", "_reserve_prefill_lookahead",
     ),

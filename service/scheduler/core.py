@@ -122,6 +122,11 @@ class SteeringCore:
         if record.admitted_at is None:
             self.ledger.refund_input(record)
 
+    def running(self, record: Record) -> None:
+        """The engine takes a request that waited with KV of its own."""
+        if record.state is State.QUEUED:
+            self.roster.move(record, Transition.ADMIT)
+
     def loading(self, record: Record) -> None:
         """The engine took the head, and loads its KV before it runs: it waits on, outside the queue, but charged."""
         self.roster.move(record, Transition.EVICT)

@@ -242,6 +242,12 @@ class SteeredScheduler(AsyncScheduler):
             self.core.evicted(self.now(), record)
         super()._preempt_request(request, *args, **kwargs)
 
+    def _handle_blocked_waiting_request(self, request: Any) -> bool:
+        ready, record = bool(super()._handle_blocked_waiting_request(request)), request.steering
+        # What waits with KV of its own does not come from our queue, which knows the caps.
+        outside = record.state is State.QUEUED and record not in self.core.queue
+        return ready and (not outside or self.core.limits.room(record))
+
     def _enqueue_waiting_request(self, request: Any) -> None:
         record = request.steering
         if record.state is State.RUNNING:  # a streaming session that waits for its next input

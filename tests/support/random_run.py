@@ -118,7 +118,6 @@ class Run:
         """Aborted by a command, or left by their client."""
         self.now = 1_000.0
         self.epoch = (1.0, 0)
-        self.over: set[Any] = set()
         self.idle: dict[str, int] = {}
         self.longest_idle = 0
         self.done = dict.fromkeys(ACTIONS, 0)
@@ -176,15 +175,11 @@ class Run:
         self.longest_idle = max(self.longest_idle, *self.idle.values(), 0)
 
     def check_caps(self) -> None:
-        """In every step: of nothing that may not borrow does more run than may.
-
-        vLLM admits what has loaded its KV from a connector without asking: the next step takes such an excess back.
-        """
+        """In every step: of nothing that may not borrow does more run than may."""
         core = self.engine.scheduler.core
         groups = (*core.roster.classes.values(), *core.tenants.accounts.values())
         over = {group for group in groups if group.excess > group.borrowing}
-        assert not over & self.over if self.engine.scheduler.connector else not over, over
-        self.over = over
+        assert not over, over
 
     def command(self, verb: str, some: list[Case], **fields: Any) -> None:
         """An operator's command, or with `role` a controller's."""
