@@ -9,6 +9,7 @@ import typer
 from coxswain.control.cli import (
     doctor,
     events,
+    explain,
     fleet,
     lab,
     launch,
@@ -43,6 +44,7 @@ command(app, "requests", panel=LOOK, example="cox requests --tenant acme --state
 command(app, "events", panel=LOOK, example="cox events --since 10m --kind held --kind continued")(
     events.events
 )
+command(app, "explain", panel=LOOK, example="cox explain --tenant acme --since 10m")(explain.explain)
 
 command(app, "hold", panel=STEER, example="cox hold --tenant acme --lease 30s")(steer.hold)
 command(app, "continue", panel=STEER, example="cox continue --tenant acme")(steer.continue_)

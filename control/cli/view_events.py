@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 from rich.text import Text
 
-from coxswain.control.cli.words import clock, plural, printable, span
+from coxswain.control.cli.words import clock, count, plural, printable, span
 from coxswain.schemas import events as ev
 
 KIND_STYLE: Final = {
@@ -67,6 +67,11 @@ def line(event: ev.Event | dict[str, Any], *, worker_width: int = 8) -> tuple[Te
     return facts, Text(printable(f"{request}{child}") if request else "", style="dim")
 
 
+def detail(event: ev.Event) -> str:
+    """What happened, without when, where and whose."""
+    return _detail(event, msgspec.to_builtins(event))
+
+
 def _detail(event: ev.Event | dict[str, Any], raw: dict[str, Any]) -> str:
     describe = _DETAILS.get(type(event))
     if describe is not None:
@@ -75,7 +80,14 @@ def _detail(event: ev.Event | dict[str, Any], raw: dict[str, Any]) -> str:
 
 
 def _queued(event: ev.Queued) -> str:
-    return plural(event.prompt_tokens, "prompt token")
+    words = plural(event.prompt_tokens, "prompt token")
+    if event.waiting:
+        words += f", behind {event.waiting} ({event.tenant_waiting} of its tenant), {event.running} running"
+    if event.next_tenant is not None:
+        words += f"; next was {event.next_tenant}/{event.next_class}"
+        if event.virtual_time is not None and event.next_virtual_time is not None:
+            words += f" at {count(event.next_virtual_time)}, its own virtual time {count(event.virtual_time)}"
+    return words
 
 
 def _admitted(event: ev.Admitted) -> str:

@@ -1,0 +1,150 @@
+"""`cox explain`: one request's story, or why a tenant is slow, from the event log.
+
+Called by `__init__.py`; `control/story.py` and `control/slow.py` find it out, `view_explain.py` says it.
+"""
+
+import re
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import typer
+from ulid import ULID
+
+from coxswain.control.ahead import Classes
+from coxswain.control.cli import parse, view_explain
+from coxswain.control.cli.app import Cox, option
+from coxswain.control.cli.exits import CliError, Exit
+from coxswain.control.errors import ControlError
+from coxswain.control.slow import Investigator
+from coxswain.control.story import Seen, Teller
+from coxswain.schemas.names import DEFAULT
+from coxswain.schemas.policy import ClassPolicy
+
+if TYPE_CHECKING:
+    from coxswain.control.client import Client
+
+TENANT_SINCE_S: Final = 600.0
+"""How far back a tenant is looked at, if nothing else is said."""
+BEFORE_S: Final = 600.0
+"""So much of the log before that is read as well, for whoever waited or was held since then."""
+SKEW_S: Final = 30.0
+"""Clocks of the edge and of JetStream may be so far apart."""
+AFTER_S: Final = 2.0
+"""A request's children end about together: so long after the last one ended no more are looked for."""
+_ULID: Final = re.compile(r"(?<![0-9A-Z])[0-7][0-9A-HJKMNP-TV-Z]{25}(?![0-9A-Z])")
+
+
+async def explain(
+    cox: Cox,
+    request: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="REQUEST",
+            parser=option(parse.request),
+            show_default=False,
+            help="Tell the story of this one; it may have ended long ago.",
+        ),
+    ] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option(metavar="TENANT", parser=option(parse.tenant), help="Say why this tenant is slow."),
+    ] = None,
+    since: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DURATION",
+            parser=option(parse.positive_duration_s),
+            help="How far back to read the log. Without it 10m for a tenant; for a request from when its id was "
+            "made, or the whole log where the id does not tell.",
+        ),
+    ] = None,
+) -> Exit:
+    """Say what happened to a request and why, or why a tenant is slow: read from the event log.
+
+    Who was ahead are those admitted on the same worker while it waited; why is read from classes, virtual times
+    and priorities of then, and from the class table of now.
+    """
+    if (request is None) == (tenant is None):
+        raise CliError(Exit.USAGE, "name a request, or a tenant with --tenant: one of them")
+    async with cox.client() as client:
+        if request is not None:
+            return await _request(cox, client, request, since)
+        assert tenant is not None
+        return await _tenant(cox, client, tenant, TENANT_SINCE_S if since is None else since)
+
+
+async def _request(cox: Cox, client: "Client", request: str, since: float | None) -> Exit:
+    now = time.time()
+    start = _made_at(request) if since is None else now - since
+    teller = Teller(request, await _classes(client))
+    async for event in _log(client, "all" if start is None else start, now):
+        teller.feed(event)
+        ended_at = teller.ended_at()
+        if ended_at is not None and not isinstance(event, dict) and event.at > ended_at + AFTER_S:
+            break
+    told = teller.story(now)
+    if not told.children:
+        raise CliError(
+            Exit.NOT_FOUND,
+            f"the log says nothing of request {request}: it never was in this fleet, or its events have expired "
+            "(`cox init --max-age` says how long they are kept)",
+        )
+    cox.emit(told)
+    cox.say(view_explain.story(told, cox.out.width))
+    return Exit.DONE
+
+
+async def _tenant(cox: Cox, client: "Client", tenant: str, since_s: float) -> Exit:
+    now = time.time()
+    investigator = Investigator(
+        tenant, now - since_s, await _classes(client), await _caps(cox, client, tenant)
+    )
+    async for event in _log(client, now - since_s - BEFORE_S, now):
+        investigator.feed(event)
+    found = investigator.result(now)
+    if not found.requests:
+        raise CliError(
+            Exit.NOT_FOUND,
+            f"the log of that time says nothing of tenant {tenant}: look further back (--since)",
+        )
+    cox.emit(found)
+    cox.say(view_explain.slow(found, cox.out.width))
+    return Exit.DONE
+
+
+async def _log(client: "Client", start: float | Literal["all"], until: float) -> AsyncIterator[Seen]:
+    """The log up to now: a busy fleet writes it faster than anybody could reach its end."""
+    stream = client.events(start=start, follow=False)
+    try:
+        async for event in stream:
+            if not isinstance(event, dict) and event.at > until + SKEW_S:
+                return
+            yield event
+    finally:
+        await stream.aclose()
+
+
+async def _classes(client: "Client") -> Classes:
+    """The class table, with the class that is always there; nothing where there is none to read."""
+    try:
+        return {DEFAULT: ClassPolicy(), **(await client.classes.get_all()).good}
+    except ControlError:
+        return {}
+
+
+async def _caps(cox: Cox, client: "Client", tenant: str) -> dict[str, int]:
+    """The caps on a tenant's running requests, per worker that has one."""
+    frames = await client.statuses(wait_s=cox.timeout_s)
+    return {
+        worker: row.max_running
+        for worker, frame in frames.items()
+        for row in frame.tenants
+        if row.tenant == tenant and row.max_running is not None
+    }
+
+
+def _made_at(request: str) -> float | None:
+    """When a request's id was made, a little earlier; None if it does not tell."""
+    found = _ULID.search(request)
+    return ULID.from_str(found[0]).timestamp - SKEW_S if found else None
