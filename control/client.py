@@ -196,7 +196,7 @@ class Client:
         if start is None:
             messages = self._live(subject)
         else:
-            messages = replay(self.js, self.subjects.stream, subject, start, follow=follow)
+            messages = replay(self.nc, self.subjects.stream, subject, start, follow=follow)
         try:
             async for message in messages:
                 try:

@@ -1,9 +1,10 @@
 """Read the event log: a JetStream consumer from a time on, in order and without gaps. Called by `client` only.
 
-A pull consumer, and its own count of what was delivered: nats-py's ordered push consumer loses its place when the
-first messages come before its bookkeeping is there, and then asks the server for something that it refuses, so that a
-reader on a busy fleet stood still for ever. Here a consumer that is lost (a restarted server, a missed message) is
-made again behind the last message that was given.
+An ordered push consumer (ADR-17) of our own: nats-py's begins its bookkeeping after the first messages may have come,
+then takes them for a gap and asks the server for something that it refuses, so that a reader of a busy fleet's log
+stood still for ever. Here status messages are read from the same queue as all others, and a consumer that missed a
+message or is lost (a restarted server) is made again behind the last message that was given. Push, not pull: users
+may be allowed the one without the other (`schemas/permissions.py` says why).
 """
 
 import asyncio
@@ -14,30 +15,32 @@ from typing import Final, Literal
 
 import nats.errors
 import nats.js.errors
+from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
-from nats.js import JetStreamContext
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.aio.subscription import Subscription
+from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo, DeliverPolicy
 
 from coxswain.control.errors import NotSetUpError
 
 IDLE_S: Final = 60.0
 """The server forgets the consumer of a reader that vanished after this long."""
-BATCH: Final = 500
-WAIT_S: Final = 5.0
-"""A request for new messages is repeated after this long."""
+HEARTBEAT_S: Final = 2.0
+LOST_S: Final = 3 * HEARTBEAT_S
+"""A consumer that said nothing for so long is made again."""
 AGAIN_S: Final = 0.5
-"""Pause before a lost consumer is made again."""
+"""Pause before that is tried again."""
+STALLED: Final = "Nats-Consumer-Stalled"
 
 Start = float | Literal["all"]
 
 
 async def replay(
-    js: JetStreamContext, stream: str, subject: str, start: Start, *, follow: bool
+    nc: Nats, stream: str, subject: str, start: Start, *, follow: bool
 ) -> AsyncGenerator[Msg, None]:
     """Stored messages of `subject`, oldest first, then new ones unless `follow` is False.
 
     Args:
-        js: JetStream of an open connection.
+        nc: an open connection.
         stream: the fleet's event stream.
         subject: which events.
         start: Unix seconds, or "all" for everything kept.
@@ -46,56 +49,45 @@ async def replay(
     Raises:
         NotSetUpError: if the stream does not exist or JetStream is off.
     """
-    after: int | None = None
+    js, after = nc.jetstream(), None
     while True:
+        inbox = await nc.subscribe(nc.new_inbox())
+        info = None
         try:
-            consumer = await js.pull_subscribe(subject, stream=stream, config=_config(start, after))
-            pending = (await consumer.consumer_info()).num_pending or 0
+            info = await js.add_consumer(stream, config=_config(inbox.subject, subject, start, after))
+            if not follow and not info.num_pending and not (info.delivered and info.delivered.consumer_seq):
+                return
+            async for message in _in_order(nc, inbox):
+                metadata = message.metadata
+                after = metadata.sequence.stream
+                yield message
+                if not follow and not metadata.num_pending:
+                    return
         except (nats.js.errors.NotFoundError, nats.js.errors.ServiceUnavailableError) as error:
             if after is None:
                 raise NotSetUpError(
                     f"the event log {stream} is missing (or JetStream is off): run `cox init` once per fleet.",
                 ) from error
-            await asyncio.sleep(AGAIN_S)
-            continue
         except nats.errors.TimeoutError:
             if after is None:
                 raise
-            await asyncio.sleep(AGAIN_S)
-            continue
-        try:
-            delivered = 0
-            while pending or follow:
-                messages = await _fetch(consumer, BATCH if pending else 1)
-                if messages is None:
-                    break
-                for message in messages:
-                    place = message.metadata.sequence
-                    if place.consumer != delivered + 1:
-                        break
-                    delivered, after = place.consumer, place.stream
-                    pending = message.metadata.num_pending
-                    yield message
-                    if not follow and not pending:
-                        return
-                else:
-                    continue
-                break
-            else:
-                return
         finally:
-            # A lost connection raises, and the consumer then ends by itself.
-            with suppress(nats.errors.Error, nats.js.errors.Error):
-                await consumer.unsubscribe()
+            await _end(nc, stream, inbox, info)
         await asyncio.sleep(AGAIN_S)
 
 
-def _config(start: Start, after: int | None) -> ConsumerConfig:
+def _config(inbox: str, subject: str, start: Start, after: int | None) -> ConsumerConfig:
     """A consumer from a time on, or behind a message."""
     config = ConsumerConfig(
+        deliver_subject=inbox,
+        filter_subject=subject,
         deliver_policy=DeliverPolicy.ALL,
         ack_policy=AckPolicy.NONE,
+        max_deliver=1,
+        flow_control=True,
+        idle_heartbeat=HEARTBEAT_S,
         inactive_threshold=IDLE_S,
+        num_replicas=1,
         mem_storage=True,
     )
     if after is not None:
@@ -106,17 +98,30 @@ def _config(start: Start, after: int | None) -> ConsumerConfig:
     return config
 
 
-async def _fetch(consumer: JetStreamContext.PullSubscription, count: int) -> list[Msg] | None:
-    """The next messages, none if none came in time; None if the consumer is lost."""
-    try:
-        return await consumer.fetch(count, timeout=WAIT_S)
-    except nats.js.errors.APIError:
-        return None
-    except nats.errors.TimeoutError:
+async def _in_order(nc: Nats, inbox: Subscription) -> AsyncGenerator[Msg, None]:
+    """What the consumer delivers; ends when it missed a message or is lost."""
+    delivered = 0
+    while True:
         try:
-            await consumer.consumer_info()
-        except nats.js.errors.NotFoundError:
-            return None
-        except (nats.errors.TimeoutError, nats.js.errors.ServiceUnavailableError):
-            return []  # NATS is away for a while: the connection comes back by itself
-        return []
+            message = await inbox.next_msg(timeout=LOST_S)
+        except nats.errors.TimeoutError:
+            return
+        headers = message.headers or {}
+        if headers.get("Status") == "100":
+            # Everything before it in the queue was taken: the server may send more.
+            answer = message.reply or headers.get(STALLED)
+            if answer:
+                await nc.publish(answer)
+            continue
+        if "Status" in headers or message.metadata.sequence.consumer != delivered + 1:
+            return
+        delivered += 1
+        yield message
+
+
+async def _end(nc: Nats, stream: str, inbox: Subscription, info: ConsumerInfo | None) -> None:
+    """Leave nothing behind. A lost connection raises, and the consumer then ends by itself."""
+    with suppress(nats.errors.Error):
+        await inbox.unsubscribe()
+        if info is not None and info.name:
+            await nc.jetstream().delete_consumer(stream, info.name)
