@@ -166,11 +166,6 @@ class SteeredQueue:
         return any(self._classes[name].offers for name in classes)
 
     @property
-    def within_caps(self) -> bool:
-        """Whether anything waits that may run without borrowing."""
-        return any(class_line.offers for class_line in self._order)
-
-    @property
     def blocked(self) -> int:
         """How many wait that may not run now, because of caps. O(classes)."""
         return sum(

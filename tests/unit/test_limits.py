@@ -307,7 +307,6 @@ def test_idle_share_is_borrowed() -> None:
     assert core.queue.blocked == 0
     engine.submit("b")
     assert core.queue.peek().account.name == "b"
-    assert core.queue.within_caps
     assert core.limits.room(core.queue.peek())
     engine.check()
 

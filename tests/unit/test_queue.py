@@ -261,7 +261,8 @@ class Pair:
         assert bool(self.queue) == bool(may_run)
         assert self.queue.blocked == len(order) - len(may_run)
         assert list(self.queue.offered()) == self.offered()
-        assert self.queue.within_caps == any(self.has_room(each) for each in order)
+        first = next((each.class_ for each in sorted(order, key=self.key) if self.has_room(each)), None)
+        assert self.queue.first_class() == first
         if may_run:
             assert self.queue.peek() is may_run[0]
         if order:
