@@ -74,9 +74,14 @@ class Link(Nats):
     async def subscribe(self, subject: str, *arguments: Any, **options: Any) -> Subscription:
         """As nats-py's, and waits until the server has it.
 
+        Not for an inbox of our own, which is always ours: JetStream's ordered consumers (KV watches) count what arrives
+        from when this returns, and begin again from the first message if something came before.
+
         Raises:
             DeniedError: we may not hear it.
         """
+        if subject.startswith(self._inbox_prefix.decode()):
+            return await super().subscribe(subject, *arguments, **options)
         with self._told("subscription", subject) as denied:
             subscription = await super().subscribe(subject, *arguments, **options)
             with suppress(nats.errors.Error):  # lost meanwhile: the next connection subscribes again
