@@ -1,6 +1,6 @@
 """What steering costs the scheduler: ours against vLLM's own, in one process, all sides in turns.
 
-    python -m bench.scheduler [--json PATH] [--case PATTERN ...] [--rounds 100] [--quick] [--list]
+    python -m bench.scheduler [--json PATH] [--case PATTERN ...] [--rounds 50] [--quick] [--list]
 
 The real scheduler and KV manager without a device (`bench.sides`). All cases take some 20 minutes on two slow cores;
 each is written to PATH as it ends, and a case that PATH has already is not run again. Cases:
@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument(
         "--case", action="append", help="only cases that match: steps/64/*, several times if need be"
     )
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--quick", action="store_true", help="one small case of each kind")
     parser.add_argument("--list", action="store_true", help="say which cases there are")
     chosen = parser.parse_args()

@@ -32,6 +32,7 @@ def steered(agenda: Agenda, note: Note) -> type[Any]:
             super().__init__(*args, **kwargs)
             self.port.clock = self.now
             self.port.connected = True
+            self.core.emit = self._heard
 
         def now(self) -> float:
             return agenda.now
@@ -47,7 +48,7 @@ def steered(agenda: Agenda, note: Note) -> type[Any]:
             # Frames are spaced by what they cost in real time: that too would be luck.
             self._frame_at = now + self.settings.status_interval_s
 
-        def _emit(self, now: float, record: Record | None, kind: Any, fields: dict[str, Any]) -> None:
+        def _heard(self, now: float, record: Record | None, kind: Any, fields: dict[str, Any]) -> None:
             del kind, fields
             if record is not None:
                 note(now, record)

@@ -38,19 +38,15 @@ class SteeringCore:
 
     Args:
         engine: the mechanism it acts on.
-        emit: called with each event's struct type and fields; events leave through it and nowhere else.
+        emit: called with each event; they leave through it and nowhere else. None if nobody listens: none is told.
         leader_lease_s: how long a leader may be silent before the holds of controllers end.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        emit: Callable[..., None],
-        *,
-        leader_lease_s: float = 5.0,
+        self, engine: Engine, emit: Callable[..., None] | None, *, leader_lease_s: float = 5.0
     ) -> None:
         self.engine = engine
-        self._emit = emit
+        self.emit = emit
         self.leader_lease_s = leader_lease_s
         self.step = 0
         self.queue = SteeredQueue()
@@ -103,7 +99,8 @@ class SteeringCore:
         self.tenants.arriving(account)
         self.roster.enter(record)
         record.came = (now, self.step, prompt_tokens)
-        self._emit(now, record, ev.Queued, met(record, self.queue, self.roster))
+        if self.emit is not None:
+            self.emit(now, record, ev.Queued, met(record, self.queue, self.roster))
         return record
 
     def admitting(self, record: Record, cached: int) -> None:
@@ -280,13 +277,8 @@ class SteeringCore:
         self._leader_silent = False
         if changed:
             self.roster.changed = True
-            self.tell(
-                now,
-                None,
-                ev.LeaderChanged,
-                epoch=lead.epoch,
-                reason=f"{lead.controller} leads with {lead.policy}",
-            )
+            reason = f"{lead.controller} leads with {lead.policy}"
+            self.tell(now, None, ev.LeaderChanged, epoch=lead.epoch, reason=reason)
 
     def obeyed(self, now: float, epoch: Epoch) -> None:
         """A controller's command came with this epoch, which is not lower than the highest seen.
@@ -391,9 +383,10 @@ class SteeringCore:
 
     def tell(self, now: float, record: Record | None, kind: type[ev.Event], **fields: Any) -> None:
         """Something happened: into the request's story, and out as an event."""
-        if record is not None:
-            record.tell(now, self.step, kind, fields)
-        self._emit(now, record, kind, fields)
+        if self.emit is not None:
+            if record is not None:
+                record.tell(now, self.step, kind, fields)
+            self.emit(now, record, kind, fields)
 
     def validate(self) -> None:
         """Check every invariant of the core; raises AssertionError."""

@@ -17,7 +17,6 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from coxswain import __version__
-from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Reply
 from coxswain.schemas.subjects import ENGINE
 from coxswain.service.bus import Bus
@@ -39,7 +38,6 @@ from coxswain.service.scheduler.answers import Answers
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.journal import Journal
 from coxswain.service.scheduler.mechanism import Mechanism
-from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
 from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.verbs import Commands
@@ -78,7 +76,8 @@ class SteeredScheduler(AsyncScheduler):
         self.journal = Journal(self.port)
         self._engine = engine = compat.find_engine()
         self.mechanism = Mechanism(self, engine)
-        self.core = SteeringCore(self.mechanism, self._emit, leader_lease_s=self.settings.leader_lease_s)
+        emit = self.journal.write if self.settings.enabled else None
+        self.core = SteeringCore(self.mechanism, emit, leader_lease_s=self.settings.leader_lease_s)
         self.mechanism.attach(self.core)
         self.commands = Commands(self.core, self.settings.worker, self.incarnation)
         identity = Identity(
@@ -352,7 +351,3 @@ class SteeredScheduler(AsyncScheduler):
             held_blocks=held_blocks, step_s=median(self._step_times) if self._step_times else 0.0,
             queue_depth=self.port.pending(), events_dropped=self.journal.dropped + self.port.events_dropped,
         )  # fmt: skip
-
-    def _emit(self, now: float, record: Record | None, kind: type[ev.Event], fields: dict[str, Any]) -> None:
-        if self.bus is not None:
-            self.journal.write(now, record, kind, fields)

@@ -67,7 +67,7 @@ class Engine:
     def events(self) -> list[tuple[Any, type[ev.Event], dict[str, Any]]]:
         """From now on: every event as (record, kind, fields), in the list that is returned."""
         heard: list[tuple[Any, type[ev.Event], dict[str, Any]]] = []
-        self.scheduler.core._emit = lambda _now, record, kind, fields: heard.append((record, kind, fields))
+        self.scheduler.core.emit = lambda _now, record, kind, fields: heard.append((record, kind, fields))
         return heard
 
     def add(self, name: str, prompt: list[int], tokens: int, *, params: Any = None, **fields: Any) -> None:
