@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+FUZZ ?= 60
 # Where torch's CPU build comes from when the package sources that pip is configured with lack it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -17,7 +18,7 @@ endif
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint format schema states drift links wheel audit lock clean
+.PHONY: help install demo test check lint format schema states drift links wheel audit fuzz lock clean
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +84,9 @@ audit: ## known vulnerabilities of what the locks pin, by pip-audit (needs the n
 	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
 		$(VENV)-audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit==2.10.1; }
 	$(VENV)-audit/bin/pip-audit --no-deps --disable-pip $(AUDIT) $(addprefix -r ,$(LOCKS))
+
+fuzz: install ## fuzz every decoder, guided by coverage; FUZZ=60 seconds, ARGS for libFuzzer
+	$(BIN)/python scripts/fuzz.py -max_total_time=$(FUZZ) $(ARGS)
 
 lock: install ## resolve anew and pin what pip finds, in requirements/
 	$(BIN)/python scripts/lock.py --torch-index $(TORCH_INDEX)

@@ -18,7 +18,7 @@ import nkeys  # type: ignore[import-untyped]
 from coxswain.control.errors import ControlError
 from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.names import MAX_TOKEN_CHARS, check_token
-from coxswain.schemas.permissions import INBOX, ROLES, WORKER, Rights, crossing, rights
+from coxswain.schemas.permissions import INBOX, ROLES, WORKER, crossing, rights
 from coxswain.schemas.subjects import Subjects
 
 USERS: Final = "users.json"
@@ -50,9 +50,9 @@ class User(msgspec.Struct, frozen=True, kw_only=True):
         """The names that a worker with this key may use."""
         if self.role != WORKER:
             return ()
-        return (
-            (self.name,) if self.ranks == 1 else tuple(f"{self.name}-dp{rank}" for rank in range(self.ranks))
-        )
+        # Ranks of a dense model are engines of their own, of which the first has the plain name.
+        ranks = range(self.ranks) if self.ranks > 1 else ()
+        return (self.name, *(f"{self.name}-dp{rank}" for rank in ranks))
 
 
 class Users(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,13 +167,15 @@ def config(users: Users) -> str:
 
 def _entry(subjects: Subjects, each: User) -> str:
     given = rights(subjects, each.role, each.workers)
-    heard = Rights(given.publish, (*given.subscribe, f"{INBOX}.{each.nkey}.>"))
+    heard = (*given.subscribe, f"{INBOX}.{each.nkey}.>")
+    # An empty list of what is allowed would allow everything.
+    said = f"allow: [{', '.join(map(_quoted, given.publish))}]" if given.publish else 'deny: ">"'
     lines = [
         f"{{ # {each.label}",
         f"        nkey: {each.nkey}",
         "        permissions: {",
-        f"          publish: {{allow: [{', '.join(map(_quoted, heard.publish))}]}}",
-        f"          subscribe: {{allow: [{', '.join(map(_quoted, heard.subscribe))}]}}",
+        f"          publish: {{{said}}}",
+        f"          subscribe: {{allow: [{', '.join(map(_quoted, heard))}]}}",
         "        }",
         "      }",
     ]

@@ -4,6 +4,7 @@ Reads a mapping, and the file of a seed in `options`; opens nothing else. The sh
 (`service/bus/connect.py`, `control/transport.py`).
 """
 
+import re
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,10 @@ from coxswain.schemas.permissions import INBOX
 
 DEFAULT_URL: Final = "nats://127.0.0.1:4222"
 DEFAULT_FLEET: Final = "main"
+
+
+_SEED: Final = re.compile("S[A-Z2-7]{40}")
+"""What may be an nkey seed, put where the path of its file belongs: never to be shown."""
 
 
 class AddressRefusedError(ValueError):
@@ -130,6 +135,10 @@ def public_nkey(path: str) -> str:
         seed = bytearray(Path(path).read_bytes().strip())
         public: str = nkeys.from_seed(seed).public_key.decode()
     except OSError as error:
+        if _SEED.search(path):
+            raise IdentityRefusedError(
+                "COX_NATS_NKEY is a seed: it must be the path of a file with one"
+            ) from None
         raise IdentityRefusedError(f"COX_NATS_NKEY: {path} cannot be read: {error.strerror}") from error
     except (nkeys.NkeysError, ValueError):
         raise IdentityRefusedError(f"COX_NATS_NKEY: {path} holds no nkey seed (SU…)") from None

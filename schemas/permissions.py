@@ -103,9 +103,7 @@ def _viewer(subjects: Subjects) -> Rights:
 
 
 def _edge(subjects: Subjects) -> Rights:
-    return Rights(
-        tuple(f"{subjects.root}.query.*.{what}" for what in ("status", "config")), (subjects.status_all,)
-    )
+    return Rights(subscribe=(subjects.status_all,))
 
 
 def _admin(subjects: Subjects) -> Rights:

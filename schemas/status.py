@@ -4,12 +4,13 @@ All values are absolute and totals are cumulative since `incarnation`, so a lost
 the next full frame repairs what a gap in `seq` left out.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from coxswain.schemas.policy import ClassPolicy, Epoch, Prices, TenantPolicy
 
+ShortName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 State = Literal["serving", "draining", "paused"]
 RequestState = Literal["queued", "running", "held"]
 Kv = Literal["none", "kept", "parked", "dropped"]
@@ -129,8 +130,8 @@ class Gone(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False)
 class Frame(msgspec.Struct, frozen=True, kw_only=True):
     """One status frame, or one part of it."""
 
-    worker: str
-    incarnation: str
+    worker: ShortName
+    incarnation: ShortName
     seq: int
     full: bool
     part: int

@@ -107,7 +107,7 @@ async def test_every_role_does_its_work_over_tls(tls: tuple[Secured, str]) -> No
                 await operator.command("w1", "abort", Abort(id="a1", targets=Targets(requests=(public,))))
                 for client in (viewer, edge):
                     assert (await anext(client.frames())).worker == "w1"
-                    assert (await client.query("w1", "status"))[0].tenants
+                assert (await viewer.query("w1", "status"))[0].tenants
                 assert (await viewer.tenants.get_all()).good["acme"].weight == 2.0
                 assert await operator.tenants.delete("acme")
                 kinds = []
