@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from coxswain.schemas.policy import ClassPolicy, Epoch, Prices, TenantPolicy
+from coxswain.schemas.policy import ClassPolicy, Count, Epoch, Prices, TenantPolicy
 
 ShortName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 State = Literal["serving", "draining", "paused"]
@@ -20,18 +20,18 @@ Kv = Literal["none", "kept", "parked", "dropped"]
 class Slots(msgspec.Struct, frozen=True, kw_only=True):
     """Room for requests: `active` may run at once, `total` is what the model runner has."""
 
-    active: int
-    total: int
-    running: int
-    held: int
+    active: Count
+    total: Count
+    running: Count
+    held: Count
 
 
 class KvBlocks(msgspec.Struct, frozen=True, kw_only=True):
     """KV cache blocks: in all, in use, and those that held requests keep."""
 
-    total: int
-    used: int
-    held: int
+    total: Count
+    used: Count
+    held: Count
 
 
 class CommandStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,9 +56,9 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     tenant: str
     class_: str = msgspec.field(name="class")
-    queued: int
-    running: int
-    held: int
+    queued: Count
+    running: Count
+    held: Count
     oldest_queued_s: float
     virtual_time: float
     base: float
@@ -88,9 +88,9 @@ class ClassStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One class on one worker, over all tenants."""
 
     class_: str = msgspec.field(name="class")
-    queued: int
-    running: int
-    held: int
+    queued: Count
+    running: Count
+    held: Count
     oldest_queued_s: float
     max_running: int | None = None
     max_queued: int | None = None
@@ -146,9 +146,9 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks: KvBlocks
     step_s: float
     """Moving median of the time between steps while busy."""
-    queued: int
-    running: int
-    held: int
+    queued: Count
+    running: Count
+    held: Count
     preempted_total: int
     """Preemptions by vLLM itself and by `kv: drop`."""
     recomputed_tokens_total: int
@@ -169,7 +169,7 @@ class QueuePage(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[RequestStatus, ...]
     next: str | None
     """An opaque cursor (a place in the queue, no request's name): pass it as `after`; null at the end."""
-    total: int
+    total: Count
 
 
 class QueueQuery(msgspec.Struct, frozen=True, kw_only=True):

@@ -162,6 +162,7 @@ reached: list[int] = []
 
 
 @settings(
+    derandomize=True,
     max_examples=300,
     deadline=None,
     database=None,
