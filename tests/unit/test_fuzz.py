@@ -23,7 +23,7 @@ from tests.support.fuzz import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = {"frame": 60}
-"""Inputs per target, 100 where nothing is said: a second or two each. The same ones every time: `make fuzz` explores."""
+"""Inputs per target, 100 where nothing is said. The same ones every time: `make fuzz` explores."""
 ODD = st.sampled_from(
     ["Infinity", "NaN", "1e999", "-0", "9" * 400, "1e308", "-1e308", '"\\ud800"', "[" * 2_000, "null"]
 )
