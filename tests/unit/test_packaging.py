@@ -1,5 +1,6 @@
 """What a checkout promises: complete locks, targets that explain themselves, Compose and images that fit."""
 
+import configparser
 import re
 import stat
 import subprocess
@@ -251,10 +252,11 @@ def test_links_that_lead_nowhere_are_named(page, text):
 # Compose and images
 
 
-def test_compose_follows_the_specification():
-    """The file is valid by the Compose specification's own schema."""
+@pytest.mark.parametrize("file", ["compose.yaml", "deploy/compose.cluster.yaml"])
+def test_compose_follows_the_specification(file):
+    """The files are valid by the Compose specification's own schema."""
     checker = Path(sys.executable).with_name("check-jsonschema")
-    command = [checker, "--builtin-schema", "vendor.compose-spec", ROOT / "compose.yaml"]
+    command = [checker, "--builtin-schema", "vendor.compose-spec", ROOT / file]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
@@ -313,3 +315,43 @@ def test_images_are_built_from_what_is_here():
     for target in built:
         stage = re.split(rf"^FROM \S+ AS {target}$", DOCKERFILE, flags=re.MULTILINE)[1].split("\nFROM ")[0]
         assert "\nUSER cox\n" in stage, target
+
+
+def test_a_cluster_of_nats_is_whole():
+    """Every node knows all others by name; workers and controllers know all three; nothing is open beyond."""
+    cluster = yaml.safe_load((ROOT / "deploy" / "compose.cluster.yaml").read_text())["services"]
+    nodes = {name: service for name, service in cluster.items() if name.startswith("nats")}
+    for name, node in nodes.items():
+        words = dict(word.lstrip("-").partition("=")[::2] for word in node["command"])
+        others = {f"nats://{other}:6222" for other in nodes if other != name}
+        assert words["server_name"] == name
+        assert set(words["routes"].split(",")) == others
+    for name in ("init", "controller", "worker", "worker-gpu"):
+        urls = cluster[name]["environment"]["COX_NATS_URL"].split(",")
+        assert urls == [f"nats://{node}:4222" for node in nodes]
+        assert name in SERVICES
+    assert not any("ports" in service for service in cluster.values())
+
+
+# systemd
+
+
+@pytest.mark.parametrize("name", ["coxswain-controller.service", "coxswain-worker@.service"])
+def test_units_start_what_cox_has_as_nobody_special(name):
+    """ExecStart is a command of `cox`, variables are ones that our code reads, no unit runs as root."""
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str
+    text = (ROOT / "deploy" / "systemd" / name).read_text()
+    unit.read_string(text)
+    program, *words = unit["Service"]["ExecStart"].split()
+    assert program.endswith("/bin/cox")
+    known = words[:1] if words[0] == "worker" else words
+    cox = Path(sys.executable).with_name("cox")
+    assert subprocess.run([cox, *known, "--help"], capture_output=True, check=False).returncode == 0
+    source = "".join(
+        path.read_text() for folder in wheel_check.FOLDERS for path in (ROOT / folder).rglob("*.py")
+    )
+    for variable in re.findall(r"COX_[A-Z_]+", text):
+        assert f'"{variable}"' in source
+    assert unit["Service"]["User"] == "coxswain"
+    assert unit["Service"]["NoNewPrivileges"] == "yes"
