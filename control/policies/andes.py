@@ -9,9 +9,10 @@ token of KV that it takes, and packs the batch greedily:
     only when the KV cache is full or somebody waits; what runs counts 1.5-fold, as in the released code
     (AmberLJC/vllm-0.6.1, andes_scheduler.py), since every switch costs something
 
-Quality is `control.qoe`. Here, per worker: the batch gets priority 0, the rest 1, in classes with `order: priority`
-and cut-in. So the worker takes the places of the rest for those of the batch that wait, and none without need; what
-it takes them from keeps its KV as long as there is room for it. Commands go out for requests that change sides.
+Quality is `control.qoe`. Here, per worker: the batch gets priority −1, the rest 0, in classes with `order: priority`
+and cut-in. So the worker takes the places of the rest for those of the batch that wait, and none without need. What
+it takes them from keeps its KV; M bounds all that have KV, not only the batch, or requests would push out each
+other's and compute it again and again. Commands go out for requests that change sides.
 """
 
 from typing import Annotated, ClassVar, Final
@@ -26,8 +27,10 @@ from coxswain.schemas.status import RequestStatus
 
 RUNS: Final = 1.5
 """What runs counts so many times."""
-NOW, LATER = 0, 1
-"""Priorities; a request that was not looked at yet has 0."""
+FULL: Final = 0.9
+"""Part of the KV cache that is given out: the rest is for what those who have it will still say."""
+NOW, LATER = -1, 0
+"""Priorities; a request that was not looked at yet has 0, or a long queue would push out whoever runs."""
 BLOCK: Final = 16
 """Tokens per KV block until a worker's own numbers tell."""
 
@@ -38,7 +41,7 @@ class Andes:
     """The average user waits least for the next word."""
 
     name: ClassVar[str] = "andes"
-    sees: ClassVar[Sees] = "requests"
+    sees: ClassVar[Sees] = "queue"
 
     class Params(msgspec.Struct, frozen=True, kw_only=True):
         """Who reads, and how often to choose anew."""
@@ -47,7 +50,7 @@ class Andes:
         """Tokens per second that a user reads; the paper has 4.8 for reading and 3.3 for listening."""
         ttft_s: NotNegative = 1.0
         """When the first token is expected, after the arrival."""
-        horizon_s: Positive = 10.0
+        horizon_s: Positive = 50.0
         """Δt."""
         every_s: NotNegative = 0.25
         """How often the batch is chosen."""
@@ -74,7 +77,8 @@ class Andes:
         self, view: WorkerView, known: dict[RequestKey, Reader], now: float
     ) -> dict[RequestKey, Reader]:
         readers = {}
-        for key, row in view.requests.items():
+        for row in view.known():
+            key = row.request, row.child
             reader = known.get(key) or Reader(self.params.ttft_s, self.params.speed)
             reader.look(max(0.0, now - row.arrived_at), row.output_tokens)
             readers[key] = reader
@@ -96,23 +100,35 @@ class Andes:
         return self._directives
 
     def _choose(self, view: WorkerView) -> dict[RequestKey, int]:
+        requests = {(row.request, row.child): row for row in view.known()}
         if not view.frame.queued and not view.frame.held:
-            return dict.fromkeys(view.requests, NOW)
+            return dict.fromkeys(requests, LATER)
         readers = self._readers[view.worker]
-        worth = {key: self._worth(row, readers[key]) for key, row in view.requests.items()}
-        tokens, slots = _capacity(view), view.frame.slots.active
-        chosen: dict[RequestKey, int] = dict.fromkeys(view.requests, LATER)
-        for key in sorted(worth, key=lambda key: (-worth[key], view.requests[key].arrived_at, key)):
-            context = _context(view.requests[key])
-            if slots and context <= tokens:
-                slots, tokens = slots - 1, tokens - context
-                chosen[key] = NOW
+        worth = {key: self._worth(row, readers[key]) for key, row in requests.items()}
+        by_worth = sorted(worth, key=lambda key: (-worth[key], requests[key].arrived_at, key))
+        free = FULL * _capacity(view) - sum(_context(row) for row in requests.values() if _resident(row))
+        slots = view.frame.slots.active
+        chosen = dict.fromkeys(requests, LATER)
+        for key in by_worth:
+            row = requests[key]
+            if not slots:
+                break
+            if not _resident(row):
+                if _context(row) > free:
+                    continue
+                free -= _context(row)
+            slots -= 1
+            chosen[key] = NOW
         return chosen
 
     def _worth(self, row: RequestStatus, reader: Reader) -> float:
         """π."""
         gain = reader.gain(self.params.horizon_s)
         return gain * (RUNS if row.state == "running" else 1.0) / _context(row)
+
+
+def _resident(row: RequestStatus) -> bool:
+    return row.state == "running" or row.kv in ("kept", "parked")
 
 
 def _context(row: RequestStatus) -> int:
@@ -122,10 +138,6 @@ def _context(row: RequestStatus) -> int:
 def _capacity(view: WorkerView) -> float:
     """KV capacity in tokens, from how many blocks those take that have KV."""
     blocks = view.frame.kv_blocks
-    held = sum(
-        _context(row)
-        for row in view.requests.values()
-        if row.state == "running" or row.kv in ("kept", "parked")
-    )
+    held = sum(_context(row) for row in view.requests.values() if _resident(row))
     per_block = min(held / blocks.used, BLOCK * 16.0) if held and blocks.used else BLOCK
     return blocks.total * per_block

@@ -36,7 +36,7 @@ class Colocate:
     class Params(msgspec.Struct, frozen=True, kw_only=True):
         """How much batch may get in the way."""
 
-        prefill_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = 256
+        prefill_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = 64
         """Prefill tokens of each batch class per step while interactive requests are there."""
         linger_s: NotNegative = 1.0
         """For how long after that: the next one comes soon."""

@@ -18,10 +18,6 @@ last reported the two, so that its own order is that of V.
 what does not come is given back at the end. `preempt_gap` goes beyond the paper, whose engine cannot: while the
 least counter of those that wait on a worker is more than that below a running request's, the request is held.
 
-`credit` softens the lift, which forgets every token that a tenant left to others while it was idle: a tenant that
-asks for less than its share, in bursts, would wait as if it had never paused. With credit it is lifted to the least
-counter less that much, and is served at once as long as it lasts. Every bound of the paper grows by it.
-
 What a frame shows is up to a frame period old, and a visit may begin and end between two: a tenant that was
 idle and whose lift or input total grew has visited. How far to lift: at least to what the floor was a frame
 before, at most to what it is now; between the two the worker's own lift says where it was when the request
@@ -91,8 +87,6 @@ class Vtc:
         """Per output token."""
         cached: Price = 0.0
         """Per input token found in the prefix cache."""
-        credit: Price = 0.0
-        """How far below the others a tenant may stand that returns from idleness."""
         predict: Literal["none", "average"] = "none"
         """Whether expected output is charged at admission, by the tenant's moving average."""
         preempt_gap: Price | None = None
@@ -103,7 +97,6 @@ class Vtc:
         self.predictor = predictor or (MovingAverage() if params.predict == "average" else None)
         whole = self.predictor is not None or params.preempt_gap is not None
         self.sees: Sees = "requests" if whole else "tenants"
-        self.credit = params.credit
         self.virtual: dict[str, float] = {}
         """V: each tenant's counter. Without prediction it never falls."""
         self.active: dict[str, frozenset[str]] = {}
@@ -243,7 +236,7 @@ class Vtc:
         for tenant, floor_before in floors.items():
             lifted_to, old = changes[tenant].lifted_to, virtual.get(tenant, 0.0)
             at = lifted_to if alone else _return_to(lifted_to, floor_before, floor_now)
-            virtual[tenant] = max(old, old if at is None else at - self.credit) + charges[tenant]
+            virtual[tenant] = max(old, old if at is None else at) + charges[tenant]
 
     def _forget(self) -> None:
         """Drop counters of idle tenants that are not above the floor: a return lifts them there anyway."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coxswain.control.fleet import Fleet
-from coxswain.control.policies.andes import LATER, NOW, Andes
+from coxswain.control.policies.andes import FULL, LATER, NOW, Andes
 from coxswain.control.policy import Tables
 from coxswain.control.qoe import Reader, quality
 from coxswain.schemas.policy import ClassPolicy
@@ -86,29 +86,42 @@ def test_who_is_ahead_of_its_reader_makes_way() -> None:
 
 
 def test_without_anybody_waiting_nobody_is_moved() -> None:
-    """Preemption is for when there is not room for all."""
+    """Preemption is for when there is not room for all: priorities stay as requests come with them."""
     ahead = request("ahead", arrived_at=95.0, output_tokens=300)
-    assert choose(ahead, slots=1, blocks=1_000, queued=0) == {"ahead": NOW}
+    assert choose(ahead, slots=1, blocks=1_000, queued=0) == {"ahead": LATER}
 
 
-sizes = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 200), st.booleans()), min_size=1, max_size=12)
+sizes = st.lists(
+    st.tuples(st.integers(1, 300), st.integers(0, 200), st.sampled_from(["running", "held", "queued"])),
+    min_size=1,
+    max_size=12,
+)
 
 
 @given(sizes, st.integers(1, 6), st.integers(1, 40))
-def test_the_batch_fits_and_leaves_nobody_out_who_would(these: list, slots: int, blocks: int) -> None:
-    """Slots and KV tokens are kept to; whoever is left out did not fit when its turn came."""
+def test_the_batch_fits(these: list, slots: int, blocks: int) -> None:
+    """No more than there are slots; nobody without KV is let in beyond what KV there is."""
     requests = [
         request(
             f"r{n}", prompt_tokens=prompt, output_tokens=tokens, arrived_at=90.0,
-            state="running" if running else "queued",
+            state=state, kv="parked" if state == "held" else "none",
         )
-        for n, (prompt, tokens, running) in enumerate(these)
+        for n, (prompt, tokens, state) in enumerate(these)
     ]  # fmt: skip
     chosen = choose(*requests, slots=slots, blocks=blocks)
-    size = {each.request: each.prompt_tokens + each.output_tokens + 1 for each in requests}
-    batch = [name for name, each in chosen.items() if each == NOW]
+    batch = [each for each in requests if chosen[each.request] == NOW]
     assert len(batch) <= slots
-    used = sum(size[name] for name in batch)
-    assert used <= blocks * 16
-    if len(batch) < slots:
-        assert all(used + size[name] > blocks * 16 for name, each in chosen.items() if each == LATER)
+    new = [each for each in batch if each.state == "queued"]
+    size = {each.request: each.prompt_tokens + each.output_tokens + 1 for each in requests}
+    assert sum(size[each.request] for each in new) <= FULL * blocks * 16
+
+
+def test_a_full_cache_lets_nobody_in() -> None:
+    """A newcomer waits while others have the KV, though it is worth more: theirs would be computed again some day."""
+    new = request("new", arrived_at=99.5, prompt_tokens=100, state="queued")
+    old = [
+        request(f"r{n}", arrived_at=50.0, prompt_tokens=100, output_tokens=300, state="held", kv="parked")
+        for n in range(4)
+    ]
+    assert choose(*old, new, slots=6, blocks=100)["new"] == LATER
+    assert choose(*old, new, slots=6, blocks=200)["new"] == NOW
