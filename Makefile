@@ -59,6 +59,7 @@ lint: install ## ruff and mypy
 drift: install ## what is generated into docs/ and the README is what the code says
 	$(BIN)/cox schema --check docs/schema.json
 	$(BIN)/python scripts/protocol_examples.py --check
+	$(BIN)/python scripts/event_pages.py --check
 	$(BIN)/python scripts/states.py --check
 	$(BIN)/python scripts/permissions.py --check
 
@@ -75,6 +76,7 @@ format: install ## let ruff format the code and sort its imports
 schema: states ## renew what is generated: docs/schema.json, the documents' examples, docs/states.md
 	$(BIN)/cox schema --output docs/schema.json
 	$(BIN)/python scripts/protocol_examples.py --write
+	$(BIN)/python scripts/event_pages.py --write
 	$(BIN)/python scripts/permissions.py
 
 states: install ## renew docs/states.md alone, after a change of the table of states

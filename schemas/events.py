@@ -15,16 +15,24 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="ev
     """The envelope of every event. Events that concern no request have null request fields."""
 
     id: str
+    """`worker:incarnation:seq`: nobody else has it."""
     worker: str
     incarnation: str
+    """One life of the worker, a ULID: of two, the later started is the greater."""
     seq: int
+    """Counts every event of the incarnation, from 1."""
     at: float
+    """When it happened: Unix s by the worker's clock, which never jumps."""
     step: int
+    """The engine's last step by then."""
     request: str | None = None
+    """The request's public id."""
     child: int | None = None
+    """Which of its completions, from 0."""
     tenant: str | None = None
     class_: str | None = msgspec.field(default=None, name="class")
     priority: int | None = None
+    """As they are now; null where no request is concerned."""
 
 
 class Queued(Event, frozen=True, kw_only=True, tag="queued"):

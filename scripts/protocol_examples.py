@@ -23,7 +23,7 @@ from coxswain.schemas import status as st
 from coxswain.service import request_id
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-DOCUMENTS: Final = ("README.md", "docs/protocol.md", "docs/policies.md")
+DOCUMENTS: Final = ("README.md", "docs/protocol.md", "docs/policies.md", "docs/events.md")
 WIDTH: Final = 100
 """Characters of a line: what is longer is spread over several."""
 

@@ -16,7 +16,7 @@ from coxswain.control.policy import params_of
 from coxswain.schemas import commands, events, status, subjects
 from coxswain.schemas.errors import Code
 from examples.half_life import HalfLife
-from scripts import protocol_examples
+from scripts import event_pages, protocol_examples
 from tests.support.frames import frame, row
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,6 +38,13 @@ def shell_lines() -> list[str]:
 def test_what_the_documents_quote_is_what_its_source_says() -> None:
     """JSON examples are what the encoders write, programs are the files that they name."""
     assert protocol_examples.stale() == ""
+
+
+def test_every_kind_of_event_has_a_page_that_is_as_its_source() -> None:
+    """Fields, types and meanings are those of the struct; the guide links each."""
+    assert event_pages.stale() == ""
+    guide = (ROOT / "docs" / "events.md").read_text()
+    assert all(f"(events/{kind}.md)" in guide for kind in events.KINDS)
 
 
 def test_every_example_is_shown() -> None:

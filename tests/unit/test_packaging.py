@@ -184,6 +184,7 @@ def test_ci_runs_what_people_run():
         "mypy",
         "cox schema --check",
         "protocol_examples.py --check",
+        "event_pages.py --check",
         "states.py --check",
         "permissions.py --check",
         "doc_links.py",

@@ -1,0 +1,46 @@
+"""Keep a fleet's events in DuckDB: python examples/events_to_duckdb.py events.duckdb [once]. Run again, it goes on."""
+
+import asyncio
+import os
+import sys
+import time
+
+import duckdb
+import msgspec
+
+from coxswain.control.client import Client
+from coxswain.schemas.connection import Connection
+
+TABLE = """CREATE TABLE IF NOT EXISTS events (id VARCHAR PRIMARY KEY, unix_s DOUBLE, kind VARCHAR, worker VARCHAR,
+    tenant VARCHAR, class VARCHAR, request VARCHAR, event JSON)"""
+FIELDS = ("id", "at", "kind", "worker", "tenant", "class", "request")
+OVERLAP_S = 60.0  # workers' clocks differ, and events may be late: what is there already is passed over
+
+
+async def main(path: str, *, follow: bool) -> None:
+    """Go on behind what the file has; without `follow` to the end of the log."""
+    with duckdb.connect(path) as db:
+        db.execute(TABLE)
+        [(last,)] = db.execute("SELECT max(unix_s) FROM events").fetchall()
+        rows, stored_at = [], time.monotonic()
+        async with await Client.connect(Connection.from_env(os.environ)) as client:
+            async for event in client.events(
+                start="all" if last is None else last - OVERLAP_S, follow=follow
+            ):
+                plain = msgspec.to_builtins(event)
+                rows.append([*map(plain.get, FIELDS), msgspec.json.encode(plain).decode()])
+                if len(rows) >= 1_000 or time.monotonic() - stored_at > 1.0:
+                    store(db, rows)
+                    rows, stored_at = [], time.monotonic()
+        store(db, rows)
+
+
+def store(db: duckdb.DuckDBPyConnection, rows: list[list[object]]) -> None:
+    """All of them or none; an event that is there stays as it is."""
+    if rows:
+        db.begin()
+        db.executemany("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        db.commit()
+
+
+asyncio.run(main(sys.argv[1], follow="once" not in sys.argv))
