@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from nats.js import JetStreamContext
 from typer.testing import CliRunner
 
 from coxswain.control.cli import app
@@ -81,6 +82,34 @@ async def test_a_log_is_read_to_its_end_while_it_grows(nats_server: NatsServer) 
         assert await read(client, start="all", follow=False, tenant="acme") == [
             seq for seq in await read(client, start="all", follow=False) if seq % 2
         ]
+
+
+async def test_a_long_log_is_read_without_a_stall(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server stops after some megabytes until it is told that they were taken: one consumer reads all."""
+    made = []
+    real = JetStreamContext.add_consumer
+
+    async def add_consumer(js: JetStreamContext, *arguments: Any, **more: Any) -> Any:
+        made.append(arguments)
+        return await real(js, *arguments, **more)
+
+    monkeypatch.setattr(JetStreamContext, "add_consumer", add_consumer)
+    async with await Client.connect(connection(nats_server)) as client:
+        await init(client.js, client.subjects)
+        for seq in range(3_000):
+            event = ev.Limited(
+                id=f"w1:01A:{seq}", worker="w1", incarnation="01A", seq=seq, at=0.0, step=0, by="operator",
+                detail="x" * 2_000,
+            )  # fmt: skip
+            await client.nc.publish(client.subjects.event("w1", "limited"), msgspec.json.encode(event))
+        deadline = time.monotonic() + 30
+        while (await client.js.stream_info(client.subjects.stream)).state.messages < 3_000:
+            assert time.monotonic() < deadline, "JetStream did not store them"
+            await asyncio.sleep(0.05)
+        assert await read(client, start="all", follow=False) == list(range(3_000))
+    assert len(made) == 1
 
 
 async def test_an_empty_log_ends_at_once(nats_server: NatsServer) -> None:
