@@ -4,7 +4,6 @@ Frames come from a `Source` and go into the overview as they come; the screen is
 any size costs the terminal the same. Called by `cli/top.py`.
 """
 
-import time
 from typing import Any, ClassVar, Final, cast
 
 from rich.text import Text
@@ -15,12 +14,13 @@ from textual.containers import Horizontal
 from textual.widgets import Footer, Input, Static
 
 from coxswain.control.cli.view_requests import Told, story
-from coxswain.control.cli.words import count, plural, printable, span
+from coxswain.control.cli.words import printable
 from coxswain.control.errors import ControlError, NoAnswerError
 from coxswain.control.overview import TICK_S, Overview
-from coxswain.control.picture import ClassRow, Happening, LeaderRow, Picture, RequestRow, TenantRow, WorkerRow
-from coxswain.control.top.columns import CLASSES, LEADER_LEASE_S, REQUESTS, TENANTS, WORKERS
+from coxswain.control.picture import ClassRow, Happening, Picture, RequestRow, TenantRow, WorkerRow
+from coxswain.control.top.columns import CLASSES, REQUESTS, TENANTS, WORKERS
 from coxswain.control.top.dialogs import Help, Question, Story
+from coxswain.control.top.lines import head, line
 from coxswain.control.top.sources import Live, Replay, Source
 from coxswain.control.top.steering import Target, Verb, send
 from coxswain.control.top.table import Table
@@ -162,43 +162,11 @@ class TopApp(App[None]):
 
     def _show_log(self) -> None:
         log = self.query_one("#log", Static)
-        lines = [_line(each) for each in self._picture.happenings[-max(1, log.size.height) :]]
+        lines = [line(each) for each in self._picture.happenings[-max(1, log.size.height) :]]
         log.update(Text("\n").join(lines) if lines else Text("nothing has happened yet", style="dim"))
 
     def _head(self, picture: Picture) -> Text:
-        """One line; where it is too long, what matters least is left out."""
-        at = time.strftime("%H:%M:%S", time.localtime(picture.at))
-        dim, red = "dim", "bold red"
-        parts = [
-            (0, Text(f"cox top {picture.fleet}", style="bold")),
-            (0, self._clock(at)),
-            (2, Text(plural(len(picture.workers), "worker"))),
-            (0, Text(f"{count(picture.queued)} queued", style="" if picture.queued else dim)),
-            (0, Text(f"{count(picture.running)} running", style="green" if picture.running else dim)),
-            (0, Text(f"{count(picture.held)} held", style="yellow" if picture.held else dim)),
-            (3, Text(f"{count(picture.output_tokens_per_s)} tok/s")),
-            (1 if _heard(picture.leader) else 0, _leader(picture.leader)),
-        ]
-        if isinstance(self.source, Live) and self.source.recorder is not None:
-            full = self.source.recorder.full
-            parts.append((0, Text("recording full" if full else "● recording", style=red if full else "red")))
-        if self.troubles and self.troubles[-1] != "back":
-            words = "NATS lost" if self.troubles[-1] == "lost" else self.troubles[-1]
-            parts.append((0, Text(printable(words), style=red)))
-        for least in (3, 2, 1):
-            if sum(text.cell_len + 2 for _, text in parts) <= self.size.width:
-                break
-            parts = [part for part in parts if part[0] < least]
-        return Text("  ").join(text for _, text in parts)
-
-    def _clock(self, at: str) -> Text:
-        source = self.source
-        if not isinstance(source, Replay):
-            return Text(f"{at} stopped" if self._stopped else at, style="reverse" if self._stopped else "")
-        start, end = source.recording.start, source.recording.end
-        where = f"{span(source.now() - start)} of {span(end - start)}"
-        sign = "■" if source.ended else "‖" if source.paused else "▶"
-        return Text(f"{sign} {at} {where} ×{source.speed:g}", style="reverse")
+        return head(picture, self.source, self.troubles, stopped=self._stopped, width=self.size.width)
 
     # Keys
 
@@ -367,28 +335,6 @@ class TopApp(App[None]):
         failed = happening.weight == "warning"
         self.notify(printable(happening.text), severity="error" if failed else "information", markup=False)
         self.draw()
-
-
-def _heard(leader: LeaderRow | None) -> bool:
-    return leader is None or leader.age_s <= LEADER_LEASE_S
-
-
-def _leader(leader: LeaderRow | None) -> Text:
-    if leader is None:
-        return Text("no leader", style="dim")
-    words = f"{leader.policy or 'leader'} #{leader.epoch[1]} {span(leader.age_s)} ago"
-    return Text(printable(words), style="" if _heard(leader) else "bold red")
-
-
-def _line(each: Happening) -> Text:
-    at = time.strftime("%H:%M:%S", time.localtime(each.at))
-    style = "yellow" if each.weight == "warning" else "bold" if each.worker == "you" else ""
-    return Text.assemble(
-        (f"{at} ", "dim"),
-        (printable(f"{each.worker}: {each.text}"), style),
-        no_wrap=True,
-        overflow="ellipsis",
-    )
 
 
 def _target(row: Any) -> Target | None:
