@@ -51,11 +51,12 @@ class Overview:
     def feed(self, frame: Frame, now: float) -> None:
         """Take a frame that came at `now` (Unix s)."""
         self.now = max(self.now, now)
-        if self.now - self._ticked >= TICK_S:  # however fast a recording is played
-            self.tick(now)
+        new = frame.worker not in self.fleet.workers
         self._chronicle.before(self.fleet, frame, now)
         self._first_tokens.observe(self.fleet, frame, now)
         self.fleet.merge(frame, now)
+        if new or self.now - self._ticked >= TICK_S:  # however fast a recording is played
+            self.tick(now)
 
     def tick(self, now: float) -> None:
         """Let time pass: shares move on, silent workers become stale. Once a second will do."""
