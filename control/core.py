@@ -29,7 +29,7 @@ TOLERANCE: Final = 0.5
 """A base that is off by no more (half an input token of virtual time) is left alone."""
 MAX_RANK_ROWS: Final = 2_000
 """Rows in one `rank`, well under NATS's default payload limit; the next one has the rest."""
-RANK_ROWS_PER_STEP: Final = 3_000
+RANK_ROWS_PER_STEP: Final = 2_000
 """Rows that one step compares. In large fleets workers take turns: a step's length is bounded, not a rank's age."""
 ASK_S: Final = 0.5
 """How often a worker is asked for the part of its queue that frames do not list."""

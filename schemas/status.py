@@ -225,19 +225,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """vLLM's settings that matter here: slots, budgets, prefix caching, async scheduling, model runner."""
 
 
-class _Glance(Frame, frozen=True, kw_only=True):
-    """A frame whose requests are passed over."""
-
-    requests: msgspec.Raw = msgspec.Raw()  # type: ignore[assignment]
-
-
 decode_frame = msgspec.json.Decoder(Frame).decode
-_decode_glance = msgspec.json.Decoder(_Glance).decode
 decode_page = msgspec.json.Decoder(QueuePage).decode
 decode_report = msgspec.json.Decoder(RequestReport).decode
 decode_config = msgspec.json.Decoder(Config).decode
 
 
 def decode_glance(payload: bytes) -> Frame:
-    """A frame as `decode_frame` gives it, but without its requests: a third of the time where there are many."""
-    return msgspec.structs.replace(_decode_glance(payload), requests=())
+    """A frame as `decode_frame` gives it, but without single requests: a fraction of the time where there are many."""
+    # Workers write requests last, and inside of a JSON string these bytes cannot be: what follows need not be read.
+    end = payload.find(b',"requests":[')
+    if end > 0 and all(payload.find(field, 0, end) > 0 for field in (b'"tenants":[', b'"classes":[')):
+        try:
+            return decode_frame(payload[:end] + b"}")
+        except msgspec.MsgspecError:
+            pass  # somebody else's order of fields
+    return msgspec.structs.replace(decode_frame(payload), requests=(), gone=())

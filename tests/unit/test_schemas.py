@@ -15,8 +15,10 @@ from coxswain.schemas.connection import DEFAULT_URL, AddressRefusedError, Connec
 from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
 from coxswain.schemas.jsonschema import ROOTS, document
 from coxswain.schemas.names import NameRefusedError
+from coxswain.schemas.status import ClassStatus, decode_glance
 from coxswain.schemas.subjects import QUERIES, ROLES, VERBS, Subjects
 from tests.support import structs
+from tests.support.frames import frame, request, row
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 TARGETS = {"requests": ["r1"]}
@@ -471,3 +473,22 @@ def test_the_digest_names_tables_whatever_their_order():
     a, b = policy.TenantPolicy(weight=1), policy.TenantPolicy(weight=2)
     assert policy.digest({}, {"a": a, "b": b}) == policy.digest({}, {"b": b, "a": a})
     assert policy.digest({}, {"a": a, "b": b}) != policy.digest({}, {"a": b, "b": a})
+
+
+def test_a_glance_at_a_frame_leaves_out_requests_alone() -> None:
+    """Whatever a tenant is called and in whatever order fields come, everything else of the frame is there."""
+    odd = 'x","requests":[],"tenants":[{'
+    classes = (ClassStatus(class_="chat", queued=1, running=0, held=0, oldest_queued_s=0.0),)
+    requests = (request("r1"), request("r2"))
+    full = frame("w1", "01A", 3, row(odd, charged=2.0), row("b"), requests=requests, classes=classes)
+    seen = msgspec.structs.replace(full, requests=())
+    payload = msgspec.json.encode(full)
+    assert decode_glance(payload) == seen
+    fields = msgspec.json.decode(payload)
+    for first in ("requests", "tenants", "classes", "gone", "config"):
+        reordered = {first: fields[first]} | fields
+        assert decode_glance(msgspec.json.encode(reordered)) == seen
+        last = {name: fields[name] for name in (*(each for each in fields if each != first), first)}
+        assert decode_glance(msgspec.json.encode(last)) == seen
+    with pytest.raises(msgspec.MsgspecError):
+        decode_glance(b'{"requests":[]}')
