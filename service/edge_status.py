@@ -158,6 +158,6 @@ def workers_behind(name: str, parallel: Any = None) -> Iterable[str]:
     if parallel.local_engines_only:  # the balancer in front of several servers chose ours
         first = int(parallel.data_parallel_rank)
         count = max(1, int(parallel.data_parallel_size_local))
-    # Ranks of a dense model are independent engines, and the first of them has the plain name.
+    # Under Ray the first rank of a dense model cannot know that there are others, and has the plain name.
     ranks = tuple(f"{name}-dp{rank}" for rank in range(first, first + count))
     return ranks if first else (name, *ranks)

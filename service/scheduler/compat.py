@@ -26,7 +26,7 @@ PRIVATE: Final = {
         "allocate_slots", "get_blocks", "get_computed_blocks", "empty_kv_cache_blocks",
     ),
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": ("get_num_blocks_to_allocate",),
-    "vllm.v1.engine.core:EngineCoreProc": ("_send_abort_outputs", "_process_input_queue"),
+    "vllm.v1.engine.core:EngineCoreProc": ("_send_abort_outputs", "_process_input_queue", "run_engine_core"),
     "vllm.v1.core.sched.request_queue:RequestQueue": (
         "add_request", "pop_request", "peek_request", "prepend_request", "prepend_requests", "remove_request",
         "remove_requests",
@@ -71,6 +71,22 @@ def find_engine() -> Any | None:
             return candidate
         frame = frame.f_back
     return None
+
+
+def data_parallel_size(parallel: Any) -> int:
+    """How many data parallel ranks there are, or 2 where only that there are several can be known.
+
+    vLLM makes the ranks of a dense model forget each other before it makes their schedulers
+    (ParallelConfig.reconfigure_for_independent_dp_rank); rank 0 then looks like an engine that is alone. The
+    function that started its process remembers.
+    """
+    size = max(parallel.data_parallel_size, parallel.data_parallel_index + 1)
+    frame = inspect.currentframe()
+    while frame is not None and size == 1:
+        if frame.f_code.co_name == "run_engine_core" and frame.f_locals.get("data_parallel"):
+            size = 2
+        frame = frame.f_back
+    return int(size)
 
 
 def wake(engine: Any) -> None:
@@ -168,6 +184,16 @@ def watch_connector(scheduler: Any) -> dict[str, int]:
     connector.update_state_after_alloc = update_state_after_alloc
     connector.get_num_new_matched_tokens = get_num_new_matched_tokens
     return loads
+
+
+def cannot_resume(scheduler: Any) -> str | None:
+    """The KV connector's name if it cannot resume a preempted request, which vLLM itself does not keep from happening.
+
+    ExampleConnector looks for a file of prompt and output, and stores prompts only (example_connector.py:369); the
+    worker dies of the file that is not there.
+    """
+    name = type(scheduler.connector).__name__
+    return name if name == "ExampleConnector" else None
 
 
 def rejected_drafts(requests: Mapping[str, Any], scheduled: Any, result: Any) -> Iterator[tuple[Any, int]]:

@@ -65,11 +65,8 @@ class SteeredScheduler(AsyncScheduler):
         compat.check_version(os.environ)
         super().__init__(*args, **kwargs)
         parallel = self.parallel_config
-        dp_rank = parallel.data_parallel_index
         self.settings = Settings.from_env(
-            os.environ,
-            dp_rank=dp_rank,
-            dp_size=max(parallel.data_parallel_size, dp_rank + 1),
+            os.environ, dp_rank=parallel.data_parallel_index, dp_size=compat.data_parallel_size(parallel)
         )
         self.incarnation = str(ULID())
         self.port = Port()
