@@ -86,9 +86,11 @@ PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
             bandwidth=0.80 * 4.8e12, flops=0.62 * 989e12, overhead_s=1.9e-3,
             kv_tokens=768_000, link_bandwidth=0.80 * 64e9, max_num_seqs=1_024, max_num_batched_tokens=8_192,
         ),
-        # NVIDIA A10G data sheet: 600 GB/s, 70 TFLOP/s BF16 dense, 24 GB. Llama 2 7B: 6.74e9 parameters less
-        # 0.13e9 of embeddings, 32 layers, 32 query and 32 KV heads of 128, FP16. Not measured: the shares of peak
-        # are the H200's. KV: what VTC's experiments on this pair had, 10,000 tokens (OSDI'24, section 5.1).
+        # NVIDIA A10G data sheet: 600 GB/s, 70 TFLOP/s FP16 dense, 24 GB, PCIe 4.0 x16. LLaMA 7B, of either
+        # generation (config.json): 6.74e9 parameters less 0.13e9 of embeddings, 32 layers, 32 query and 32 KV heads
+        # of 128, FP16. The shares of peak are the H200's, not fitted. KV: the pool of VTC's experiments on this pair,
+        # 10,000 tokens (OSDI'24, section 5.1; `--num-token 10000` in its code). Its published throughput on the
+        # arena trace, 777 tokens/s under FCFS, comes out at 784 (docs/lab.md).
         "a10g-7b": Preset(
             weights=6.61e9, weight_bytes=13.2e9, kv_bytes=524_288, pair_flops=4 * 32 * 32 * 128,
             bandwidth=0.80 * 600e9, flops=0.62 * 70e12, overhead_s=1.9e-3,
