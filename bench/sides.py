@@ -5,12 +5,15 @@ Times are CPU times of the thread: what others do on the machine stays out, as f
 """
 
 import gc
+import importlib
 import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -52,6 +55,27 @@ def no_collection() -> Iterator[None]:
         gc.unfreeze()
 
 
+@cache
+def stock_scheduler() -> type:
+    """vLLM's own scheduler, from a second copy of its modules.
+
+    CPython (3.11 on) adapts a function's code to the types that it meets. Two kinds of scheduler that run the same
+    functions would undo that for each other all the time, which never happens in an engine: it has one.
+    """
+    names = ("vllm.v1.core.sched.scheduler", "vllm.v1.core.sched.async_scheduler")
+    package = importlib.import_module("vllm.v1.core.sched")
+    ours = {name: importlib.import_module(name) for name in names}
+    for name in names:
+        del sys.modules[name]
+    try:
+        scheduler: type = importlib.import_module(names[1]).AsyncScheduler
+    finally:
+        for name, module in ours.items():
+            sys.modules[name] = module
+            setattr(package, name.rpartition(".")[2], module)
+    return scheduler
+
+
 class Side:
     """One scheduler with `running` requests that decode and `waiting` behind them, of `tenants` in turn.
 
@@ -65,8 +89,6 @@ class Side:
     def __init__(
         self, name: str, running: int, waiting: int, tenants: int, *, churn: bool = False, spare: int = 0
     ) -> None:
-        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-
         from coxswain.service.scheduler import SteeredScheduler
 
         stock = name in STOCK
@@ -76,7 +98,7 @@ class Side:
             num_blocks=running * 40 + 16, policy=name if stock else "fcfs",
         )  # fmt: skip
         self.name = name
-        self.rig = Rig(AsyncScheduler if stock else SteeredScheduler, config)
+        self.rig = Rig(stock_scheduler() if stock else SteeredScheduler, config)
         self.scheduler = self.rig.scheduler
         self._tenants = tenants
         self._numbers = count()
@@ -85,12 +107,13 @@ class Side:
         lengths = random.Random(0)
         if name == "on":
             self._switch_on()
-        for _ in range(running + waiting):
-            first = len(self.scheduler.requests) < running
-            tokens = lengths.randint(1, LIFE) if churn and first else LIFE if churn else LONG
-            self.scheduler.add_request(self.request(tokens))
-        while sum(not request.is_prefill_chunk for request in self.scheduler.running) < running // 2:
+        # First those that run, so that all sides run the same ones: what was made together is read faster.
+        for _ in range(running):
+            self.scheduler.add_request(self.request(lengths.randint(1, LIFE) if churn else LONG))
+        while self.scheduler.waiting:
             self.step()
+        for _ in range(waiting):
+            self.scheduler.add_request(self.request(LIFE if churn else LONG))
         if not stock:
             self._spread()
 

@@ -47,7 +47,7 @@ class Mechanism:
         # appends them: it then stores wrong blocks under right keys (tests/integration/test_modes.py shows it).
         self.parks: bool = scheduler.connector is None
         self.core: SteeringCore
-        self._unsorted = False
+        self._unsorted = self._bounding = self._reclaiming = False
         self._chunks: bool = scheduler.scheduler_config.enable_chunked_prefill
         self._left: dict[Group, int] = {}
         self._whole: dict[Group, int] = {}
@@ -265,10 +265,9 @@ class Mechanism:
             return  # chunks of such models must end where vLLM put the end
         self._left, self._whole = left, dict(left)
         self._note_busy(left)
-        if left:
-            self._scheduler._reserve_prefill_lookahead = self._grant  # noqa: SLF001
-        else:
-            self._scheduler.__dict__.pop("_reserve_prefill_lookahead", None)
+        self._bounding = _put(
+            self._scheduler, "_reserve_prefill_lookahead", self._grant, bool(left), self._bounding
+        )
 
     def _grant(self, request: Any, computed: int, tokens: int) -> int:
         """What vLLM would give a request, within what is left to its class."""
@@ -325,10 +324,10 @@ class Mechanism:
         scheduler, roster = self._scheduler, self.core.roster
         scheduler.max_num_active_reqs = max(0, min(self._active, self._total - len(roster.kept)))
         manager = scheduler.kv_cache_manager
-        if roster.kept or roster.parked:
-            manager.allocate_slots = self._allocate_or_reclaim
-        else:
-            manager.__dict__.pop("allocate_slots", None)
+        wanted = bool(roster.kept or roster.parked)
+        self._reclaiming = _put(
+            manager, "allocate_slots", self._allocate_or_reclaim, wanted, self._reclaiming
+        )
 
     def _allocate_or_reclaim(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """vLLM's `allocate_slots`; when blocks are short, held requests give theirs before anybody fails."""
@@ -344,3 +343,15 @@ def _take_out(running: list[Any], request: Any) -> None:
         if running[place] is request:
             del running[place]
             return
+
+
+def _put(thing: Any, name: str, ours: Callable[..., Any], wanted: bool, there: bool) -> bool:
+    """Put our method in the place of vLLM's, or take it away: nothing costs a step while it is not needed.
+
+    Not by way of `__dict__`: an instance whose dictionary was asked for has slower attributes from then on (CPython).
+    """
+    if wanted and not there:
+        setattr(thing, name, ours)
+    elif there and not wanted:
+        delattr(thing, name)
+    return wanted

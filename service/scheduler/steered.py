@@ -39,7 +39,7 @@ from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.journal import Journal
 from coxswain.service.scheduler.mechanism import Mechanism
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
-from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.states import HELD, State
 from coxswain.service.scheduler.verbs import Commands
 
 log = get_logger()
@@ -263,8 +263,10 @@ class SteeredScheduler(AsyncScheduler):
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)
         self._loads.pop(request.request_id, None)
+        was_held = request.steering.state in HELD
         self.core.finished(self.now(), request.steering, compat.finish_reason(request))
-        self.mechanism.fit()
+        if was_held:
+            self.mechanism.fit()
         return result
 
     # Our own
