@@ -71,15 +71,12 @@ class Ledger:
 
     def settle(self, record: Record) -> None:
         """Charge what the request was delivered and count what it recomputed since it was last settled."""
-        record.account.meter.catch_up(record)
-        self._settle_output(record.account)
+        account = record.account
+        account.meter.catch_up(record)
+        if news := account.meter.read() - account.output_tokens:
+            account.deliver(news, self._tenants.prices.output)
         if record.lost_mark > record.resumed_at:
             self._settle_recompute(record)
-
-    def _settle_output(self, account: Account) -> None:
-        news = account.meter.read() - account.output_tokens
-        if news:
-            account.deliver(news, self._tenants.prices.output)
 
     def _settle_recompute(self, record: Record) -> None:
         again = min(record.payload.num_computed_tokens, record.lost_mark) - record.resumed_at
@@ -100,11 +97,17 @@ class Ledger:
         Before every step that admits, so it looks at tenants, and only at those that have something with a slot. What
         was in flight when a request lost its KV may be delivered later: it is settled when that request moves on.
         """
-        metered = self._tenants.metered
-        for account in list(metered):
-            self._settle_output(account)
-            if not account.meter.lists:
-                del metered[account]
+        metered, price = self._tenants.metered, self._tenants.prices.output
+        idle = []
+        for account in metered:
+            meter = account.meter
+            news = meter.past + sum(map(len, meter.lists.values())) - account.output_tokens
+            if news:
+                account.deliver(news, price)
+            if not meter.lists:
+                idle.append(account)
+        for account in idle:
+            del metered[account]
         for record in list(self._recomputing):
             self._settle_recompute(record)
 

@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 
 class Meter:
-    """The output tokens of one tenant's requests. Each record's `settled` is how many of its own are in `_past`."""
+    """The output tokens of one tenant's requests. Each record's `settled` is how many of its own are in `past`."""
 
-    __slots__ = ("_past", "lists")
+    __slots__ = ("lists", "past")
 
     def __init__(self) -> None:
         self.lists: dict[Record, list[Any]] = {}
         """vLLM's lists of those that have a slot."""
-        self._past = 0
+        self.past = 0
         """Tokens that are in none of the lists."""
 
     def start(self, record: "Record") -> None:
         """The request got a slot: its list grows."""
         self.lists[record] = record.outputs
-        self._past -= record.settled
+        self.past -= record.settled
 
     def stop(self, record: "Record") -> None:
         """It lost its slot, or ended."""
@@ -36,16 +36,16 @@ class Meter:
     def catch_up(self, record: "Record") -> None:
         """Count what was in flight when the request lost its slot, and has been delivered since."""
         if record not in self.lists:
-            self._past += len(record.outputs) - record.settled
+            self.past += len(record.outputs) - record.settled
             record.settled = len(record.outputs)
 
     def fold(self, record: "Record") -> None:
         """Its list is about to be emptied: a session's output becomes input. Keep the count."""
         self.catch_up(record)
         if record in self.lists:
-            self._past += len(record.outputs)
+            self.past += len(record.outputs)
         record.settled = len(record.outputs)
 
     def read(self) -> int:
         """All tokens delivered so far."""
-        return self._past + sum(map(len, self.lists.values()))
+        return self.past + sum(map(len, self.lists.values()))

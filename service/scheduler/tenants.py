@@ -87,7 +87,9 @@ class Account(Group):
     def deliver(self, tokens: int, price: float) -> None:
         """Count and charge output tokens."""
         self.output_tokens += tokens
-        self.charge(tokens * price)
+        self.charged += tokens * price / self.weight
+        self.virtual_time = self.base + self.charged + self.lift
+        self.touched.setdefault(self, False)
 
     def rebase(self, base: float) -> None:
         """Set the controller's base."""
