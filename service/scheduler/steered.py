@@ -153,7 +153,7 @@ class SteeredScheduler(AsyncScheduler):
         self.mechanism.sort()
         if core.budget or self.mechanism.bounds_prefill:  # once more after the last bound went: to lift it
             self.mechanism.bound_prefill(core.budget.begin(now, self.mechanism.best_running()))
-        if core.queue and len(self.running) < self.max_num_active_reqs:
+        if len(self.running) < self.max_num_active_reqs and core.queue:
             core.ledger.settle_all()
         output = super().schedule(*args, **kwargs)
         self.mechanism.scheduled()
