@@ -11,7 +11,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any, Final, Generic
 
 import nats.errors
@@ -28,6 +28,8 @@ from coxswain.control.policy import Policy
 from coxswain.control.rows import Row, Rows
 from coxswain.control.tables import Table
 from coxswain.control.transport import public_urls
+from coxswain.control.web.board import Standing
+from coxswain.control.web.page import Page, Web
 from coxswain.schemas.commands import encode
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import UNREADABLE, RefusedError
@@ -88,6 +90,8 @@ class Controller:
         self._refused: dict[str, dict[str, str]] = {}
         """Per bucket, the rows that were reported and why."""
         self._seldom = Seldom()
+        self.page = Page(connection.fleet, self._standing)
+        """What browsers see, if it is served (`run`)."""
 
     async def run(self) -> None:
         """Control the fleet until `stopping` is set, through every loss of NATS."""
@@ -142,6 +146,10 @@ class Controller:
             while not self._ended and not self._back:
                 await self._step(client, lease)
                 await self._pause(self._cadence_s)
+
+    def _standing(self) -> Standing:
+        leading = self.lease is not None and self.lease.epoch is not None
+        return Standing(name=self.name, leading=leading, reaches_nats=self._reachable is True)
 
     @property
     def _ended(self) -> bool:
@@ -215,6 +223,7 @@ class Controller:
         except (ControlError, RefusedError) as error:
             why = str(error)
         self._answers.append(Answer(send.worker, send.verb, ok=ok, code=code))
+        self.page.told(send.worker, send.verb, ok=ok, code=code, reason=why)
         if not ok and self._seldom.may("command", send.worker, send.verb, code):
             log.warning("command not accepted", worker=send.worker, verb=send.verb, code=code, reason=why)
 
@@ -243,6 +252,7 @@ class Controller:
         self._refused[bucket] = dict(rows.refused)
 
     async def _heard(self, message: Msg) -> None:
+        self.page.heard(message.subject.rpartition(".")[2], message.data)
         try:
             frame = self._decode(message.data)
         except UNREADABLE as error:
@@ -286,14 +296,34 @@ async def _background(*work: Any) -> AsyncGenerator[None, None]:
                 task.cancel()
 
 
-async def run(connection: Connection, policy: Policy, *, cadence_s: float = 0.05, name: str = "") -> None:
-    """Run a controller until SIGINT or SIGTERM; it gives its lease back before it returns."""
+async def run(
+    connection: Connection,
+    policy: Policy,
+    *,
+    cadence_s: float = 0.05,
+    name: str = "",
+    web: Web | None = None,
+) -> None:
+    """Run a controller until SIGINT or SIGTERM; it gives its lease back before it returns.
+
+    Args:
+        connection: where NATS is and which fleet.
+        policy: what order should rule.
+        cadence_s: time between two steps.
+        name: shown in heartbeats and the lease; made from the host's name if empty.
+        web: where to serve the page; needs the extra `web`.
+    """
     controller = Controller(connection, policy, cadence_s=cadence_s, name=name)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, controller.stopping.set)
     try:
-        await controller.run()
+        async with AsyncExitStack() as stack:
+            if web is not None:
+                from coxswain.control.web.site import serving
+
+                await stack.enter_async_context(serving(controller.page, web))
+            await controller.run()
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)

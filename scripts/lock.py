@@ -60,7 +60,7 @@ def roots(pyproject: dict[str, Any]) -> Roots:
     """The requirements of each lock, from the parsed `pyproject.toml`."""
     project = pyproject["project"]
     extras = project["optional-dependencies"]
-    control = tuple(project["dependencies"])
+    control = (*project["dependencies"], *extras["web"])
     return Roots(
         control=control,
         cpu=(*control, *extras["cpu"], *extras["demo"], *extras["lab"]),
@@ -157,7 +157,9 @@ def files(wanted: Roots, known: Packages) -> dict[str, str]:
     return {
         "cpu.lock": _text("A worker on a CPU, the demo and the lab, without torch: see torch.lock.", cpu),
         "torch.lock": _text("torch's CPU build, for cpu.lock.", torch),
-        "control.lock": _text("The control side, the contract and the command line: no vLLM.", control),
+        "control.lock": _text(
+            "The control side, its page, the contract and the command line: no vLLM.", control
+        ),
         "dev.lock": _text("Tests, `cox top`, static checks and the build backend, on top of cpu.lock.", dev),
     }
 

@@ -64,6 +64,23 @@ async def controller(
             help="Its name in heartbeats and logs; empty: from the host's.",
         ),
     ] = "",
+    web: Annotated[
+        parse.Address | None,
+        typer.Option(
+            metavar="[HOST:]PORT",
+            parser=option(parse.address),
+            show_default=False,
+            help="Serve a page that shows the fleet, to this machine only unless HOST says otherwise.",
+        ),
+    ] = None,
+    web_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--web-name",
+            metavar="NAME",
+            help="A host name under which browsers come to the page, a proxy's; repeatable.",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
     """Decide for a fleet: one controller leads, others stand by. Ends by Ctrl-C; workers go on by themselves.
@@ -72,10 +89,19 @@ async def controller(
     """
     from coxswain.control import daemon, logs
     from coxswain.control import policy as policies
+    from coxswain.control.web.page import Web
 
     chosen = policies.load(policy, set or ())
     logs.set_up(json=cox.json or None, verbose=verbose)
-    await daemon.run(cox.connection, chosen, cadence_s=cadence, name=name)
+    where = None
+    if web is not None:
+        _load(
+            "coxswain.control.web.site",
+            "serving",
+            missing="the page needs aiohttp: pip install 'coxswain[web]'",
+        )
+        where = Web(*web, names=tuple(web_name or ()))
+    await daemon.run(cox.connection, chosen, cadence_s=cadence, name=name, web=where)
 
 
 def demo(

@@ -6,13 +6,14 @@ instead; `app.py` shows it as a usage error. Called by the command modules as op
 
 import math
 import re
-from typing import Final
+from typing import Final, NamedTuple
 
 from coxswain.schemas.events import KINDS
 from coxswain.schemas.names import ALL, check_tenant, check_token
 from coxswain.schemas.policy import INT32_MAX, INT32_MIN
 
 MAX_REQUEST_CHARS: Final = 512
+MAX_PORT: Final = 65_535
 MAX_LEASE_S: Final = 86_400.0
 MAX_DURATION_S: Final = 3_650 * 86_400.0
 """Ten years: more is a slip of the finger, and dates and NATS's own limits end not far beyond."""
@@ -61,6 +62,24 @@ def controller_name(text: str) -> str:
     if len(text) > MAX_CONTROLLER_CHARS or not text.isprintable():
         raise ValueError(f"a controller's name has at most {MAX_CONTROLLER_CHARS} printable characters")
     return text
+
+
+class Address(NamedTuple):
+    """Where to listen."""
+
+    host: str
+    port: int
+
+
+def address(text: str) -> Address:
+    """Where to listen, `[HOST:]PORT`: this machine's own address if there is no host; IPv6 in brackets."""
+    host, _, number = text.rpartition(":")
+    if not number.isascii() or not number.isdigit() or int(number) > MAX_PORT:
+        raise ValueError(f"{text!r} is no [HOST:]PORT: write for example 8080, or 0.0.0.0:8080")
+    bare = host.removeprefix("[").removesuffix("]")
+    if ":" in bare and bare == host:
+        raise ValueError(f"{text!r}: an IPv6 address goes into brackets, [::1]:8080")
+    return Address(bare or "127.0.0.1", int(number))
 
 
 def positive(text: str) -> float:

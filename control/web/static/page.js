@@ -1,0 +1,414 @@
+// The page: pictures in by server-sent events, tables out. It sends nothing but questions for requests.
+
+import { CLASSES, REQUESTS, SENT, TENANTS, WORKERS, clock, count, percent, printable, span } from "./rows.js";
+
+const SILENT_MS = 6000; // Pictures come every second, of a large fleet every third: without one for so long, what is shown is stale.
+const RETRY_MS = 2000;
+const HISTORY = 120; // Pictures that the small curves remember.
+const LEADER_LEASE_S = 5;
+
+const $ = (id) => document.getElementById(id);
+const make = (tag, style = "") => Object.assign(document.createElement(tag), { className: style });
+const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+
+// Tables: rows keep their elements, so that nothing blinks and a selection stays.
+
+class Table {
+  constructor(spec) {
+    this.spec = spec;
+    this.sort = spec.sort;
+    this.turned = false;
+    this.rows = [];
+    this.lines = new Map();
+    const section = $(spec.id);
+    this.note = section.querySelector("h2").appendChild(make("small"));
+    this.empty = section.appendChild(make("p", "empty"));
+    this.scroll = section.appendChild(make("div", "scroll"));
+    const table = this.scroll.appendChild(make("table"));
+    this.heads = this.head(table.createTHead().insertRow());
+    this.body = table.createTBody();
+  }
+
+  head(line) {
+    return this.spec.columns.map((column) => {
+      const head = line.appendChild(make("th", column.style.replace(/\b(name|id|words)\b/, "")));
+      head.scope = "col";
+      head.title = column.hint;
+      if (column.key === null) put(head, column.title);
+      else {
+        const button = head.appendChild(make("button"));
+        button.type = "button";
+        put(button, column.title);
+        button.addEventListener("click", () => this.sortBy(column.title));
+      }
+      return head;
+    });
+  }
+
+  sortBy(title) {
+    this.turned = this.sort === title && !this.turned;
+    this.sort = title;
+    this.draw();
+  }
+
+  show(rows, now, note = "") {
+    [this.rows, this.now, this.told] = [rows, now, note];
+    this.draw();
+  }
+
+  draw() {
+    const words = wanted();
+    const kept = this.rows.filter((row) => words.every((word) => this.spec.words(row).toLowerCase().includes(word)));
+    this.order(kept);
+    put(this.note, this.told || (kept.length < this.rows.length ? `${kept.length} of ${this.rows.length}` : kept.length ? `${kept.length}` : ""));
+    put(this.empty, this.rows.length ? "Nothing here has the words of the filter." : this.spec.empty);
+    this.empty.hidden = kept.length > 0;
+    this.scroll.hidden = kept.length === 0;
+    const old = this.lines;
+    this.lines = new Map();
+    kept.forEach((row, place) => {
+      const key = this.spec.key(row);
+      const line = old.get(key) ?? this.line();
+      old.delete(key);
+      this.lines.set(key, line);
+      this.fill(line, row);
+      if (this.body.children[place] !== line.element) this.body.insertBefore(line.element, this.body.children[place] ?? null);
+    });
+    for (const line of old.values()) line.element.remove();
+  }
+
+  order(rows) {
+    const column = this.spec.columns.find((each) => each.title === this.sort && each.key !== null);
+    for (const [place, each] of this.spec.columns.entries()) this.heads[place].removeAttribute("aria-sort");
+    if (!column) return;
+    const text = rows.length > 0 && typeof column.key(rows[0]) === "string";
+    const rising = text !== this.turned; // Names begin with the first, figures with the largest.
+    rows.sort((one, other) => {
+      const [a, b] = [column.key(one), column.key(other)];
+      return (a < b ? -1 : a > b ? 1 : 0) * (rising ? 1 : -1);
+    });
+    this.heads[this.spec.columns.indexOf(column)].setAttribute("aria-sort", rising ? "ascending" : "descending");
+  }
+
+  line() {
+    const element = make("tr", this.spec.opens ? "opens" : "");
+    const line = { element, row: null, cells: this.spec.columns.map((column) => element.appendChild(make("td", column.style))) };
+    if (this.spec.opens) {
+      const button = line.cells[0].appendChild(make("button"));
+      button.type = "button";
+      button.setAttribute("aria-haspopup", "dialog");
+      element.addEventListener("click", () => drawer.open(this.spec.opens, this.spec.key(line.row)));
+    }
+    return line;
+  }
+
+  fill(line, row) {
+    line.row = row;
+    const style = this.spec.rowStyle?.(row) ?? "";
+    line.element.classList.toggle("silent", style === "silent");
+    this.spec.columns.forEach((column, place) => fillCell(line.cells[place], column.cell(row, this.now)));
+  }
+}
+
+function fillCell(cell, content) {
+  const title = content.title ? printable(content.title) : "";
+  if (cell.title !== title) cell.title = title;
+  if ("part" in content) return fillBar(cell, content);
+  const words = printable(content.text);
+  let inner = cell.firstElementChild;
+  if (inner === null) inner = cell.appendChild(make("bdi"));
+  if (inner.tagName === "BDI" && inner.className !== content.style) inner.className = content.style;
+  put(inner, words);
+  if (cell.classList.contains("name") && !content.title && cell.title !== words) cell.title = words;
+}
+
+function fillBar(cell, { part, over = 0, due = null, style = "" }) {
+  let bar = cell.firstElementChild;
+  if (bar === null) {
+    bar = cell.appendChild(make("span"));
+    bar.append(make("i"), make("i", "over"), make("u"));
+  }
+  bar.className = `bar ${style}`;
+  const [full, held, mark] = bar.children;
+  full.style.setProperty("--part", Math.min(1, part));
+  held.style.setProperty("--part", Math.min(1, over));
+  mark.hidden = !due;
+  mark.style.setProperty("--due-at", Math.min(1, due ?? 0));
+}
+
+// The figures on top, with what they were of late.
+
+const FIGURES = [
+  ["running", "run", "running", (picture) => picture.running, count],
+  ["queued", "queue", "queued", (picture) => picture.queued, count],
+  ["held", "held", "held", (picture) => picture.held, count],
+  ["tokens", "speed", "output tokens/s", (picture) => picture.output_tokens_per_s, count],
+  ["wait", "queue", "longest wait", (picture) => Math.max(0, ...picture.tenants.filter((row) => row.queued).map((row) => row.oldest_queued_s)), (seconds) => (seconds ? span(seconds) : "–")],
+  ["kv", "speed", "KV cache in use", (picture) => mean(live(picture).map((row) => row.kv_used)), percent],
+].map(([id, style, title, value, words]) => {
+  const box = $("figures").appendChild(make("div", `figure ${style}`));
+  const label = box.appendChild(make("span"));
+  put(label, title);
+  const figure = box.appendChild(make("b"));
+  figure.id = `figure-${id}`;
+  const svg = box.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "svg"));
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("aria-hidden", "true");
+  const curve = svg.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "polyline"));
+  return { value, words, figure, svg, curve, past: [] };
+});
+
+const live = (picture) => picture.workers.filter((row) => row.liveness === "live");
+const mean = (numbers) => (numbers.length ? numbers.reduce((sum, each) => sum + each, 0) / numbers.length : 0);
+
+function drawFigures(picture) {
+  for (const each of FIGURES) {
+    const value = each.value(picture);
+    each.past.push(value);
+    if (each.past.length > HISTORY) each.past.shift();
+    put(each.figure, each.words(value));
+    const most = Math.max(...each.past) || 1;
+    const first = each.past.length < HISTORY / 4 ? HISTORY / 4 - each.past.length : 0;
+    each.svg.setAttribute("viewBox", `0 0 ${Math.max(HISTORY / 4, each.past.length) - 1} 24`);
+    each.curve.setAttribute("points", each.past.map((was, place) => `${first + place},${(23 - (21 * was) / most).toFixed(1)}`).join(" "));
+  }
+}
+
+// One tenant or worker, and its requests.
+
+const FACTS = {
+  tenant: (row) => [
+    ["class", row.class], ["weight", +row.weight.toPrecision(4)], ["share / due", `${percent(row.share)} / ${percent(row.due)}`],
+    ["queued", count(row.queued)], ["running", count(row.running)], ["held", count(row.held)],
+    ["oldest wait", row.queued ? span(row.oldest_queued_s) : "–"], ["TTFT, median", row.ttft_s === null ? "–" : span(row.ttft_s)],
+    ["output tokens/s", count(row.output_tokens_per_s)], ["output tokens", count(row.output_tokens_total)],
+    ["recomputed tokens", count(row.recomputed_tokens_total)], ["finished", count(row.finished_total)],
+    ["virtual time", count(row.virtual_time)], ["most running", row.max_running ?? "–"], ["most queued", row.max_queued ?? "–"],
+  ],
+  worker: (row) => [
+    ["state", row.liveness === "live" ? row.state : `silent ${span(row.silent_s)}`], ["model", row.model],
+    ["queued", count(row.queued)], ["running", count(row.running)], ["held", count(row.held)],
+    ["slots", `${row.running_slots} of ${row.active_slots}`], ["slots of held", row.held_slots], ["KV in use", percent(row.kv_used)],
+    ["KV of held", percent(row.kv_held)], ["step, median", row.step_s ? span(row.step_s) : "–"],
+    ["output tokens/s", count(row.output_tokens_per_s)], ["commands applied", count(row.applied_total)],
+    ["commands refused", count(row.rejected_total)],
+  ],
+};
+
+const drawer = {
+  kind: null,
+  name: "",
+  asking: false,
+
+  open(kind, name) {
+    [this.kind, this.name] = [kind, name];
+    $("drawer").dataset.kind = kind;
+    put($("drawer-kind"), kind);
+    put($("drawer-name"), printable(name));
+    tables.requests.show([], 0, "…");
+    if (!$("drawer").open) $("drawer").showModal();
+    this.draw();
+  },
+
+  closed() {
+    this.kind = null;
+  },
+
+  draw() {
+    if (this.kind === null || scene === null) return;
+    const row = (this.kind === "tenant" ? scene.picture.tenants : scene.picture.workers).find((each) => each[this.kind] === this.name);
+    $("facts").replaceChildren(
+      ...(row ? FACTS[this.kind](row) : []).map(([title, value]) => {
+        const [fact, term, words] = [make("div"), make("dt"), make("dd")];
+        put(term, title);
+        put(words, printable(String(value)));
+        fact.append(term, words);
+        return fact;
+      }),
+    );
+    this.ask();
+  },
+
+  async ask() {
+    if (this.asking) return; // One at a time: the next picture asks again.
+    this.asking = true;
+    const [kind, name] = [this.kind, this.name];
+    try {
+      const answer = await fetch(`requests?${new URLSearchParams({ [kind]: name })}`, { signal: AbortSignal.timeout(SILENT_MS) });
+      if (!answer.ok) return;
+      const { at, total, rows } = await answer.json();
+      if (this.kind !== kind || this.name !== name) return;
+      const flat = rows.map(({ worker, status }) => ({ worker, ...status }));
+      tables.requests.show(flat, at, total > rows.length ? `the first ${rows.length} of ${total}` : `${total}`);
+    } catch {
+      // The stream tells of a break; the next picture asks again.
+    } finally {
+      this.asking = false;
+      if (this.kind !== null && (this.kind !== kind || this.name !== name)) this.ask();
+    }
+  },
+};
+
+// Head, happenings, trouble.
+
+function chip(node, parts, bad = false) {
+  node.replaceChildren(...parts.map((part, place) => {
+    const piece = make(place % 2 ? "b" : "span");
+    put(piece, printable(part));
+    return piece;
+  }));
+  node.classList.toggle("bad", bad);
+}
+
+function drawHead({ controller, picture }) {
+  put($("fleet"), printable(picture.fleet));
+  document.title = `${printable(picture.fleet)} – Coxswain`;
+  const { leader } = picture;
+  if (leader === null) chip($("leader"), ["no leader"], picture.workers.length > 0);
+  else chip($("leader"), ["leader ", leader.policy ?? "?", ` epoch ${leader.epoch[1]}${leader.age_s < 2 ? "" : `, heard ${span(leader.age_s)} ago`}`], leader.age_s > LEADER_LEASE_S);
+  chip($("controller"), ["", controller.name, controller.leading ? " leads" : " stands by"]);
+  put($("clock"), clock(picture.at));
+}
+
+function drawLog(happenings) {
+  const words = wanted();
+  const shown = happenings.filter((each) => words.every((word) => `${each.worker} ${each.text}`.toLowerCase().includes(word))).reverse();
+  const lines = shown.map((each) => {
+    const [line, time, who, what] = [make("li", each.weight), make("time"), make("bdi"), make("span")];
+    put(time, clock(each.at));
+    put(who, printable(each.worker));
+    put(what, printable(each.text));
+    line.append(time, who, what);
+    return line;
+  });
+  if (!lines.length) lines.push(Object.assign(make("li", "dim"), { textContent: "Nothing yet." }));
+  $("log").replaceChildren(...lines);
+}
+
+const wanted = () => $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+
+// The stream.
+
+const tables = {
+  tenants: new Table(TENANTS), workers: new Table(WORKERS), classes: new Table(CLASSES), sent: new Table(SENT), requests: new Table(REQUESTS),
+};
+let scene = null;
+let drawn = "";
+let heardAt = null; // When the last picture came, by this browser's clock.
+let paused = false;
+let source = null;
+const began = Date.now();
+
+function draw() {
+  const { picture, tenants_total, sent } = scene;
+  drawHead(scene);
+  const more = tenants_total - picture.tenants.length;
+  tables.tenants.show(picture.tenants, picture.at, more ? `${picture.tenants.length} of ${tenants_total}` : "");
+  tables.workers.show(picture.workers, picture.at);
+  tables.classes.show(picture.classes, picture.at);
+  tables.sent.show(sent, picture.at);
+  const log = JSON.stringify([picture.happenings.at(-1), picture.happenings.length, wanted()]);
+  if (log !== drawn) drawLog(picture.happenings);
+  drawn = log;
+  drawer.draw();
+}
+
+function heard(event) {
+  heardAt = Date.now();
+  const latest = JSON.parse(event.data);
+  if (latest.picture.workers.length) drawFigures(latest.picture);
+  if (!paused) {
+    scene = latest;
+    draw();
+  }
+  watch();
+}
+
+function listen() {
+  source?.close();
+  source = new EventSource("events");
+  source.addEventListener("message", heard);
+  source.addEventListener("error", () => {
+    watch();
+    // The browser comes back by itself unless it was refused: then it is for us to try again.
+    if (source.readyState === EventSource.CLOSED) setTimeout(listen, RETRY_MS);
+  });
+}
+
+// What is wrong, and since when (by this browser's clock; null: the words say all).
+function trouble() {
+  const since = heardAt ?? began;
+  const old = Date.now() - since;
+  if (old > SILENT_MS || (old > RETRY_MS && source.readyState !== EventSource.OPEN))
+    return heardAt === null
+      ? ["Nothing is heard from the controller: it is not there, or as many watch as may. Trying again.", since]
+      : [`Stale since ${clock(since / 1000)}: nothing is heard from the controller. Trying again.`, since];
+  if (scene !== null && !scene.controller.reaches_nats)
+    return ["The controller has lost NATS: shown is what it last heard. Workers go on by themselves.", null];
+  return ["", null];
+}
+
+function watch() {
+  const [words, since] = trouble();
+  put($("trouble-words"), words);
+  put($("trouble-age"), since === null ? "" : `(${span(Math.round((Date.now() - since) / 1000))})`);
+  $("trouble").hidden = !words;
+  document.body.classList.toggle("stale", words !== "");
+  document.body.classList.toggle("live", words === "" && heardAt !== null);
+}
+
+// What people do.
+
+function setPaused(on) {
+  paused = on;
+  $("pause").setAttribute("aria-pressed", String(on));
+  put($("pause"), on ? "Paused" : "Pause");
+}
+
+function setTheme(theme) {
+  if (theme) document.documentElement.dataset.theme = theme;
+  put($("theme"), dark() ? "Light" : "Dark");
+}
+
+const dark = () => {
+  const chosen = document.documentElement.dataset.theme;
+  return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+};
+
+$("pause").addEventListener("click", () => setPaused(!paused));
+$("theme").addEventListener("click", () => {
+  const theme = dark() ? "light" : "dark";
+  try { localStorage.setItem("theme", theme); } catch { /* Not kept, then. */ }
+  setTheme(theme);
+});
+$("filter").addEventListener("input", () => {
+  if (scene !== null) draw();
+});
+$("drawer-close").addEventListener("click", () => $("drawer").close());
+$("drawer").addEventListener("close", () => drawer.closed());
+$("drawer").addEventListener("click", (event) => {
+  if (event.target === $("drawer")) $("drawer").close(); // Beside it.
+});
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const typing = event.target.closest("input, button, dialog") !== null;
+  if (event.key === "/" && !typing) {
+    event.preventDefault();
+    $("filter").focus();
+  } else if (event.key === " " && !typing) {
+    event.preventDefault();
+    setPaused(!paused);
+  } else if (event.key === "Escape" && event.target === $("filter")) {
+    $("filter").value = "";
+    $("filter").blur();
+    if (scene !== null) draw();
+  }
+});
+addEventListener("pagehide", () => source?.close());
+addEventListener("pageshow", (event) => { if (event.persisted) listen(); });
+
+let kept = null;
+try { kept = localStorage.getItem("theme"); } catch { /* None is kept. */ }
+setTheme(kept === "dark" || kept === "light" ? kept : null);
+listen();
+setInterval(watch, 1000);
