@@ -62,10 +62,13 @@ class Mechanism:
     # Acts
 
     def hold(self, record: Record) -> None:
-        """Take a running request out of the running loop; it keeps status, blocks and slot."""
+        """Take a running request out of the running loop; it keeps status, blocks, slot and drafts.
+
+        Drafts stay right while it says nothing more. Where the runner has none of its own any more (V1, async), it
+        takes the placeholders for drafts that are rejected, as for any request that a step passed over.
+        """
         request, scheduler = record.payload, self._scheduler
         _take_out(scheduler.running, request)
-        request.spec_token_ids = []
         scheduler._inflight_prefills.discard(request)  # noqa: SLF001
         self.fit()
 

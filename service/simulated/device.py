@@ -59,7 +59,8 @@ class SimulatedDevice:
         self.config = config
         self.settings = settings
         self.checker: Checker | None = None
-        v2 = config.use_v2_model_runner
+        # Asked once: vLLM reads it from the environment each time.
+        self._v2 = v2 = config.use_v2_model_runner
         self._runner = Runner(v2=v2)
         self._vocabulary = Vocabulary(config.model_config.get_vocab_size(), _ends(config.model_config))
         self._free_at = 0.0
@@ -70,7 +71,7 @@ class SimulatedDevice:
         self._step: Step | None = None
         """Executed, not yet sampled."""
         self._drafts: dict[str, list[int]] = {}
-        """Guesses for the tokens after those sampled last, per request of that step."""
+        """Guesses for the tokens after those sampled last, per request: V1 has those of the last step, V2 a slot's."""
         log.info(
             "simulated.device", check=settings.check, model_runner="v2" if v2 else "v1",
             async_scheduling=config.scheduler_config.async_scheduling,
@@ -111,9 +112,7 @@ class SimulatedDevice:
             limits = Limits(
                 scheduler.max_num_seqs, scheduler.max_num_batched_tokens, block_size, layout.num_blocks
             )
-            self.checker = Checker(
-                limits, v2=self.config.use_v2_model_runner, asynchronous=scheduler.async_scheduling
-            )
+            self.checker = Checker(limits, v2=self._v2, asynchronous=scheduler.async_scheduling)
         if self.config.kv_transfer_config is not None:
             kv = self.checker.kv if self.checker is not None else None
             preset = self.settings.preset
@@ -171,10 +170,8 @@ class SimulatedDevice:
         self._runner.sampled(tokens)
         if self.checker is not None:
             self.checker.sampled(tokens)
-        self._drafts = {
-            name: self._guess(sample, len(tokens[name])) if sample is not None else []
-            for name, sample in step.samples.items()
-        }
+        if self.config.num_speculative_tokens:
+            self._note_drafts(step, tokens)
         output = ModelRunnerOutput(
             req_ids=list(tokens),
             req_id_to_index={name: index for index, name in enumerate(tokens)},
@@ -193,6 +190,12 @@ class SimulatedDevice:
                 break
             said.append(self._vocabulary.token(sample.seed, sample.position + len(said)))
         return said
+
+    def _note_drafts(self, step: Step, tokens: Mapping[str, list[int]]) -> None:
+        kept = self._drafts if self._v2 else {}
+        self._drafts = {name: drafts for name, drafts in kept.items() if self._runner.knows(name)}
+        for name, sample in step.samples.items():
+            self._drafts[name] = self._guess(sample, len(tokens[name])) if sample is not None else []
 
     def _guess(self, sample: Sample, said: int) -> list[int]:
         return [

@@ -79,6 +79,10 @@ class Runner:
                 request.known += len(new)
                 request.computed = request.known - 1
 
+    def knows(self, name: str) -> bool:
+        """Whether the runner has a request's state."""
+        return name in self._requests
+
     def _update(self, output: Any) -> None:
         gone = output.finished_req_ids
         if self._v2 and output.preempted_req_ids:
