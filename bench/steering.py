@@ -2,7 +2,7 @@
 
     python -m bench.steering [--json PATH] [--running 0,64,256,1024] [--rates 0,100,1000] [--http 128]
 
-A real nats-server, the real bus thread and the real scheduler in a process of their own; the device is a sleep of
+A real nats-server, the real bus and the real scheduler in a process of their own; the device is a sleep of
 `--step-ms` (`bench.rig`), two steps in flight, so that what is measured is steering and not a model. `0` running: the
 engine sleeps. Commands (`prioritize` for one running request) are sent open loop, at random moments, at each rate in
 turn, `--turns` times; step time and CPU time of the engine's process per step stand beside those at none. In force is

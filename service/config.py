@@ -6,6 +6,7 @@ here, in words, before anything starts. How to reach NATS is `schemas/connection
 
 import socket
 from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 
@@ -33,6 +34,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How many waiting requests a frame lists."""
     leader_lease_s: float = 5.0
     """A leader silent for longer has lost its holds."""
+    bus: Literal["process", "thread"] = "process"
+    """Where the bus runs: beside the engine, or inside its process, for debugging and comparison."""
 
     @classmethod
     def from_env(
@@ -43,7 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         dp_size: int = 1,
         hostname: str | None = None,
     ) -> "Settings":
-        """Read the connection and `COX_WORKER`, `_STATUS_INTERVAL_S`, `_STATUS_HEAD`, `_LEADER_LEASE_S`.
+        """Read the connection and `COX_WORKER`, `_STATUS_INTERVAL_S`, `_STATUS_HEAD`, `_LEADER_LEASE_S`, `_BUS`.
 
         Args:
             env: the environment.
@@ -61,6 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             status_interval_s=_number(env, "COX_STATUS_INTERVAL_S", 0.05, 0.01, 10.0),
             head=int(_number(env, "COX_STATUS_HEAD", 64, 0, 10_000, whole=True)),
             leader_lease_s=_number(env, "COX_LEADER_LEASE_S", 5.0, 0.5, 3_600.0),
+            bus=_bus(env),
         )
 
 
@@ -73,6 +77,16 @@ def _connection(env: Mapping[str, str]) -> Connection:
         return connection.check()
     except AddressRefusedError as error:
         raise SettingRefusedError(f"COX_NATS_URL: {error}") from error
+
+
+def _bus(env: Mapping[str, str]) -> Literal["process", "thread"]:
+    match env.get("COX_BUS", "").strip():
+        case "" | "process":
+            return "process"
+        case "thread":
+            return "thread"
+        case other:
+            raise SettingRefusedError(f"COX_BUS is {other!r}: process or thread is allowed")
 
 
 def _worker(env: Mapping[str, str], dp_rank: int, dp_size: int, hostname: str | None) -> str:

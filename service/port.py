@@ -1,8 +1,8 @@
-"""The port between the engine thread and the bus thread: two bounded queues, a wake call, nothing else.
+"""The port between the engine and the bus: two bounded queues, a wake call, nothing else.
 
-The bus thread owns NATS and JSON; the engine thread owns the scheduler. Neither touches the other's state.
-Called by `bus.py` (bus thread) and `scheduler/steered.py` (engine thread). The token path never waits here:
-every call returns at once, and a full queue says so.
+The bus owns NATS and JSON; the engine's thread owns the scheduler. Neither touches the other's state.
+Called by `bus/` (on a thread of its own) and `scheduler/steered.py` (engine thread). The token path never waits
+here: every call returns at once, and a full queue says so.
 """
 
 from collections import deque
@@ -11,6 +11,7 @@ from math import inf
 from time import monotonic
 from typing import Any, NamedTuple
 
+from msgspec import Raw
 from msgspec.structs import replace
 
 from coxswain.schemas.commands import Command, Reply
@@ -73,7 +74,8 @@ class AnswerOut(NamedTuple):
     """The answer to a `QueryIn`."""
 
     token: Any
-    answer: QueuePage | RequestReport | Config | Frame | RefusedError
+    answer: QueuePage | RequestReport | Config | Frame | RefusedError | Raw
+    """`Raw` is JSON that is ready."""
 
 
 Served = tuple[RequestStatus, int]
@@ -189,7 +191,7 @@ class Port:
     # The engine's side
 
     def attach_engine(self, wake: Callable[[], None]) -> None:
-        """Say how to wake an idle engine; `wake` is called on the bus thread."""
+        """Say how to wake an idle engine; `wake` is called on the bus's thread."""
         self._wake_engine = wake
 
     def pending(self) -> int:
@@ -233,7 +235,7 @@ class Port:
         Works without NATS. Each wish is granted once: whoever still waits for something asks again when
         woken. Only a time earlier than its timer's disturbs the bus; a later one it finds when that rings.
         """
-        # Before the comparison: the bus reads in the other order, so one of the two sees what the other did.
+        # Before the comparison: `ring` has the other order, so one of the two sees what the other did.
         self.wake_at = inf if delay_s is None else self.clock() + delay_s
         if self.wake_at < self.alarm_at:
             self._set_alarm()
@@ -258,9 +260,28 @@ class Port:
         self._wake_engine()
         return True
 
+    def tell_connected(self, connected: bool) -> None:
+        """Say whether NATS is there. An engine that built no frames so far builds one: now somebody listens."""
+        self.connected = connected
+        if connected:
+            self.wake_engine()
+
     def wake_engine(self) -> None:
-        """Wake an idle engine, for a time that it asked for in `wake_at`."""
+        """Wake an idle engine."""
         self._wake_engine()
+
+    def ring(self, now: float) -> None:
+        """Wake the engine if the time that it asked for has come; else `alarm_at` says when to ring again."""
+        # This order, for `wake_later` has the other.
+        self.alarm_at = inf
+        if self.wake_at <= now:
+            self.wake_engine()
+        else:
+            self.alarm_at = self.wake_at
+
+    def discard(self) -> None:
+        """Throw away what waits: where there is no bus, as its `wake`, so that no queue fills."""
+        self.collect()
 
     def collect(self) -> list[Outbound]:
         """Everything that waits for the bus, in order."""

@@ -1,7 +1,7 @@
 """The command path on a busy engine: from publishing to the reply, which says that the command is in force.
 
 Called by `host`. The client is a process of its own (`client`), as operators and controllers are. Beside it:
-step time with and without commands, and with the bus thread against without it.
+step time with and without commands, and with the bus in its process, in a thread, and without any.
 """
 
 import asyncio
@@ -18,7 +18,8 @@ from bench.gpu.plan import Sizes
 from bench.gpu.wire import BATCH, name
 
 CLIENT_S = 60.0
-TURNS = ("with", "without", "with again", "without again")
+BUSES = ("process", "thread", "")
+TURNS = tuple((bus, turn) for turn in range(2) for bus in BUSES)
 
 
 async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str, Any]:
@@ -36,11 +37,11 @@ async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str,
             samples = await _client(wire, target.name, sizes.commands)
             busy = steps(await ask(llm, "meter"), begin, time.perf_counter())
             bus = {}
-            for turn in TURNS:
-                await ask(llm, "connect", not turn.startswith("without"))
-                await asyncio.sleep(0.5)
-                bus[turn] = await _steps(llm, sizes.window_s / 4)
-            await ask(llm, "connect", True)
+            for kind, turn in TURNS:
+                await ask(llm, "connect", kind)
+                await asyncio.sleep(1.5)
+                bus[f"{kind or 'none'} {turn}"] = await _steps(llm, sizes.window_s / 4)
+            await ask(llm, "connect", BUSES[0])
             await wire.ready()
         finally:
             assert target.task is not None

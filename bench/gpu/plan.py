@@ -123,7 +123,7 @@ def units(sizes: Sizes) -> list[Unit]:
     def path(slots: int) -> Unit:
         return Unit(
             name=f"command-{slots}", part="command", side=STEERED, kind="command", fields={"slots": slots},
-            seconds=sizes.ramp_s[slots == many] + 1.5 * sizes.window_s + 0.02 * sizes.commands + 6.0,
+            seconds=sizes.ramp_s[slots == many] + 2.0 * sizes.window_s + 0.02 * sizes.commands + 16.0,
         )  # fmt: skip
 
     middle = sizes.budgets[len(sizes.budgets) // 2]

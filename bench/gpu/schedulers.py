@@ -9,11 +9,11 @@ import time
 from collections import deque
 from typing import Any
 
+from msgspec.structs import replace
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.engine.core import EngineCore
 
-from coxswain.service.bus import Bus
 from coxswain.service.scheduler import SteeredScheduler
 
 
@@ -87,15 +87,14 @@ def resize(scheduler: Any, value: dict[str, Any]) -> None:
         scheduler.waiting = create_request_queue(scheduler.policy)
 
 
-def connect(scheduler: Any, on: bool) -> None:
-    """Stop the bus thread, or start another: for what it costs a step."""
-    old = scheduler.bus
-    old.stop(timeout_s=2.0)
-    if on:
-        scheduler.bus = Bus(
-            scheduler.settings, scheduler.port, incarnation=scheduler.incarnation, hello=old._hello
-        )
-        scheduler.bus.start()
+def connect(scheduler: Any, bus: str) -> None:
+    """Stop the bus, or start another (`process`, `thread`): for what each costs a step."""
+    if scheduler.bus is not None:
+        scheduler.bus.stop(timeout_s=2.0)
+        scheduler.bus = None
+    if bus:
+        scheduler.settings = replace(scheduler.settings, bus=bus)
+        scheduler.start_bus()
 
 
 OPERATIONS = {"meter": meter, "requests": requests, "resize": resize, "connect": connect}

@@ -176,18 +176,18 @@ def command(part: Parts) -> str:
     rows = []
     for result in sorted(part.values(), key=lambda result: result["slots"]):
         bus = result["bus"]
-        on, off = (
-            statistics.fmean(bus[turn]["step_ms"] for turn in (turn, f"{turn} again"))
-            for turn in ("with", "without")
+        process, thread, none = (
+            statistics.fmean(bus[f"{kind} {turn}"]["step_ms"] for turn in range(2))
+            for kind in ("process", "thread", "none")
         )
         rows.append((
             result["slots"], *(quantile(result["in_force_s"], share).text(1e3, 1) for share in (0.5, 0.99)),
             f"{result['steps']['step_ms']:.2f}", f"{result['steps_with_commands']['step_ms']:.2f}",
-            f"{on:.2f} / {off:.2f}", f"{on / off:.3f}",
+            f"{process:.2f} / {thread:.2f} / {none:.2f}", f"{process / none:.3f}", f"{thread / none:.3f}",
         ))  # fmt: skip
     head = (
         "command path: running | in force p50 ms | p99 ms | step ms | with commands"
-        " | bus thread with / without | ratio"
+        " | step ms, bus in a process / a thread / none | process | thread"
     )
     return table(head, rows)
 

@@ -1,11 +1,11 @@
 """Opening and closing a NATS client, with the habits of nats-py that one must know in one place.
 
 * A client never reconnects by itself: its buffers would outlive the connection and deliver what is stale, and
-  some errors close it for good. A fresh client each time has neither problem; `thread.py` retries.
+  some errors close it for good. A fresh client each time has neither problem; `loop.py` retries.
 * A callback that raises kills the client's read loop in silence: ours cannot raise.
 * `close` can wait for ever for a frozen server to take the last bytes: ours gives up.
 
-Called by `thread.py`.
+Called by `loop.py`.
 """
 
 import asyncio

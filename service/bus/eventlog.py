@@ -3,7 +3,7 @@
 An event is in the backlog until sent and in flight until acknowledged. Acknowledgements are awaited in a
 window; when one is overdue or the connection is lost, everything in flight goes back to the head of the
 backlog and is sent again from there. JetStream knows an event by its `Nats-Msg-Id` and stores a repeated
-one once, as long as the repetition falls into the stream's `duplicate_window`. Called by `thread.py`.
+one once, as long as the repetition falls into the stream's `duplicate_window`. Called by `loop.py`.
 """
 
 import asyncio
@@ -73,6 +73,13 @@ class EventLog:
         self._no_stream_since: float | None = None
         self._troubles: set[str] = set()
         self._news = asyncio.Event()
+        self._newest = 0
+
+    @property
+    def settled(self) -> int:
+        """Every event up to this `seq` is stored or given up: nobody need keep it for us."""
+        oldest = next(iter(self._flight.values()), None) or (self._backlog[0] if self._backlog else None)
+        return self._newest if oldest is None else oldest.seq - 1
 
     @property
     def waiting(self) -> int:
@@ -86,6 +93,7 @@ class EventLog:
 
     def add(self, event: Event) -> None:
         """Take an event; when there is no room the oldest in the backlog is dropped for it."""
+        self._newest = event.seq
         if self._no_stream and time.monotonic() < self._hold_off_until:
             self._drop(1)
             return

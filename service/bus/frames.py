@@ -1,10 +1,10 @@
 """How status goes out: frames numbered, stamped, split to fit, and repeated while the engine sleeps.
 
-Pure: structs and a clock's reading in, payloads out. Called by `session.py` and `thread.py`.
+Pure: structs and a clock's reading in, payloads out. Called by `session.py` and `loop.py`.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -17,6 +17,8 @@ from coxswain.schemas.status import CommandStats, Frame
 _SLACK: Final = 64
 """Bytes by which `seq`, `part` and `parts` may grow when they are filled in."""
 
+LIFE: Final = 2**32
+"""More frames than one bus can send; a JSON number holds two million lives exactly."""
 Rows = dict[str, tuple[Any, ...]]
 
 
@@ -24,12 +26,16 @@ class Frames:
     """The status of one incarnation on its way out.
 
     Commands that the bus refused itself are added to the engine's count, so that a frame counts them all.
+
+    Args:
+        life: how many buses sent this incarnation's frames before; numbers go on above theirs.
+        refused: what they had refused.
     """
 
-    def __init__(self) -> None:
-        self.refused: Counter[str] = Counter()
+    def __init__(self, life: int = 0, refused: Mapping[str, int] | None = None) -> None:
+        self.refused: Counter[str] = Counter(refused)
         """Commands refused by the bus, by code."""
-        self._seq = 0
+        self._seq = life * LIFE
         self._idle: tuple[Frame, float] | None = None
 
     def outgoing(self, frame: Frame, now: float, limit: int, *, idle: bool) -> list[bytes]:

@@ -1,7 +1,7 @@
 """One connection to NATS, from its first subscription to its loss.
 
-A lost connection is never revived: the thread opens the next one, with fresh subscriptions, so nothing stale
-can be left in a buffer, an inbox or a queue. `frames` and the event log outlive it. Called by `thread.py`.
+A lost connection is never revived: the loop opens the next one, with fresh subscriptions, so nothing stale
+can be left in a buffer, an inbox or a queue. `frames` and the event log outlive it. Called by `loop.py`.
 """
 
 import asyncio
@@ -41,6 +41,10 @@ CHECK_S: Final = 1.0
 LOG_PERIOD_S: Final = 60.0
 
 Handler = Callable[[Msg], Awaitable[None]]
+
+
+def _full() -> RefusedError:
+    return RefusedError(Code.QUEUE_FULL, "too many commands wait for this worker: try again later")
 
 
 class _Origin(msgspec.Struct):
@@ -208,10 +212,11 @@ class Session:
         try:
             self._take_command(msg, now)
         except RefusedError as error:
-            await self._refuse(msg, error, now)
+            await self._refuse(msg.subject, msg.reply, msg.data, error, now)
         except Exception:  # noqa: BLE001 - whoever asked gets an answer, without our internals
             self._log.exception("command.check_failed", subject=msg.subject)
-            await self._refuse(msg, RefusedError(Code.MALFORMED, "this command could not be read"), now)
+            unread = RefusedError(Code.MALFORMED, "this command could not be read")
+            await self._refuse(msg.subject, msg.reply, msg.data, unread, now)
 
     def _take_command(self, msg: Msg, now: float) -> None:
         subject = self._subjects.parse_command(msg.subject)
@@ -222,20 +227,30 @@ class Session:
         if self._port.closing:
             raise RefusedError(Code.CLOSING, "this worker is shutting down")
         if not self._port.offer(item):
-            raise RefusedError(Code.QUEUE_FULL, "too many commands wait for this worker: try again later")
+            raise _full()
 
-    async def _refuse(self, msg: Msg, error: RefusedError, now: float) -> None:
+    async def refuse_full(self, item: CommandIn | QueryIn) -> None:
+        """Refuse what the port took and the engine had no room for."""
+        if isinstance(item, QueryIn):
+            await self.answer(AnswerOut(item.token, _full()))
+        else:
+            subject = self._subjects.command(item.role, self._worker, item.verb)
+            await self._refuse(subject, item.token, encode({"id": item.command.id}), _full(), time.time())
+
+    async def _refuse(
+        self, subject: str, token: str, payload: bytes, error: RefusedError, now: float
+    ) -> None:
         self._frames.refused[str(int(error.code))] += 1
-        self._warn("command.refused", key=str(int(error.code)), subject=msg.subject, error=error.message)
+        self._warn("command.refused", key=str(int(error.code)), subject=subject, error=error.message)
         reply = intake.refusal(
             error,
-            msg.data,
+            payload,
             worker=self._worker,
             incarnation=self._incarnation,
             now=now,
             step=self._port.step,
         )
-        await self.reply(ReplyOut(msg.reply, reply))
+        await self.reply(ReplyOut(token, reply))
 
     async def _on_query(self, msg: Msg) -> None:
         if not msg.reply or not intake.answerable(msg.reply):

@@ -19,7 +19,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from coxswain import __version__
 from coxswain.schemas.commands import Reply
 from coxswain.schemas.subjects import ENGINE
-from coxswain.service.bus import Bus
+from coxswain.service.bus import BUSES, BusProcess, BusThread
 from coxswain.service.config import Settings
 from coxswain.service.logs import get_logger
 from coxswain.service.port import (
@@ -103,20 +103,23 @@ class SteeredScheduler(AsyncScheduler):
         self._step_times: deque[float] = deque(maxlen=64)
         if engine is not None:
             self.port.attach_engine(lambda: compat.wake(engine))
-        self.bus: Bus | None = None
-        if self.settings.enabled:
-            self.bus = Bus(
-                self.settings,
-                self.port,
-                incarnation=self.incarnation,
-                hello={"model": identity.model, "vllm": identity.vllm_version},
-            )
-            self.bus.start()
+        self.hello = {"model": identity.model, "vllm": identity.vllm_version}
+        self.bus: BusProcess | BusThread | None = None
+        self.start_bus()
         log.info(
             "scheduler.steered", worker=self.settings.worker, incarnation=self.incarnation,
             nats="on" if self.bus else "off: set COX_NATS_URL to steer this worker",
             identity="signed ids" if self._identity_key else "none: everything is tenant default",
         )  # fmt: skip
+
+    def start_bus(self) -> None:
+        """Join the fleet, if a NATS address was given."""
+        if not self.settings.enabled:
+            self.port.attach_bus(self.port.discard)
+            return
+        kind = BUSES[self.settings.bus]
+        self.bus = kind(self.settings, self.port, incarnation=self.incarnation, hello=self.hello)
+        self.bus.start()
 
     def now(self) -> float:
         """Unix seconds that never jump."""

@@ -9,6 +9,7 @@ import time
 
 import msgspec
 import nats
+import psutil
 import pytest
 
 from coxswain.schemas.commands import decode_reply
@@ -141,16 +142,18 @@ async def test_full_queue_says_so(client, nats_server: NatsServer) -> None:
         assert reply.outcome == "applied"
 
 
-async def test_closing_worker_refuses(client, worker: Worker) -> None:
+async def test_closing_worker_refuses(client, nats_server: NatsServer) -> None:
     """A worker that shuts down says so instead of letting the sender wait."""
-    worker.port.closing = True
-    reply, _ = await ask(client, "operator", "abort", {"id": "c", "targets": TARGETS})
-    assert reply.code == 503
+    with Worker(nats_server.url, COX_BUS="thread") as worker:
+        await worker.connected()
+        worker.port.closing = True
+        reply, _ = await ask(client, "operator", "abort", {"id": "c", "targets": TARGETS})
+        assert reply.code == 503
 
 
 async def test_fault_of_our_own_is_not_shown(
     client,
-    worker: Worker,
+    nats_server: NatsServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If checking a command fails in a way nobody foresaw, the sender is refused without our internals."""
@@ -158,14 +161,16 @@ async def test_fault_of_our_own_is_not_shown(
     def broken(*_: object) -> None:
         raise KeyError("internals")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(intake, "command", broken)
-        reply, headers = await ask(client, "operator", "abort", {"id": "c1", "targets": TARGETS})
-    assert reply.code == 400
-    assert "internals" not in str(reply) + str(headers)
-    assert "KeyError" in worker.logged("command.check_failed")[0]["exception"]
-    reply, _ = await ask(client, "operator", "abort", {"id": "c2", "targets": TARGETS})
-    assert reply.outcome == "applied"
+    with Worker(nats_server.url, COX_BUS="thread") as worker:
+        await worker.connected()
+        with monkeypatch.context() as patch:
+            patch.setattr(intake, "command", broken)
+            reply, headers = await ask(client, "operator", "abort", {"id": "c1", "targets": TARGETS})
+        assert reply.code == 400
+        assert "internals" not in str(reply) + str(headers)
+        assert "KeyError" in worker.logged("command.check_failed")[0]["exception"]
+        reply, _ = await ask(client, "operator", "abort", {"id": "c2", "targets": TARGETS})
+        assert reply.outcome == "applied"
 
 
 async def test_queries(client, worker: Worker) -> None:
@@ -220,11 +225,13 @@ async def test_idle_frame_is_repeated_until_the_engine_speaks(client, worker: Wo
 
 
 async def test_sleeping_bus_uses_no_cpu(worker: Worker) -> None:
-    """With nothing to do but the heartbeat, the whole process uses next to no CPU."""
+    """With nothing to do but the heartbeat, neither the engine's process nor the bus's uses CPU worth the name."""
     worker.engine.send_frame(frame(), idle=True)
-    began = time.process_time()
+    bus = psutil.Process(worker.bus.pid)
+    began, bus_began = time.process_time(), sum(bus.cpu_times()[:2])
     await asyncio.sleep(1.5)
     assert time.process_time() - began < 0.1
+    assert sum(bus.cpu_times()[:2]) - bus_began < 0.1
 
 
 async def test_large_frame_is_split(tmp_path) -> None:

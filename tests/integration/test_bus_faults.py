@@ -9,11 +9,10 @@ import pytest
 from nats.js.api import StreamConfig
 
 from coxswain.schemas.commands import decode_reply, encode
-from coxswain.schemas.events import decode_event
 from coxswain.schemas.status import decode_frame
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import eventlog
-from tests.support.bus import FLEET, Worker, eventually
+from tests.support.bus import FLEET, Worker, add_stream, eventually, stored
 from tests.support.engine import INCARNATION, WORKER, event, frame
 from tests.support.nats import NatsServer
 
@@ -27,29 +26,11 @@ def abort(number: int, **fields: object) -> bytes:
     return json.dumps({"id": f"c{number}", "targets": {"all": True}, **fields}).encode()
 
 
-async def add_stream(url: str) -> None:
-    """Make the fleet's event stream, as `cox init` does."""
-    async with await nats.connect(url) as client:
-        await client.jetstream().add_stream(
-            StreamConfig(name=SUBJECTS.stream, subjects=[SUBJECTS.events_all])
-        )
-
-
-async def stored(url: str) -> list[int]:
-    """The numbers of all events in the stream, in the stream's order."""
-    async with await nats.connect(url) as client:
-        stream = client.jetstream()
-        state = (await stream.stream_info(SUBJECTS.stream)).state
-        return [
-            decode_event((await stream.get_msg(SUBJECTS.stream, seq)).data).seq
-            for seq in range(state.first_seq, state.last_seq + 1)
-        ]
-
-
 async def test_nats_absent_at_start(tmp_path) -> None:
     """Without NATS the worker starts, says so once, and is steered as soon as NATS appears."""
     server = NatsServer(tmp_path)
     with Worker(server.url) as worker:
+        await eventually(lambda: worker.logged("nats.unreachable"))
         await asyncio.sleep(1.0)
         assert not worker.port.connected
         assert len(worker.logged("nats.unreachable")) == 1
@@ -65,14 +46,6 @@ async def test_nats_absent_at_start(tmp_path) -> None:
             assert len(worker.logged("nats.unreachable")) == len(worker.logged("nats.connected")) == 1
         finally:
             server.kill()
-
-
-async def test_no_address_means_no_thread(caplog) -> None:
-    """Without `COX_NATS_URL` nothing is started, and what the engine says does not pile up."""
-    with Worker("") as worker:
-        worker.engine.send_events(10)
-        assert worker.port.collect() == []
-        assert worker.logged("bus.off")
 
 
 async def test_restart_of_nats(nats_server: NatsServer) -> None:
@@ -164,7 +137,7 @@ async def test_alarm_works_without_nats(tmp_path) -> None:
 async def test_events_are_stored_once_and_in_order_across_a_restart(nats_server: NatsServer) -> None:
     """Events sent before, while and after NATS was killed are all in the stream, once and in order."""
     await add_stream(nats_server.url)
-    with Worker(nats_server.url) as worker:
+    with Worker(nats_server.url, COX_BUS="thread") as worker:
         await worker.connected()
         worker.engine.send_events(3_000)  # far more than the window: the kill meets many in flight
         await asyncio.sleep(0.02)
@@ -175,7 +148,7 @@ async def test_events_are_stored_once_and_in_order_across_a_restart(nats_server:
         nats_server.start()
         await worker.connected()
         worker.engine.send_events(500)
-        await eventually(lambda: worker.bus._events.waiting == 0, timeout_s=15)
+        await eventually(lambda: worker.bus.bus._events.waiting == 0, timeout_s=15)
         assert worker.port.events_dropped == 0
     assert await stored(nats_server.url) == list(range(1, 4_501))
 
@@ -191,10 +164,10 @@ async def test_event_whose_acknowledgement_was_lost_is_stored_once(nats_server: 
                 encode(sent),
                 headers={"Nats-Msg-Id": sent.id},
             )
-    with Worker(nats_server.url) as worker:
+    with Worker(nats_server.url, COX_BUS="thread") as worker:
         await worker.connected()
         worker.engine.send_events(20)
-        await eventually(lambda: worker.bus._events.waiting == 0)
+        await eventually(lambda: worker.bus.bus._events.waiting == 0)
     assert await stored(nats_server.url) == list(range(1, 21))
 
 
@@ -203,12 +176,12 @@ async def test_backlog_is_bounded(nats_server: NatsServer, monkeypatch: pytest.M
     monkeypatch.setattr(eventlog, "MAX_BACKLOG", 100)
     await add_stream(nats_server.url)
     nats_server.kill()
-    with Worker(nats_server.url) as worker:
+    with Worker(nats_server.url, COX_BUS="thread") as worker:
         worker.engine.send_events(150)
         await eventually(lambda: worker.port.events_dropped == 50)
         assert len(worker.logged("events.backlog_full")) == 1
         nats_server.start()
-        await eventually(lambda: worker.bus._events.waiting == 0)
+        await eventually(lambda: worker.bus.bus._events.waiting == 0)
         assert worker.logged("events.resumed")[0]["dropped_total"] == 50
     assert await stored(nats_server.url) == list(range(51, 151))
 
@@ -220,7 +193,7 @@ async def test_missing_stream_is_named_and_found_later(
     """Without a stream events are dropped and counted, the log says once what to run, and then it works."""
     monkeypatch.setattr(eventlog, "NO_STREAM_GRACE_S", 0.3)
     monkeypatch.setattr(eventlog, "PROBE_S", 0.2)
-    with Worker(nats_server.url) as worker:
+    with Worker(nats_server.url, COX_BUS="thread") as worker:
         await worker.connected()
         worker.engine.send_events(5)
         await eventually(lambda: worker.port.events_dropped == 5)
@@ -232,19 +205,19 @@ async def test_missing_stream_is_named_and_found_later(
         await asyncio.sleep(0.3)
         worker.engine.send_events(5)
         await eventually(lambda: worker.logged("events.resumed"))
-        await eventually(lambda: worker.bus._events.waiting == 0)
+        await eventually(lambda: worker.bus.bus._events.waiting == 0)
     assert await stored(nats_server.url) == [11, 12, 13, 14, 15]
 
 
 async def test_stream_that_appears_in_time_loses_nothing(nats_server: NatsServer) -> None:
     """A stream that is away for a moment, as in an election, costs no event and no order."""
-    with Worker(nats_server.url) as worker:
+    with Worker(nats_server.url, COX_BUS="thread") as worker:
         await worker.connected()
         worker.engine.send_events(600)
         await asyncio.sleep(0.3)
-        assert worker.bus._events._sent <= 2 * eventlog.WINDOW  # it pauses, rather than hammer the server
+        assert worker.bus.bus._events._sent <= 2 * eventlog.WINDOW  # it pauses, rather than hammer the server
         await add_stream(nats_server.url)
-        await eventually(lambda: worker.bus._events.waiting == 0)
+        await eventually(lambda: worker.bus.bus._events.waiting == 0)
         assert worker.port.events_dropped == 0
     assert await stored(nats_server.url) == list(range(1, 601))
 

@@ -52,6 +52,7 @@ def test_host_without_a_usable_name() -> None:
         ("COX_STATUS_INTERVAL_S", "fast", "0.01 to 10"),
         ("COX_STATUS_INTERVAL_S", "0", "0.01 to 10"),
         ("COX_STATUS_INTERVAL_S", "nan", "0.01 to 10"),
+        ("COX_BUS", "pigeon", "process or thread"),
         ("COX_STATUS_HEAD", "1.5", "a whole number"),
         ("COX_STATUS_HEAD", "-1", "0 to 10000"),
         ("COX_LEADER_LEASE_S", "inf", "0.5 to 3600"),

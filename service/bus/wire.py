@@ -1,0 +1,240 @@
+"""What crosses between the engine's process and its bus, and how: lengths and MessagePack over a socket.
+
+Pure: items in, bytes out, and back. A `Batch` goes up to the bus, single messages come down from it. Both ends are
+one version of one program, parent and child: there is nothing to negotiate. Used by `process.py` and `child.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from coxswain.schemas.commands import COMMANDS, Command, Reply
+from coxswain.schemas.commands import encode as encode_json
+from coxswain.schemas.errors import Code, RefusedError
+from coxswain.schemas.events import KINDS
+from coxswain.schemas.policy import Lead
+from coxswain.schemas.status import Frame, QueueQuery, RequestQuery
+from coxswain.service.config import Settings
+from coxswain.service.port import (
+    AnswerOut,
+    CommandIn,
+    Draft,
+    EventOut,
+    FrameOut,
+    Inbound,
+    LeadIn,
+    Outbound,
+    QueryIn,
+    ReplyOut,
+)
+
+LENGTH: Final = 4
+"""Bytes of the length before each message, most significant first."""
+
+
+class _Message(msgspec.Struct, array_like=True, gc=False):
+    """Anything that crosses."""
+
+
+class Begin(_Message, tag="begin"):
+    """Up, first: who we are, and what the bus before this one had counted."""
+
+    settings: Settings
+    incarnation: str
+    hello: dict[str, str]
+    life: int
+    """How many buses this worker had before."""
+    refused: dict[str, int]
+
+
+class End(_Message, tag="end"):
+    """Up, last: send what is left."""
+
+    within_s: float
+
+
+class ReplyUp(_Message, tag="reply"):
+    """A `ReplyOut`."""
+
+    token: str
+    reply: Reply
+
+
+class AnswerUp(_Message, tag="answer"):
+    """An `AnswerOut`: a frame, a refusal, or JSON that is ready."""
+
+    token: str
+    frame: Frame | None
+    refused: tuple[int, str] | None
+    ready: bytes
+
+
+class FrameUp(_Message, tag="frame"):
+    """A `FrameOut`."""
+
+    draft: Draft
+    idle: bool
+
+
+class EventUp(_Message, tag="event"):
+    """An `EventOut`; its fields arrive as plain data, which is JSON the same."""
+
+    kind: str
+    seq: int
+    at: float
+    step: int
+    subject: tuple[str, int, str, str, int] | None
+    fields: dict[str, Any]
+
+
+class FullUp(_Message, tag="full"):
+    """What came down and found no room, sent back to be refused."""
+
+    message: bytes
+
+
+class CommandDown(_Message, tag="command"):
+    """A `CommandIn`."""
+
+    role: str
+    verb: str
+    command: msgspec.Raw
+    ignored: tuple[str, ...]
+    token: str
+
+
+class QueryDown(_Message, tag="query"):
+    """A `QueryIn`."""
+
+    what: str
+    queue: QueueQuery | None
+    request: RequestQuery | None
+    token: str
+
+
+class LeadDown(_Message, tag="lead"):
+    """A `LeadIn`."""
+
+    lead: Lead
+
+
+class State(_Message, tag="state"):
+    """Down, whenever it changes and as a sign of life: how the bus is."""
+
+    connected: bool
+    settled: int
+    """Events up to this `seq` are stored or given up."""
+    events_dropped: int
+    refused: dict[str, int]
+
+
+Up = ReplyUp | AnswerUp | FrameUp | EventUp | FullUp | Begin | End
+Item = CommandDown | QueryDown | LeadDown
+Down = Item | State
+
+
+class Batch(_Message):
+    """Up: what the engine has to say, and the number of its last step."""
+
+    step: int
+    messages: list[Up]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_batch = msgspec.msgpack.Decoder(Batch).decode
+_decode_down = msgspec.msgpack.Decoder(Down).decode
+_decoders: Final = {verb: msgspec.msgpack.Decoder(struct).decode for verb, struct in COMMANDS.items()}
+
+
+def pack_up(step: int, messages: Sequence[Up]) -> bytes:
+    """A batch as it goes over the socket."""
+    return _framed(_encode(Batch(step, list(messages))))
+
+
+def pack_down(message: Down) -> bytes:
+    """A message to the engine as it goes over the socket."""
+    return _framed(_encode(message))
+
+
+def _framed(body: bytes) -> bytes:
+    return len(body).to_bytes(LENGTH, "big") + body
+
+
+def unpack(buffer: bytearray) -> Iterator[bytes]:
+    """The bodies that have arrived whole; what is left in the buffer is the beginning of the next."""
+    at = 0
+    while len(buffer) - at >= LENGTH:
+        end = at + LENGTH + int.from_bytes(buffer[at : at + LENGTH], "big")
+        if len(buffer) < end:
+            break
+        yield bytes(buffer[at + LENGTH : end])
+        at = end
+    del buffer[:at]
+
+
+def read_batch(body: bytes) -> Batch:
+    """A batch, up."""
+    return _decode_batch(body)
+
+
+def read_down(body: bytes) -> Down:
+    """A message, down."""
+    message: Down = _decode_down(body)
+    return message
+
+
+def up(item: Outbound) -> Up:
+    """An item of the engine, to be sent."""
+    match item:
+        case EventOut(kind, seq, at, step, subject, fields):
+            return EventUp(str(kind.__struct_config__.tag), seq, at, step, subject, fields)
+        case FrameOut(draft, idle):
+            return FrameUp(draft, idle)
+        case ReplyOut(token, reply):
+            return ReplyUp(token, reply)
+        case AnswerOut(token, answer):
+            if isinstance(answer, Frame):
+                return AnswerUp(token, answer, None, b"")
+            if isinstance(answer, RefusedError):
+                return AnswerUp(token, None, (int(answer.code), answer.message), b"")
+            return AnswerUp(token, None, None, encode_json(answer))
+
+
+def from_up(message: ReplyUp | AnswerUp | FrameUp | EventUp) -> Outbound:
+    """The item that the engine sent."""
+    match message:
+        case EventUp(kind, seq, at, step, subject, fields):
+            return EventOut(KINDS[kind], seq, at, step, subject, fields)
+        case FrameUp(draft, idle):
+            return FrameOut(draft, idle)
+        case ReplyUp(token, reply):
+            return ReplyOut(token, reply)
+        case AnswerUp(token, frame, refused, ready):
+            if refused is not None:
+                return AnswerOut(token, RefusedError(Code(refused[0]), refused[1]))
+            return AnswerOut(token, msgspec.Raw(ready) if frame is None else frame)
+
+
+def down(item: Inbound) -> Item:
+    """An item for the engine, to be sent."""
+    match item:
+        case CommandIn(role, verb, command, ignored, token):
+            return CommandDown(role, verb, msgspec.Raw(_encode(command)), ignored, token)
+        case QueryIn(what, query, token):
+            queue = query if isinstance(query, QueueQuery) else None
+            return QueryDown(what, queue, query if isinstance(query, RequestQuery) else None, token)
+        case LeadIn(lead):
+            return LeadDown(lead)
+
+
+def from_down(message: Item) -> Inbound:
+    """The item for the engine."""
+    match message:
+        case CommandDown(role, verb, command, ignored, token):
+            decoded: Command = _decoders[verb](command)
+            return CommandIn(role, verb, decoded, ignored, token)
+        case QueryDown(what, queue, request, token):
+            return QueryIn(what, queue or request, token)
+        case LeadDown(lead):
+            return LeadIn(lead)
