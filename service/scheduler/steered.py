@@ -115,7 +115,6 @@ class SteeredScheduler(AsyncScheduler):
     def start_bus(self) -> None:
         """Join the fleet, if a NATS address was given."""
         if not self.settings.enabled:
-            self.port.attach_bus(self.port.discard)
             return
         kind = BUSES[self.settings.bus]
         self.bus = kind(self.settings, self.port, incarnation=self.incarnation, hello=self.hello)
