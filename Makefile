@@ -18,7 +18,7 @@ endif
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint format schema states drift links wheel audit fuzz lock clean
+.PHONY: help install demo test check lint format schema states drift links wheel browser audit fuzz lock clean
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,12 @@ links: install ## links and paths in the documents resolve
 
 wheel: install ## the built wheel holds coxswain alone, and controls without vLLM
 	$(BIN)/python scripts/wheel_check.py
+
+browser: ## a headless Chromium for the tests that look at the page (Debian, as root); they skip without
+	@for name in chromium-headless-shell chromium chromium-browser google-chrome-stable google-chrome; do \
+		command -v $$name && exit 0; done; \
+	apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends \
+		chromium-headless-shell fonts-dejavu-core
 
 format: install ## let ruff format the code and sort its imports
 	$(BIN)/ruff check --select I --fix .

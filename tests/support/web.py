@@ -1,10 +1,10 @@
 """What the page is tested with: frames as workers publish them, a served page, a browser."""
 
+import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import msgspec
 import pytest
@@ -35,6 +35,8 @@ class Served:
         self.port = port
         self.names = names
         self.reaches_nats = True
+        self.frames: dict[str, Frame] = {}
+        """What workers say again and again while the page is up, by their names."""
         self.page = Page("main", self._standing)
 
     def _standing(self) -> Standing:
@@ -46,8 +48,9 @@ class Served:
         return f"http://127.0.0.1:{self.port}/"
 
     def hear(self, *frames: Frame) -> None:
-        """Frames come, each on its worker's subject."""
+        """Frames come, each on its worker's subject, from now on until the worker says something else."""
         for each in frames:
+            self.frames[each.worker] = each
             self.page.heard(each.worker, msgspec.json.encode(each))
 
     @asynccontextmanager
@@ -55,12 +58,16 @@ class Served:
         """Serve it while the block runs."""
         async with serving(self.page, Web("127.0.0.1", self.port, self.names)) as port:
             self.port = port
-            yield self
+            saying = asyncio.create_task(self._say())
+            try:
+                yield self
+            finally:
+                saying.cancel()
 
-
-def data(lines: Iterable[bytes]) -> list[Any]:
-    """The documents in lines of an event stream."""
-    return [msgspec.json.decode(line[6:]) for line in lines if line.startswith(b"data: ")]
+    async def _say(self) -> None:
+        while True:
+            await asyncio.sleep(0.3)
+            self.hear(*(msgspec.structs.replace(each, seq=each.seq + 1) for each in self.frames.values()))
 
 
 def browser_path() -> str:

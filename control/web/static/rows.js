@@ -58,7 +58,7 @@ const share = (row) => ({
 });
 
 export const TENANTS = {
-  id: "tenants", empty: "No tenant has been seen yet.", sort: "Share", key: (row) => row.tenant, opens: "tenant",
+  id: "tenants", empty: "No live worker has any tenant.", sort: "Share", key: (row) => row.tenant, opens: "tenant",
   words: (row) => `${row.tenant} ${row.class}`,
   columns: [
     column("Tenant", (row) => plain(row.tenant), (row) => row.tenant, "name"),
@@ -87,7 +87,7 @@ const leader = (row) => {
 };
 
 export const WORKERS = {
-  id: "workers", empty: "No worker has been heard yet.", sort: "Worker", key: (row) => row.worker, opens: "worker",
+  id: "workers", empty: "No worker is heard.", sort: "Worker", key: (row) => row.worker, opens: "worker",
   words: (row) => `${row.worker} ${row.state} ${row.model} ${row.liveness}`,
   rowStyle: (row) => (row.liveness === "live" ? "" : "silent"),
   columns: [
@@ -105,7 +105,7 @@ export const WORKERS = {
 };
 
 export const CLASSES = {
-  id: "classes", empty: "No class has been seen yet.", sort: "Class", key: (row) => row.class, words: (row) => row.class,
+  id: "classes", empty: "No live worker has any class.", sort: "Class", key: (row) => row.class, words: (row) => row.class,
   columns: [
     column("Class", (row) => plain(row.class), (row) => row.class, "name"),
     ...three,
