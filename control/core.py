@@ -27,6 +27,8 @@ EXPIRES_S: Final = 5.0
 """A command that was not applied by then never is."""
 TOLERANCE: Final = 0.5
 """A base that is off by no more (half an input token of virtual time) is left alone."""
+CLOSE: Final = 0.05
+"""So is an expectation that is off by no more than this part of itself."""
 MAX_RANK_ROWS: Final = 2_000
 """Rows in one `rank`, well under NATS's default payload limit; the next one has the rest."""
 RANK_ROWS_PER_STEP: Final = 2_000
@@ -256,8 +258,13 @@ class ControlCore:
             has: TenantRank | TenantStatus | None = row
             if said is not None and (row is None or now - said[1] < ECHO_S):
                 has = said[0]
-            base, weight = (has.base, has.weight) if has else (0.0, weight_of(tables.tenants, tenant))
-            if abs(rank.base - base) > TOLERANCE or rank.weight != weight:
+            has = has or TenantRank(weight=weight_of(tables.tenants, tenant))
+            off = abs(rank.expected_output - has.expected_output)
+            if (
+                abs(rank.base - has.base) > TOLERANCE
+                or rank.weight != has.weight
+                or off > CLOSE * rank.expected_output
+            ):
                 rows[tenant] = rank
                 if len(rows) == MAX_RANK_ROWS:
                     break

@@ -15,8 +15,6 @@ import msgspec
 
 from coxswain.control import policy as policies
 from coxswain.control.errors import PolicyError
-from coxswain.control.policies.vtc import Vtc
-from coxswain.control.predict import Oracle
 from coxswain.lab.agenda import START, Agenda
 from coxswain.lab.controller import Controller
 from coxswain.lab.engine import Build, Engine, public_id
@@ -68,7 +66,7 @@ def run(arrivals: Sequence[Arrival], setup: Setup, progress: Progress | None = N
         StuckError: requests are left that nothing will ever finish.
     """
     _check(arrivals, setup)
-    make_policy, kind, limit = _chosen(arrivals, setup)
+    make_policy, kind, limit = _chosen(setup)
     agenda = Agenda(START - LEAD_S)
     lives = [Life(arrival=arrival) for arrival in arrivals]
     left = len(lives)
@@ -80,7 +78,8 @@ def run(arrivals: Sequence[Arrival], setup: Setup, progress: Progress | None = N
         ended += 1
 
     longest = max(arrival.prompt_tokens + arrival.output_tokens for arrival in arrivals)
-    build = Build(setup.device, setup.admission, kind, longest + 1, setup.status_interval_s)
+    lengths = _told(arrivals, setup) if setup.policy in ORACLES else None
+    build = Build(setup.device, setup.admission, kind, longest + 1, setup.status_interval_s, lengths)
     began, cpu_began = time.perf_counter(), time.process_time()
     engines = [Engine(f"w{number}", build, agenda, landed) for number in range(setup.workers)]
     link = Link(agenda, latency_s=setup.latency_s, loss=setup.loss, seed=setup.seed)
@@ -166,31 +165,30 @@ class _Limit:
         return True
 
 
-def _chosen(arrivals: Sequence[Arrival], setup: Setup) -> tuple[MakePolicy | None, Kind, _Limit | None]:
+def _chosen(setup: Setup) -> tuple[MakePolicy | None, Kind, _Limit | None]:
     name, settings, limit = setup.policy, setup.settings, None
     if name in STOCK:
         if settings:
             raise PolicyError(f"{name} takes no settings")
         return None, STOCK[name], None
     if name in ORACLES:
-        return _oracle(arrivals, setup, ORACLES[name]), "steered", None
+        name = "vtc"
     if name.startswith(RPM) and (number := name.removeprefix(RPM)).isdigit():
         name, limit = "fcfs", _Limit(int(number))
     policies.load(name, settings)  # a mistake shows now, not at the first step
     return lambda: policies.load(name, settings), "steered", limit
 
 
-def _oracle(arrivals: Sequence[Arrival], setup: Setup, off: float) -> MakePolicy:
-    """vtc with a predictor that was told the lengths, each off by up to that part of itself (VTC's `pred_50`)."""
-    shipped: policies.PolicyType = policies.available()[Vtc.name].load()
-    params = policies.params_of(shipped, setup.settings)
-    assert isinstance(params, Vtc.Params)
-    draw = random.Random(setup.seed)  # noqa: S311 — not for secrets
-    told = {
+def _told(arrivals: Sequence[Arrival], setup: Setup) -> dict[str, float]:
+    """What an oracle says of each request's output, off by up to that part of itself (VTC's `pred_50`).
+
+    The scheduler itself is told, as the authors' is: it charges a request's whole cost when it admits it.
+    """
+    off, draw = ORACLES[setup.policy], random.Random(setup.seed)  # noqa: S311 — not for secrets
+    return {
         public_id(arrival, number): round(arrival.output_tokens * draw.uniform(1 - off, 1 + off))
         for number, arrival in enumerate(arrivals)
     }
-    return lambda: Vtc(params, Oracle(told))
 
 
 def _check(arrivals: Sequence[Arrival], setup: Setup) -> None:

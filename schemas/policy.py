@@ -36,7 +36,7 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Fa
     cached: NotNegative = 0.0
     """Per input token found in the prefix cache, at admission."""
     output: NotNegative = 2.0
-    """Per output token, as delivered. Recomputed tokens are free."""
+    """Per output token, as delivered or expected. Recomputed tokens are free."""
 
 
 class ClassPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +92,9 @@ class TenantRank(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     base: Finite = 0.0
     """virtual_time = base + charged + lift; may be negative."""
     weight: Weight = 1.0
+    expected_output: NotNegative = 0.0
+    """Output tokens charged when a request is admitted: beyond them it is charged as they come, and at the end what
+    did not come is given back (VTC, OSDI'24, algorithm 3)."""
 
 
 class Sight(msgspec.Struct, frozen=True, kw_only=True):

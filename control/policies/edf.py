@@ -153,7 +153,7 @@ class Edf:
         return past | late([job for job in jobs if job.key not in past])
 
     def _length(self, row: RequestStatus) -> float:
-        return max(1.0, self._lengths.expect(row) or self.params.expected_tokens)
+        return max(1.0, self._lengths.expect(row.tenant) or self.params.expected_tokens)
 
     def _priorities(self, view: WorkerView, now: float) -> dict[RequestKey, int]:
         given_up = self._given_up[view.worker]

@@ -15,8 +15,10 @@ when a tenant returns from idleness on *every* worker. Each worker is told `base
 last reported the two, so that its own order is that of V.
 
 `predict` is algorithm 3: output that is expected is charged at admission, what goes beyond it as it comes, and
-what does not come is given back at the end. `preempt_gap` goes beyond the paper, whose engine cannot: while the
-least counter of those that wait on a worker is more than that below a running request's, the request is held.
+what does not come is given back at the end. Workers do that too, told what to expect of each tenant: so it is in
+the order of the very step, and `charged` has all of it. `preempt_gap` goes beyond the paper, whose engine cannot:
+while the least counter of those that wait on a worker is more than that below a running request's, the request is
+held.
 
 What a frame shows is up to a frame period old, and a visit may begin and end between two: a tenant that was
 idle and whose lift or input total grew has visited. How far to lift: at least to what the floor was a frame
@@ -32,7 +34,7 @@ import msgspec
 
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
 from coxswain.control.policy import Directives, Kv, Sees, Tables, weight_of
-from coxswain.control.predict import MovingAverage, Predictor
+from coxswain.control.predict import MovingAverage
 from coxswain.control.victims import Victims
 from coxswain.schemas.policy import Prices, TenantRank
 from coxswain.schemas.status import TenantStatus
@@ -43,7 +45,6 @@ KEEP: Final = 1_024
 """Counters kept whatever their tenants do; beyond, those that a lift would overtake anyway are forgotten."""
 ABSENT_ROWS: Final = 64
 """Tenants that do not wait on a worker and are told to it in one rank, in turns: they may come."""
-NOTHING: Final[Mapping[str, float]] = {}
 
 
 class Change(NamedTuple):
@@ -69,12 +70,7 @@ class Change(NamedTuple):
 
 
 class Vtc:
-    """Fair shares of service, in weighted tokens, between tenants that want more than there is.
-
-    Args:
-        params: see `Params`.
-        predictor: what to expect instead of `params.predict`; for laboratories.
-    """
+    """Fair shares of service, in weighted tokens, between tenants that want more than there is."""
 
     name: ClassVar[str] = "vtc"
 
@@ -92,10 +88,10 @@ class Vtc:
         preempt_gap: Price | None = None
         """Hold running requests of tenants that are this far ahead of one that waits; none: never."""
 
-    def __init__(self, params: Params, predictor: Predictor | None = None) -> None:
+    def __init__(self, params: Params) -> None:
         self.prices = Prices(input=params.wp, cached=params.cached, output=params.wq)
-        self.predictor = predictor or (MovingAverage() if params.predict == "average" else None)
-        whole = self.predictor is not None or params.preempt_gap is not None
+        self.lengths = MovingAverage() if params.predict == "average" else None
+        whole = self.lengths is not None or params.preempt_gap is not None
         self.sees: Sees = "requests" if whole else "tenants"
         self.virtual: dict[str, float] = {}
         """V: each tenant's counter. Without prediction it never falls."""
@@ -105,8 +101,6 @@ class Vtc:
         self._last_left: str | None = None
         self._incarnations: dict[str, str] = {}
         """Per worker, the one whose totals are in V."""
-        self._expected: dict[str, dict[str, float]] = {}
-        """Per worker and tenant, what of V is charged and not delivered yet."""
         self._turn: dict[str, int] = {}
         self._forget_at = KEEP
         self._fleet = Fleet()
@@ -117,6 +111,9 @@ class Vtc:
     def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:  # noqa: ARG002
         """Count what was charged, and lift tenants that returned from fleet-wide idleness."""
         self._fleet, self._tables = fleet, tables
+        if self.lengths is not None:
+            for row in (row for view in fleet.workers.values() for row in view.left):
+                self.lengths.learn(row)
         charges, changes = self._read(fleet)
         before = self.active
         waiting = fleet.presence.waiting
@@ -154,7 +151,6 @@ class Vtc:
         active = self.active
         for worker in self._incarnations.keys() - fleet.workers.keys():
             del self._incarnations[worker]
-            self._expected.pop(worker, None)
             self._turn.pop(worker, None)
         for worker, tenants in fleet.changed.items():
             view = fleet.workers.get(worker)
@@ -162,16 +158,12 @@ class Vtc:
                 continue
             if first := self._incarnations.get(worker) != view.incarnation:
                 self._incarnations[worker] = view.incarnation
-                self._expected.pop(worker, None)
-            more = self._expect(view) if self.predictor else NOTHING
             rows = view.tenants
             for tenant, old in tenants.items():
                 row = rows.get(tenant)
                 if row is None:
                     continue
                 charge = row.charged - old.charged if old else row.charged
-                if more:
-                    charge += more.get(tenant, 0.0)
                 if old and row.lift == old.lift and tenant in active:
                     charges[tenant] = charges.get(tenant, 0.0) + charge
                     continue
@@ -182,23 +174,6 @@ class Vtc:
                 charges[tenant] = charges.get(tenant, 0.0) + charge
                 changes[tenant] = changes[tenant].join(change) if tenant in changes else change
         return charges, changes
-
-    def _expect(self, view: WorkerView) -> dict[str, float]:
-        """Per tenant, by how much what is expected of this worker's requests has grown since the last look."""
-        assert self.predictor is not None
-        for row in view.left:
-            self.predictor.learn(row)
-        now: dict[str, float] = {}
-        for row in view.requests.values():
-            if row.state == "queued" and not row.output_tokens:
-                continue
-            tokens = self.predictor.expect(row) - row.output_tokens
-            if tokens > 0.0:
-                weight = weight_of(self._tables.tenants, row.tenant)
-                now[row.tenant] = now.get(row.tenant, 0.0) + tokens * self.prices.output / weight
-        old = self._expected.get(view.worker, {})
-        self._expected[view.worker] = now
-        return {tenant: now.get(tenant, 0.0) - old.get(tenant, 0.0) for tenant in now | old}
 
     # Lift
 
@@ -231,8 +206,7 @@ class Vtc:
         others = [virtual[tenant] for tenant in self.active if tenant not in floors]
         last = virtual.get(self._last_left) if self._last_left is not None else None
         floor_now = min(others) if others else last
-        # One worker's own lift is exact; but its order has no expectations in it.
-        alone = self.predictor is None and sum(1 for _ in fleet.live()) == 1
+        alone = sum(1 for _ in fleet.live()) == 1  # one worker's own lift is exact
         for tenant, floor_before in floors.items():
             lifted_to, old = changes[tenant].lifted_to, virtual.get(tenant, 0.0)
             at = lifted_to if alone else _return_to(lifted_to, floor_before, floor_now)
@@ -270,12 +244,13 @@ class Vtc:
         turn = self._turn.get(view.worker, 0) if len(above) > ABSENT_ROWS else 0
         chosen = [*above[turn : turn + ABSENT_ROWS], *above[: max(0, turn + ABSENT_ROWS - len(above))]]
         self._turn[view.worker] = (turn + ABSENT_ROWS) % max(1, len(above))
-        virtual, table = self.virtual, self._tables.tenants
+        virtual, table, lengths = self.virtual, self._tables.tenants, self.lengths
         ranks = {}
         for tenant in {**dict.fromkeys(sorted(view.waiting)), **dict.fromkeys(chosen)}:
             row, counter = view.tenants.get(tenant), virtual.get(tenant, 0.0)
             base = counter if row is None else counter - row.charged - row.lift
-            ranks[tenant] = TenantRank(base=base, weight=weight_of(table, tenant))
+            expected = lengths.expect(tenant) if lengths is not None else 0.0
+            ranks[tenant] = TenantRank(base=base, weight=weight_of(table, tenant), expected_output=expected)
         return ranks
 
 

@@ -1,5 +1,8 @@
 """What requests cost: input charged at admission, output as delivered, and what had to be computed twice. Pure.
 
+Output that is expected is charged at admission too, before the next pick of the same step; beyond it as it comes, and
+what does not come is given back at the end (VTC, OSDI'24, algorithm 3). Nobody expects anything unless told to.
+
 The core says what happened; prices, weights and virtual time are the tenants' (`tenants.py`, docs/protocol.md).
 Nothing here costs time per step and request: what was computed follows from where a request stood when something
 happened to it. For every request that ended, exactly:
@@ -7,6 +10,8 @@ happened to it. For every request that ended, exactly:
     positions that the device computed
         = uncached input − uncomputed input + recomputed + output − generations + discarded
 """
+
+from collections.abc import Callable
 
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
@@ -28,6 +33,8 @@ class Ledger:
         """Positions computed again."""
         self._recomputing: dict[Record, None] = {}
         """What computes again at the moment."""
+        self.expect: Callable[[Record], float] = _told
+        """How many output tokens a request that is admitted will have; 0: wait and see."""
 
     # Input
 
@@ -37,11 +44,17 @@ class Ledger:
         record.uncached_tokens = record.prompt_tokens - cached
         prices = self._tenants.prices
         self._charge_to(record, record.uncached_tokens * prices.input + cached * prices.cached)
+        account = record.account
+        if record not in account.meter.expected and (tokens := self.expect(record)) > 0.0:
+            account.meter.expected[record] = tokens
+            self._settle_output(account)
 
     def refund_input(self, record: Record) -> None:
         """Undo `charge_input`: the request was not admitted after all."""
         record.uncached_tokens = record.cached_tokens = 0
         self._charge_to(record, 0.0)
+        self._expect_no_more(record)
+        self._settle_output(record.account)
 
     def book_input(self, record: Record, cached: int, external: int) -> None:
         """The request was admitted: charge its input as it turned out, and count it in the tenant's totals."""
@@ -71,12 +84,25 @@ class Ledger:
 
     def settle(self, record: Record) -> None:
         """Charge what the request was delivered and count what it recomputed since it was last settled."""
-        account = record.account
-        account.meter.catch_up(record)
-        if news := account.meter.read() - account.output_tokens:
-            account.deliver(news, self._tenants.prices.output)
+        record.account.meter.catch_up(record)
+        self._settle_output(record.account)
         if record.lost_mark > record.resumed_at:
             self._settle_recompute(record)
+
+    def _settle_output(self, account: Account) -> None:
+        meter, price = account.meter, self._tenants.prices.output
+        news = meter.read() - account.output_tokens
+        if meter.expected or account.ahead:
+            before = account.virtual_time
+            account.deliver(news, price, meter.owed())
+            if account.virtual_time < before:
+                self.moved_back(account)
+        elif news:
+            account.deliver(news, price)
+
+    def _expect_no_more(self, record: Record) -> None:
+        """It ended, or was not admitted after all: what was expected of it is given back when it is settled."""
+        record.account.meter.expected.pop(record, None)
 
     def _settle_recompute(self, record: Record) -> None:
         again = min(record.payload.num_computed_tokens, record.lost_mark) - record.resumed_at
@@ -101,10 +127,11 @@ class Ledger:
         idle = []
         for account in metered:
             meter = account.meter
-            news = meter.past + sum(map(len, meter.lists.values())) - account.output_tokens
-            if news:
+            if meter.expected or account.ahead:
+                self._settle_output(account)
+            elif news := meter.past + sum(map(len, meter.lists.values())) - account.output_tokens:
                 account.deliver(news, price)
-            if not meter.lists:
+            if not meter.lists and not meter.expected:
                 idle.append(account)
         for account in idle:
             del metered[account]
@@ -157,6 +184,7 @@ class Ledger:
 
     def end_turn(self, record: Record, in_flight: int) -> None:
         """A session's turn ended: `in_flight` positions were computed beyond its last token."""
+        self._expect_no_more(record)
         self.settle(record)
         self._recomputing.pop(record, None)
         if not record.has_kv:
@@ -167,6 +195,7 @@ class Ledger:
 
     def fold_turn(self, record: Record) -> None:
         """A session's output is about to become input, and its list of outputs to be emptied: charge it first."""
+        self._expect_no_more(record)
         self.settle(record)
         record.account.meter.fold(record)
 
@@ -187,6 +216,7 @@ class Ledger:
         if record.admitted_at is None:
             self.refund_input(record)
             return
+        self._expect_no_more(record)
         # Its tenant is settled with all others: it may have a thousand that run.
         record.account.meter.catch_up(record)
         self._tenants.metered[record.account] = None
@@ -208,3 +238,11 @@ class Ledger:
             assert (record in record.account.meter.lists) == (record.state in SLOTTED), record
             assert record.lost_mark <= record.resumed_at or record in self._recomputing, record
             assert record.has_kv or record.state is not State.HELD_KEPT, record
+        for account in self._tenants.accounts.values():
+            # Whoever is charged ahead is settled before the next step that admits.
+            assert not account.ahead or account.meter.expected or account in self._tenants.metered, account
+            assert account.meter.expected.keys() <= set(self._roster.records.values()), account
+
+
+def _told(record: Record) -> float:
+    return record.account.expected_output

@@ -211,7 +211,7 @@ def tenant_row(now: float, account: Account) -> st.TenantStatus:
         queued=account.queued, running=account.running, held=account.held,
         oldest_queued_s=oldest_queued_s(now, account),
         virtual_time=account.virtual_time, base=account.base, charged=account.charged, lift=account.lift,
-        weight=account.weight,
+        weight=account.weight, expected_output=account.expected_output,
         uncached_input_tokens_total=account.uncached_input_tokens,
         cached_input_tokens_total=account.cached_input_tokens,
         output_tokens_total=account.output_tokens, recomputed_tokens_total=account.recomputed_tokens,

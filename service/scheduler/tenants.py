@@ -36,9 +36,10 @@ class Account(Group):
     """
 
     __slots__ = (
-        "base", "cached_input_tokens", "charged", "discarded_tokens", "external_input_tokens", "finished", "lift",
-        "meter", "output_tokens", "policy", "recomputed_tokens", "reloaded_tokens", "restored_tokens", "seen", "shut",
-        "touched", "uncached_input_tokens", "uncomputed_input_tokens", "virtual_time", "waiting", "weight",
+        "ahead", "base", "cached_input_tokens", "charged", "discarded_tokens", "expected_output",
+        "external_input_tokens", "finished", "lift", "meter", "output_tokens", "policy", "recomputed_tokens",
+        "reloaded_tokens", "restored_tokens", "seen", "shut", "touched", "uncached_input_tokens",
+        "uncomputed_input_tokens", "virtual_time", "waiting", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, policy: TenantPolicy, touched: "dict[Account, bool]") -> None:
@@ -47,6 +48,10 @@ class Account(Group):
         self.weight = policy.weight
         self.base = 0.0
         self.charged = 0.0
+        self.ahead = 0.0
+        """As much of `charged` as is for output that is expected and was not delivered yet."""
+        self.expected_output = 0.0
+        """Output tokens that the controller expects of a request."""
         self.lift = 0.0
         self.virtual_time = 0.0
         self.waiting: OrderedDict[Record, None] = OrderedDict()
@@ -84,10 +89,11 @@ class Account(Group):
         self.virtual_time = self.base + self.charged + self.lift
         self.touched.setdefault(self, False)
 
-    def deliver(self, tokens: int, price: float) -> None:
-        """Count and charge output tokens."""
+    def deliver(self, tokens: int, price: float, owed: float = 0.0) -> None:
+        """Count and charge output tokens; `owed` more are expected, and charged at the price and weight in force."""
         self.output_tokens += tokens
-        self.charged += tokens * price / self.weight
+        ahead, self.ahead = self.ahead, owed * price / self.weight
+        self.charged += tokens * price / self.weight + (self.ahead - ahead)
         self.virtual_time = self.base + self.charged + self.lift
         self.touched.setdefault(self, False)
 

@@ -57,6 +57,7 @@ class Account:
     name: str
     base: float = 0.0
     charged: float = 0.0
+    expected_output: float = 0.0
     lift: float = 0.0
     weight: float = 1.0
     running: int = 0
@@ -79,6 +80,7 @@ class Served:
     account: Account
     input_tokens: int
     length: int
+    expected: float = 0.0
     output_tokens: int = 0
     held: bool = False
 
@@ -109,8 +111,6 @@ class SmallWorker:
         self.config = digest({}, {})
         self.epoch: Epoch | None = None
         self.got: list[Send | Beat] = []
-        self.lengths: dict[str, int] = {}
-        """Output tokens of every request that ever ran, by name."""
         self._seq = self._serial = 0
         self._last_left: Account | None = None
         self._running: list[Served] = []
@@ -146,10 +146,14 @@ class SmallWorker:
                 if served.held:
                     continue
                 account = served.account
-                account.charged += self.prices.output / account.weight
-                account.output_tokens += 1
                 served.output_tokens += 1
-                account.running -= served.output_tokens == served.length
+                tokens, expected = served.output_tokens, served.expected
+                news = max(expected, tokens) - max(expected, tokens - 1)
+                if tokens == served.length:
+                    news -= max(0.0, expected - tokens)
+                    account.running -= 1
+                account.charged += news * self.prices.output / account.weight
+                account.output_tokens += 1
             self._running = [each for each in self._running if each.output_tokens < each.length]
 
     def _admit(self) -> None:
@@ -158,13 +162,13 @@ class SmallWorker:
         input_tokens, output_tokens = account.queue.popleft()
         if not account.queue:
             self._last_left = account
-        account.charged += input_tokens * self.prices.input / account.weight
+        cost = input_tokens * self.prices.input + account.expected_output * self.prices.output
+        account.charged += cost / account.weight
         account.input_tokens += input_tokens
         account.running += 1
         self._serial += 1
         name = f"{account.name}-{self.name}{self.incarnation}-{self._serial}"
-        self.lengths[name] = output_tokens
-        self._running.append(Served(name, account, input_tokens, output_tokens))
+        self._running.append(Served(name, account, input_tokens, output_tokens, account.expected_output))
 
     def frame(self) -> Frame:
         """A full frame as of now."""
@@ -180,6 +184,7 @@ class SmallWorker:
         return row(
             account.name, queued=len(account.queue), running=account.running, base=account.base,
             charged=account.charged, lift=account.lift, weight=account.weight,
+            expected_output=account.expected_output,
             uncached_input_tokens_total=account.input_tokens, output_tokens_total=account.output_tokens,
         )  # fmt: skip
 
@@ -208,6 +213,7 @@ class SmallWorker:
             for tenant, rank in command.tenants.items():
                 account = self.account(tenant)
                 account.base, account.weight = rank.base, rank.weight
+                account.expected_output = rank.expected_output
         if isinstance(command, Preempt | Continue):
             for served in self._running:
                 if served.name in command.targets.requests:

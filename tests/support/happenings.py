@@ -69,7 +69,8 @@ def act(engine: FakeEngine, operation: int, choice: int, value: int) -> None:
             now, record, value, [None, *core.classes][choice % (len(core.classes) + 1)], "operator"
         )
     elif operation == 11:
-        rank(engine, "abc"[choice % 3], base=float(value * 10), weight=[0.25, 1, 3][value % 3])
+        fields = {"base": float(value * 10), "weight": [0.25, 1, 3][value % 3], "expected_output": choice % 5}
+        rank(engine, "abc"[choice % 3], **fields)
     elif operation == 12:
         core.configure(*TABLES[choice % len(TABLES)])
     elif operation == 13:

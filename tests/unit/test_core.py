@@ -36,16 +36,22 @@ def positions(fields: dict[str, Any]) -> int:
 def test_no_order_of_events_breaks_the_core(
     operations: list[tuple[int, int, int]], room: tuple[int, int]
 ) -> None:
-    """Whatever happens in whatever order, in much room or little, invariants hold; charges and recompute are exact."""
+    """Whatever happens in whatever order, in much room or little, invariants hold; charges and recompute are exact.
+
+    Charges: what was delivered at the prices and weights of then, and what is expected beyond it at those of now.
+    """
     spare, blocks = room
     engine = FakeEngine(slots=3, spare=spare, blocks=blocks)
+    core = engine.core
     lifts: dict[str, float] = {}
     for operation in operations:
         act(engine, *operation)
         engine.check()
         engine.core.ledger.settle_all()
         for name, account in engine.core.tenants.accounts.items():
-            assert account.charged == pytest.approx(engine.owed[name], abs=1e-6)
+            assert account.charged - account.ahead == pytest.approx(engine.owed[name], abs=1e-6)
+            owed = account.meter.owed() * core.tenants.prices.output / account.weight
+            assert account.ahead == pytest.approx(owed, abs=1e-6)
             assert account.lift >= lifts.get(name, 0.0)
             lifts[name] = account.lift
         for record in engine.core.roster.records.values():
@@ -53,7 +59,8 @@ def test_no_order_of_events_breaks_the_core(
     for record in list(engine.core.roster.records.values()):
         engine.finish(record)
     engine.check()
-    core = engine.core
+    core.ledger.settle_all()
+    assert not any(account.ahead or account.meter.expected for account in core.tenants.accounts.values())
     assert not core.roster.records
     assert not core.roster.held
     assert core.deadline() is None or core.leader is not None
@@ -131,6 +138,64 @@ def test_admission_that_finds_more_in_the_cache_is_charged_what_it_was() -> None
     assert record.account.charged == 36
     assert (record.account.uncached_input_tokens, record.account.cached_input_tokens) == (36, 64)
     engine.core.validate()
+
+
+def test_output_that_is_expected_is_charged_at_admission_and_settled_at_the_end() -> None:
+    """Algorithm 3 of VTC: nothing as expected tokens come, more beyond them, and what did not come is given back."""
+    engine = FakeEngine()
+    short, long = engine.submit("a", prompt=10), engine.submit("a", prompt=10)
+    rank(engine, "a", expected_output=8)
+    account = short.account
+    engine.admit()
+    assert account.charged == 10 + 8 * 2
+    engine.admit()
+    assert account.charged == 2 * (10 + 8 * 2)
+    engine.deliver(short, 3)
+    engine.deliver(long, 8)
+    engine.core.ledger.settle_all()
+    assert account.charged == 2 * (10 + 8 * 2)
+    engine.deliver(long, 5)
+    engine.finish(short)
+    engine.core.ledger.settle_all()
+    assert account.charged == (10 + 3 * 2) + (10 + 13 * 2)
+    engine.check()
+
+
+def test_what_is_expected_counts_for_the_next_pick_of_the_same_step() -> None:
+    """Equal prompts: whose outputs are expected to be long stands behind after one, not after a frame period."""
+    engine = FakeEngine()
+    for tenant in ("long", "long", "short", "short", "short"):
+        engine.submit(tenant, prompt=10)
+    rank(engine, "long", expected_output=10)
+    assert [engine.admit().account.name for _ in range(5)] == ["long", "short", "short", "short", "long"]
+
+
+def test_a_skip_gives_back_what_was_expected() -> None:
+    """A head that vLLM takes and puts back is charged nothing, and its tenant keeps its place."""
+    engine = FakeEngine()
+    record = engine.submit("a", prompt=10)
+    engine.submit("b").account.charge(5)
+    rank(engine, "a", expected_output=50)
+    for _ in range(3):
+        assert engine.core.queue.peek() is record
+        engine.skip()
+        assert (record.account.charged, record.account.ahead) == (0, 0)
+        engine.check()
+
+
+def test_what_is_given_back_moves_the_tenant_forward() -> None:
+    """A refund makes virtual time fall, which the heaps must be told: the tenant is before others again."""
+    engine = FakeEngine()
+    first = engine.submit("a", prompt=10)
+    engine.submit("b").account.charge(20)
+    engine.submit("a", prompt=10)
+    rank(engine, "a", expected_output=50)
+    assert engine.admit() is first
+    assert engine.core.queue.peek().account.name == "b"
+    engine.finish(first)
+    engine.core.ledger.settle_all()
+    assert engine.core.queue.peek().account.name == "a"
+    engine.check()
 
 
 def test_recomputed_input_is_not_charged_again() -> None:
