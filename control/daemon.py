@@ -20,17 +20,18 @@ from ulid import ULID
 
 from coxswain import __version__
 from coxswain.control.client import Client
-from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Send
+from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Outgoing, Send
 from coxswain.control.errors import ControlError, DeniedError, NotSetUpError, UnreachableError
 from coxswain.control.lease import Lease
 from coxswain.control.logs import Seldom, log
+from coxswain.control.metrics import Meter, serve
 from coxswain.control.policy import Policy
 from coxswain.control.rows import Row, Rows
 from coxswain.control.tables import Table
 from coxswain.control.transport import public_urls
 from coxswain.control.web.board import Standing
 from coxswain.control.web.page import Page, Web
-from coxswain.schemas.commands import encode
+from coxswain.schemas.commands import Rank, encode
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.names import sanitise_token
@@ -46,6 +47,8 @@ QUEUE_PAGE: Final = 1_000
 MAX_QUEUE_PAGES: Final = 10
 """Of one queue: what waits behind 10,000 is not looked at."""
 QUERY_TIMEOUT_S: Final = 0.5
+NOBODY: Final = "none"
+"""In numbers, the code of commands that nobody answered."""
 JETSTREAM_TIMEOUT_S: Final = 1.0
 SET_UP_RETRY_S: Final = 2.0
 
@@ -73,6 +76,7 @@ class Controller:
             name or f"{sanitise_token(socket.gethostname()) or 'controller'}-{str(ULID())[-6:].lower()}"
         )
         self.core = ControlCore(policy, self.name, lambda: str(ULID()), cadence_s=cadence_s)
+        self.meter = Meter(connection.fleet, self.name, policy.name, self.core.fleet)
         self.lease: Lease | None = None
         self.stopping = asyncio.Event()
         self._connection = connection
@@ -119,7 +123,7 @@ class Controller:
 
     async def _session(self, client: Client) -> None:
         """Work over one connection until it is closed for good or we are to stop."""
-        self._reachable = True
+        self._reachable = self.meter.connected = True
         log.info("connected to NATS", urls=public_urls(self._connection))
         client.js = client.nc.jetstream(timeout=JETSTREAM_TIMEOUT_S)
         holder = LeaseHolder(
@@ -168,7 +172,7 @@ class Controller:
             answers=answers,
             listings=listings,
         )
-        for outgoing in self.core.step(time.time(), inputs):
+        for outgoing in self._measured(inputs):
             if isinstance(outgoing, Send):
                 self._start(client, outgoing)
             elif isinstance(outgoing, Ask):
@@ -186,13 +190,28 @@ class Controller:
                 )
         self.core.fleet.rivals.clear()
 
+    def _measured(self, inputs: Inputs) -> list[Outgoing]:
+        """The core's step, and how long it took."""
+        meter, now, began = self.meter, time.time(), time.perf_counter()
+        for frame in inputs.frames:
+            meter.lags.add(max(0.0, now - frame.sent_at))
+        outgoing = self.core.step(now, inputs)
+        meter.frames += len(inputs.frames)
+        meter.lead(inputs.epoch)
+        meter.steps.add(time.perf_counter() - began)
+        return outgoing
+
     async def _beat(self, client: Client, beat: Beat) -> None:
         # Lost on the way or not sent at all: the next one comes in half a second.
         with suppress(nats.errors.Error):
             await client.nc.publish(client.subjects.lead, encode(beat.lead))
 
     def _start(self, client: Client, send: Send) -> None:
+        self.meter.sent[send.verb] += 1
+        if isinstance(send.command, Rank):
+            self.meter.ranks += len(send.command.tenants)
         if len(self._sending) >= MAX_IN_FLIGHT:
+            self.meter.refused[send.verb, NOBODY] += 1
             self._answers.append(Answer(send.worker, send.verb, ok=False))
             return
         self._spawn(self._send(client, send))
@@ -224,6 +243,8 @@ class Controller:
             why = str(error)
         self._answers.append(Answer(send.worker, send.verb, ok=ok, code=code))
         self.page.told(send.worker, send.verb, ok=ok, code=code, reason=why)
+        if not ok:
+            self.meter.refused[send.verb, NOBODY if code is None else str(code)] += 1
         if not ok and self._seldom.may("command", send.worker, send.verb, code):
             log.warning("command not accepted", worker=send.worker, verb=send.verb, code=code, reason=why)
 
@@ -245,6 +266,7 @@ class Controller:
 
     def _tell_refused(self, bucket: str, rows: Rows[Any]) -> None:
         """Log what is newly wrong: not again at every edit of another row, nor after a reconnection."""
+        self.meter.rows[bucket.rpartition("_")[2]] = len(rows.good), len(rows.refused)
         known = self._refused.get(bucket, {})
         for name, reason in rows.refused.items():
             if known.get(name) != reason:
@@ -256,26 +278,31 @@ class Controller:
         try:
             frame = self._decode(message.data)
         except UNREADABLE as error:
+            self.meter.lost["unreadable"] += 1
             reason = str(error)
         else:
             # Permissions are given on subjects: nobody may speak for another worker.
             if frame.worker == message.subject.rpartition(".")[2]:
+                self.meter.lost["full"] += len(self._frames) == MAX_FRAMES
                 self._frames.append(frame)
                 return
+            self.meter.lost["impostor"] += 1
             reason = f"it claims to be of worker {frame.worker[:64]!r}"
         if self._seldom.may("frame", message.subject):
             log.warning("status not understood", subject=message.subject, reason=reason)
 
     def _noticed(self, what: str) -> None:
         if what == "back":
-            self._back = self._reachable = True
+            self._back = self._reachable = self.meter.connected = True
             log.info("NATS is back")
         elif what == "lost":
+            self.meter.connected = False
             if self._reachable and not self._ended:
                 self._reachable = False
                 log.warning("NATS is lost; nothing is sent until it is back, workers go on by themselves")
         elif what == "closed":
             self._closed = True
+            self.meter.connected = False
         elif self._seldom.may("nats", what):
             log.warning("NATS", error=what)
 
@@ -303,6 +330,7 @@ async def run(
     cadence_s: float = 0.05,
     name: str = "",
     web: Web | None = None,
+    metrics: tuple[str, int] | None = None,
 ) -> None:
     """Run a controller until SIGINT or SIGTERM; it gives its lease back before it returns.
 
@@ -312,6 +340,10 @@ async def run(
         cadence_s: time between two steps.
         name: shown in heartbeats and the lease; made from the host's name if empty.
         web: where to serve the page; needs the extra `web`.
+        metrics: host and port at which its numbers are served, if anywhere.
+
+    Raises:
+        PortTakenError: if that address cannot be listened on.
     """
     controller = Controller(connection, policy, cadence_s=cadence_s, name=name)
     loop = asyncio.get_running_loop()
@@ -323,6 +355,8 @@ async def run(
                 from coxswain.control.web.site import serving
 
                 await stack.enter_async_context(serving(controller.page, web))
+            if metrics is not None:
+                stack.callback(serve(controller.meter, *metrics))
             await controller.run()
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -36,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """A leader silent for longer has lost its holds."""
     bus: Literal["process", "thread"] = "process"
     """Where the bus runs: beside the engine, or inside its process, for debugging and comparison."""
+    metrics_tenants: int = 20
+    """How many tenants have series of their own on `/metrics`; the rest is `other`."""
 
     @classmethod
     def from_env(
@@ -46,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         dp_size: int = 1,
         hostname: str | None = None,
     ) -> "Settings":
-        """Read the connection and `COX_WORKER`, `_STATUS_INTERVAL_S`, `_STATUS_HEAD`, `_LEADER_LEASE_S`, `_BUS`.
+        """Read the connection, `COX_WORKER`, `_STATUS_…`, `_LEADER_LEASE_S`, `_METRICS_TENANTS` and `_BUS`.
 
         Args:
             env: the environment.
@@ -65,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             head=int(_number(env, "COX_STATUS_HEAD", 64, 0, 10_000, whole=True)),
             leader_lease_s=_number(env, "COX_LEADER_LEASE_S", 5.0, 0.5, 3_600.0),
             bus=_bus(env),
+            metrics_tenants=int(_number(env, "COX_METRICS_TENANTS", 20, 0, 1_000, whole=True)),
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import msgspec
 from ulid import ULID
 
+from coxswain.service import edge_page
 from coxswain.service.edge import (
     CLIENT_ID_HEADER,
     ID_HEADER,
@@ -45,6 +46,7 @@ class EdgeMiddleware:
         edge: the decisions.
         keyring: the keys that `edge` uses, to be kept fresh, or None.
         listen: makes what knows of the engines' queues, from the server's app, or None if nobody is to know.
+        count: told the status of every refusal.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class EdgeMiddleware:
         edge: Edge,
         keyring: Keyring | None = None,
         listen: Callable[[Any], EdgeStatus] | None = None,
+        count: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._app = app
         self._edge = edge
         self._keyring = keyring
         self._listen = listen
+        self._count = count
         self._status: EdgeStatus | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,6 +79,12 @@ class EdgeMiddleware:
             return await self._app(scope, receive, send)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if self._edge.is_open(scope.get("method", "GET"), path):
+            if (
+                self._status is not None
+                and scope.get("method") == "GET"
+                and path.rstrip("/") == edge_page.PATH
+            ):
+                return await edge_page.answer(self._app, scope, receive, send, self._status.metrics.page)
             return await self._app(scope, receive, send)
         if self._keyring is not None:
             self._keyring.refresh(time.monotonic())
@@ -84,6 +94,7 @@ class EdgeMiddleware:
         try:
             admitted = self._edge.admit(scope["headers"], path, peer[0] if peer else None, ulid)
         except RefusedRequestError as error:
+            self._count(error.refusal.status)
             if kind == "websocket":
                 # Closing before accepting is how ASGI refuses a websocket: the client sees 403.
                 return await send({"type": "websocket.close", "code": 1008})
@@ -91,6 +102,7 @@ class EdgeMiddleware:
         send = _naming(send, admitted.ticket.request, own_id)
         passage = self._enter(scope, path, admitted)
         if isinstance(passage, Refusal):
+            self._count(passage.status)
             if kind == "websocket":
                 return await send({"type": "websocket.close", "code": 1013})
             return await _refuse(send, passage)

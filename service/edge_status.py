@@ -9,6 +9,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -21,6 +22,7 @@ from coxswain.service.bus.connect import close, connect
 from coxswain.service.bus.throttle import Throttle
 from coxswain.service.config import SettingRefusedError, Settings
 from coxswain.service.edge_caps import EdgeCaps, Seen
+from coxswain.service.edge_metrics import EdgeMetrics
 from coxswain.service.logs import get_logger
 
 BACKOFF_S: Final = (0.1, 5.0)
@@ -34,17 +36,21 @@ _decode = msgspec.json.Decoder(Seen).decode
 
 
 class EdgeStatus:
-    """Keeps an `EdgeCaps` told.
+    """Keeps an `EdgeCaps` and an `EdgeMetrics` told.
 
     Args:
         connection: where NATS is.
         caps: what is told; its workers are those listened to.
+        metrics: is given full frames as they come.
         log: a structlog logger; our own by default.
     """
 
-    def __init__(self, connection: Connection, caps: EdgeCaps, log: Any = None) -> None:
+    def __init__(
+        self, connection: Connection, caps: EdgeCaps, metrics: EdgeMetrics | None = None, log: Any = None
+    ) -> None:
         self._connection = connection
         self.caps = caps
+        self.metrics = metrics or EdgeMetrics(connection.fleet, "", 0)
         self._log = log or get_logger(fleet=connection.fleet)
         self._throttle = Throttle(LOG_PERIOD_S)
         self._task: asyncio.Task[None] | None = None
@@ -97,7 +103,10 @@ class EdgeStatus:
 
     async def _on_status(self, msg: Msg) -> None:
         try:
-            self.caps.heard(_decode(msg.data), time.monotonic())
+            seen = _decode(msg.data)
+            self.caps.heard(seen, time.monotonic())
+            if seen.full and seen.worker in self.caps.workers:
+                self.metrics.latest.keep(seen, msg.data, time.time())
         except UNREADABLE as error:
             self._on_error(error)
         except Exception:  # noqa: BLE001 - one bad frame must not end the subscription
@@ -107,7 +116,7 @@ class EdgeStatus:
         """Log once per change of state."""
         if self._reachable is reachable:
             return
-        self._reachable = reachable
+        self._reachable = self.metrics.connected = reachable
         if reachable:
             self._log.info("edge.listening", workers=sorted(self.caps.workers))
         else:
@@ -139,7 +148,14 @@ def listener(settings: Settings, env: Mapping[str, str]) -> Callable[[Any], Edge
     def listen(app: Any) -> EdgeStatus:
         config = getattr(getattr(app, "state", None), "vllm_config", None)
         workers = workers_behind(settings.worker, getattr(config, "parallel_config", None))
-        return EdgeStatus(settings.connection, EdgeCaps(workers))
+        shared = env.get("PROMETHEUS_MULTIPROC_DIR")  # set by vLLM where it runs several API server processes
+        metrics = EdgeMetrics(
+            settings.connection.fleet,
+            settings.worker,
+            settings.metrics_tenants,
+            Path(shared) if shared else None,
+        )
+        return EdgeStatus(settings.connection, EdgeCaps(workers), metrics)
 
     return listen
 

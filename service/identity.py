@@ -8,6 +8,9 @@ imports it; the parts are `edge.py` (decisions), `edge_asgi.py` (ASGI) and `edge
 import os
 from typing import Final
 
+from prometheus_client import Counter
+
+from coxswain.schemas.metrics import EDGE_REFUSALS
 from coxswain.service import edge_hook
 from coxswain.service.config import Settings
 from coxswain.service.edge import Edge, EdgeSettings
@@ -17,7 +20,10 @@ from coxswain.service.keys import Keyring
 
 _SETTINGS: Final = EdgeSettings.from_env(os.environ)
 _KEYRING: Final = Keyring(_SETTINGS.keys) if _SETTINGS.keys else None
-_LISTEN: Final = listener(Settings.from_env(os.environ), os.environ)
+_WORKER: Final = Settings.from_env(os.environ)
+_LISTEN: Final = listener(_WORKER, os.environ)
+# On vLLM's own page by itself, summed over API server processes by prometheus_client.
+_REFUSALS: Final = Counter(EDGE_REFUSALS.name, EDGE_REFUSALS.help, EDGE_REFUSALS.labels)
 
 edge_hook.install()
 
@@ -30,4 +36,8 @@ class Identity(EdgeMiddleware):
     """
 
     def __init__(self, app: App) -> None:
-        super().__init__(app, Edge(_SETTINGS, _KEYRING), _KEYRING, _LISTEN)
+        super().__init__(app, Edge(_SETTINGS, _KEYRING), _KEYRING, _LISTEN, _refused)
+
+
+def _refused(status: int) -> None:
+    _REFUSALS.labels(_WORKER.connection.fleet, _WORKER.worker, str(status)).inc()

@@ -81,6 +81,15 @@ async def controller(
             help="A host name under which browsers come to the page, a proxy's; repeatable.",
         ),
     ] = None,
+    metrics: Annotated[
+        parse.Address | None,
+        typer.Option(
+            metavar="[HOST:]PORT",
+            parser=option(parse.address),
+            show_default=False,
+            help="Serve /metrics for Prometheus, to this machine only unless HOST says otherwise.",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
     """Decide for a fleet: one controller leads, others stand by. Ends by Ctrl-C; workers go on by themselves.
@@ -101,7 +110,7 @@ async def controller(
             missing="the page needs aiohttp: pip install 'coxswain[web]'",
         )
         where = Web(*web, names=tuple(web_name or ()))
-    await daemon.run(cox.connection, chosen, cadence_s=cadence, name=name, web=where)
+    await daemon.run(cox.connection, chosen, cadence_s=cadence, name=name, web=where, metrics=metrics)
 
 
 def demo(

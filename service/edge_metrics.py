@@ -1,0 +1,230 @@
+"""Steering's numbers on vLLM's own `/metrics`: of the workers behind a server, as their status frames have them.
+
+Nothing is read, computed or kept for it in the engine, and in the server only the last full frame as it came; it is
+read when somebody asks. Where vLLM runs several API server processes any of them may be asked: they share what was
+counted by a file in the folder where prometheus_client's processes share theirs.
+
+Called by `edge_status.py` (frames) and `edge_asgi.py` (requests for the page).
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from coxswain.schemas import metrics as names
+from coxswain.schemas.errors import UNREADABLE
+from coxswain.schemas.metrics import LONG_SILENT_S, OTHER, Metric
+from coxswain.schemas.parts import Assembler
+from coxswain.schemas.status import Frame, decode_glance
+from coxswain.service.edge_caps import Seen
+from coxswain.service.edge_tally import TENANT_FIELDS, Life, Tally
+
+STATES: Final = ("serving", "draining", "paused")
+MAX_LIVES: Final = 4
+"""Incarnations of a worker that may end between two visits and still be counted to their last full frame."""
+
+Raw = tuple[float, list[bytes]]
+"""A full frame in its parts, and when it came (Unix s)."""
+
+_read_tally: Final = msgspec.msgpack.Decoder(Tally).decode
+
+
+class Latest:
+    """The last full frame of each incarnation, as bytes: what it costs while nobody asks."""
+
+    def __init__(self) -> None:
+        self._lives: dict[tuple[str, str], Raw] = {}
+        self._parts: dict[str, tuple[str, int, dict[int, bytes]]] = {}
+
+    def keep(self, seen: Seen, payload: bytes, now: float) -> None:
+        """Note a frame that came at `now` (Unix s); one in parts when its last is there."""
+        if not seen.full:
+            return
+        parts = [payload]
+        if seen.parts > 1:
+            incarnation, seq, known = self._parts.get(seen.worker, ("", -1, {}))
+            if (incarnation, seq) != (seen.incarnation, seen.seq):
+                known = {}
+            known[seen.part] = payload
+            self._parts[seen.worker] = (seen.incarnation, seen.seq, known)
+            if len(known) < seen.parts:
+                return
+            parts = list(known.values())
+        key = (seen.worker, seen.incarnation)
+        self._lives.pop(key, None)
+        self._lives[key] = (now, parts)
+        mine = [each for each in self._lives if each[0] == seen.worker]
+        for each in mine[:-MAX_LIVES]:
+            del self._lives[each]
+
+    def take(self) -> list[Raw]:
+        """All of them, oldest first; of ended incarnations none is kept longer. Decode them elsewhere."""
+        taken = list(self._lives.values())
+        newest = {worker: (worker, incarnation) for worker, incarnation in self._lives}
+        self._lives = {key: self._lives[key] for key in newest.values()}
+        return taken
+
+
+class EdgeMetrics:
+    """The page.
+
+    Args:
+        fleet: the fleet's name.
+        server: the workers' name without a rank.
+        tenants: how many have a series of their own.
+        shared: a folder shared by all API server processes, or None if there is one.
+    """
+
+    def __init__(self, fleet: str, server: str, tenants: int, shared: Path | None = None) -> None:
+        self.latest = Latest()
+        self.connected = False
+        self._fleet = fleet
+        self._server = server
+        self._file = None if shared is None else shared / "coxswain-tally"
+        self._tally = Tally(tenants)
+        self._lock = threading.Lock()
+        """Two may ask at once."""
+
+    async def page(self) -> bytes:
+        """All families in Prometheus's text format, made in a thread: tokens are streamed meanwhile."""
+        return await asyncio.to_thread(self._page, self.latest.take())
+
+    def _page(self, taken: list[Raw]) -> bytes:
+        from prometheus_client import generate_latest
+
+        now = time.time()
+        with self._lock:
+            tally = self._count(list(_decoded(taken)), now)
+            return generate_latest(
+                _Families(_families(tally, self._fleet, self._server, now, connected=self.connected))
+            )
+
+    def _count(self, frames: list[tuple[float, Frame]], now: float) -> Tally:
+        """The tally with what came since, this process's or that of all."""
+        if self._file is None:
+            self._tally.take(frames, now)
+            return self._tally
+        with os.fdopen(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            stored = file.read()
+            if stored:
+                self._tally = _read_tally(stored)
+            self._tally.take(frames, now)
+            file.seek(0)
+            file.truncate()
+            file.write(msgspec.msgpack.encode(self._tally))
+        return self._tally
+
+
+class _Families:
+    """As much of a registry as `generate_latest` asks for."""
+
+    def __init__(self, families: Iterator[Any]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Any]:
+        """The families."""
+        return self._families
+
+
+def _decoded(taken: list[Raw]) -> Iterator[tuple[float, Frame]]:
+    """Whole frames; without those of a version that cannot be read."""
+    for heard_at, parts in taken:
+        assembler: Assembler[Frame] = Assembler()
+        with contextlib.suppress(*UNREADABLE):
+            for part in parts:
+                if whole := assembler.add(decode_glance(part)):
+                    yield heard_at, whole
+
+
+def _families(tally: Tally, fleet: str, server: str, now: float, *, connected: bool) -> Iterator[Any]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    families: dict[str, Any] = {}
+
+    def put(metric: Metric, value: float, *labels: str) -> None:
+        family = families.get(metric.name)
+        if family is None:
+            made = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            family = families[metric.name] = made(metric.name, metric.help, labels=metric.labels)
+        family.add_metric((fleet, *labels), value)
+
+    put(names.EDGE_CONNECTED, connected, server)
+    for worker, life in sorted(tally.workers.items()):
+        _counters(put, worker, life)
+        put(names.WORKER_STATUS_AGE, max(0.0, now - life.heard_at), worker)
+        if now - life.heard_at <= LONG_SILENT_S:
+            _levels(put, worker, life.frame, now - life.heard_at)
+            _class_levels(put, worker, life.frame, tally)
+            _tenant_levels(put, worker, life.frame, tally)
+    yield from families.values()
+
+
+def _counters(put: Any, worker: str, life: Life) -> None:
+    put(names.WORKER_RESTARTS, life.restarts, worker)
+    for name, value in life.counts.items():
+        put(names.ALL[name], value, worker)
+    for code, count in sorted(life.refused.items()):
+        put(names.WORKER_REFUSED, count, worker, code)
+    for label, served in sorted(life.served.items()):
+        for metric in TENANT_FIELDS:
+            put(metric, served.get(metric.name, 0), worker, label)
+
+
+def _levels(put: Any, worker: str, frame: Frame, age_s: float) -> None:
+    put(names.WORKER_INFO, 1, worker, frame.model, frame.vllm_version)
+    for state in STATES:
+        put(names.WORKER_STATE, frame.state == state, worker, state)
+    put(names.WORKER_STEP, frame.step_s, worker)
+    put(names.WORKER_ACTIVE_SLOTS, frame.slots.active, worker)
+    put(names.WORKER_RUNNER_SLOTS, frame.slots.total, worker)
+    put(names.WORKER_USED_SLOTS, frame.slots.running, worker, "running")
+    put(names.WORKER_USED_SLOTS, frame.slots.held, worker, "held")
+    put(names.WORKER_KV_BLOCKS, frame.kv_blocks.total, worker)
+    put(names.WORKER_USED_KV_BLOCKS, frame.kv_blocks.used, worker)
+    put(names.WORKER_HELD_KV_BLOCKS, frame.kv_blocks.held, worker)
+    put(names.WORKER_QUEUED_COMMANDS, frame.commands.queue_depth, worker)
+    for state in ("queued", "running", "held"):
+        put(names.WORKER_REQUESTS, getattr(frame, state), worker, state)
+    if frame.leader.age_s is not None:
+        put(names.WORKER_LEADER_AGE, frame.leader.age_s + max(0.0, age_s), worker)
+
+
+def _class_levels(put: Any, worker: str, frame: Frame, tally: Tally) -> None:
+    _grouped(
+        put, worker, ((tally.class_label(row.class_), row) for row in frame.classes),
+        names.CLASS_REQUESTS, names.CLASS_OLDEST_QUEUED,
+    )  # fmt: skip
+
+
+def _tenant_levels(put: Any, worker: str, frame: Frame, tally: Tally) -> None:
+    _grouped(
+        put, worker, ((tally.label(row.tenant), row) for row in frame.tenants),
+        names.TENANT_REQUESTS, names.TENANT_OLDEST_QUEUED,
+    )  # fmt: skip
+    for row in frame.tenants:
+        if tally.label(row.tenant) != OTHER:
+            put(names.TENANT_WEIGHT, row.weight, worker, row.tenant)
+
+
+def _grouped(put: Any, worker: str, rows: Any, requests: Metric, oldest: Metric) -> None:
+    """Requests summed by label and state, and the longest wait of each."""
+    counts: dict[str, list[int]] = {}
+    waits: dict[str, float] = {}
+    for label, row in rows:
+        sums = counts.setdefault(label, [0, 0, 0])
+        for place, count in enumerate((row.queued, row.running, row.held)):
+            sums[place] += count
+        waits[label] = max(waits.get(label, 0.0), row.oldest_queued_s)
+    for label, sums in sorted(counts.items()):
+        for state, count in zip(("queued", "running", "held"), sums, strict=True):
+            put(requests, count, worker, label, state)
+        put(oldest, waits[label], worker, label)

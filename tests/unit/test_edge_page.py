@@ -1,0 +1,182 @@
+"""Our families on vLLM's own page: what is there, what is left alone, and several processes that are one server."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry, Gauge, make_asgi_app
+from prometheus_client.parser import text_string_to_metric_families
+
+from coxswain.schemas import metrics as names
+from coxswain.schemas.connection import Connection
+from coxswain.schemas.status import ClassStatus, Frame, Leader
+from coxswain.service.edge import Edge, EdgeSettings
+from coxswain.service.edge_asgi import EdgeMiddleware
+from coxswain.service.edge_caps import EdgeCaps, Seen
+from coxswain.service.edge_metrics import EdgeMetrics
+from coxswain.service.edge_status import EdgeStatus
+from tests.support.frames import frame, row
+
+SECRET = "ab" * 32
+
+
+def vllms_page() -> Any:
+    """An app with prometheus_client's own page, which compresses and negotiates."""
+    registry = CollectorRegistry()
+    Gauge("vllm_something", "Of vLLM.", registry=registry).set(7)
+    return make_asgi_app(registry)
+
+
+async def get(app: Any, metrics: EdgeMetrics, path: str = "/metrics", **headers: str) -> httpx.Response:
+    """Ask the app behind the edge."""
+    status = EdgeStatus(Connection(urls=("nats://127.0.0.1:1",)), EdgeCaps(["w1"]), metrics)
+    status.start = lambda: None  # type: ignore[method-assign]
+    edge = Edge(EdgeSettings.from_env({"COX_IDENTITY_KEY": SECRET}))
+    transport = httpx.ASGITransport(app=EdgeMiddleware(app, edge, None, lambda _app: status))
+    async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
+        return await client.get(path, headers=headers)
+
+
+def heard(metrics: EdgeMetrics, *frames: Frame, at: float | None = None) -> None:
+    """Frames came from NATS."""
+    for each in frames:
+        payload = msgspec.json.encode(each)
+        metrics.latest.keep(msgspec.json.decode(payload, type=Seen), payload, at or time.time())
+
+
+def values(text: str) -> dict[tuple[str, ...], float]:
+    """Every sample, by name and the values of its labels, in order of the labels, without fleet and worker."""
+    return {
+        (
+            sample.name,
+            *(value for label, value in sample.labels.items() if label not in ("fleet", "worker")),
+        ): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def some(seq: int = 1, output: int = 40, **fields: Any) -> Frame:
+    """A frame with two tenants and a class."""
+    rows = (
+        row("acme", queued=2, running=1, oldest_queued_s=1.5, weight=4.0, output_tokens_total=output),
+        row("beta", held=1, output_tokens_total=3),
+    )
+    chat = ClassStatus(class_="chat", queued=2, running=1, held=1, oldest_queued_s=1.5)
+    plain: dict[str, Any] = {"queued": 2, "running": 1, "held": 1, "step": 90, "classes": (chat,)}
+    return frame("w1", "01A", seq, *rows, **(plain | fields))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"accept-encoding": "gzip"}, {"accept": "application/openmetrics-text; version=1.0.0"}],
+    ids=["plain", "gzip", "openmetrics"],
+)
+async def test_one_page_has_vllms_families_and_ours(headers: dict[str, str]):
+    """Whatever a scraper would like: one text that parses, with the length that it says."""
+    metrics = EdgeMetrics("main", "w1", 5)
+    heard(metrics, some())
+    response = await get(vllms_page(), metrics, **headers)
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    assert int(response.headers["content-length"]) == len(response.content)
+    found = values(response.text)
+    assert found["vllm_something",] == 7
+    assert found[names.TENANT_REQUESTS.name, "queued", "acme"] == 2
+    assert found[names.TENANT_OUTPUT.name, "acme"] == 40
+    assert found[names.TENANT_WEIGHT.name, "acme"] == 4
+    assert found[names.CLASS_OLDEST_QUEUED.name, "chat"] == 1.5
+    assert found[names.WORKER_REQUESTS.name, "held"] == 1
+    assert found[names.WORKER_STEPS.name,] == 90
+    assert found[names.WORKER_STATE.name, "serving"] == 1
+
+
+async def test_what_is_no_page_is_left_as_it_is():
+    """A server without the page answers 404 as before; other paths are never touched."""
+
+    async def nothing(scope: Any, _receive: Any, send: Any) -> None:
+        status = 404 if scope["path"] == "/metrics" else 200
+        await send(
+            {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]}
+        )
+        await send({"type": "http.response.body", "body": b"mine"})
+
+    for path, status in (("/metrics", 404), ("/health", 200)):
+        response = await get(nothing, EdgeMetrics("main", "w1", 5), path)
+        assert (response.status_code, response.content) == (status, b"mine")
+
+
+async def test_a_frame_in_parts_counts_when_it_is_whole():
+    """Half of a frame is not shown as if it were all."""
+    metrics = EdgeMetrics("main", "w1", 5)
+    heard(metrics, frame("w1", "01A", 1, row("acme", output_tokens_total=1), parts=2, part=0))
+    assert (names.TENANT_OUTPUT.name, "acme") not in values((await metrics.page()).decode())
+    heard(metrics, frame("w1", "01A", 1, row("beta", output_tokens_total=2), parts=2, part=1))
+    found = values((await metrics.page()).decode())
+    assert (found[names.TENANT_OUTPUT.name, "acme"], found[names.TENANT_OUTPUT.name, "beta"]) == (1, 2)
+
+
+async def test_a_silent_worker_has_an_age_and_no_levels():
+    """Its queue as it was half a minute ago is nobody's queue now; what it served stays served."""
+    metrics = EdgeMetrics("main", "w1", 5)
+    heard(metrics, some(leader=Leader(epoch=(1.0, 1), age_s=0.5)), at=time.time() - 10)
+    found = values((await metrics.page()).decode())
+    assert found[names.WORKER_STATUS_AGE.name,] == pytest.approx(10, abs=2)
+    assert found[names.WORKER_LEADER_AGE.name,] == pytest.approx(10.5, abs=2), (
+        "it grows while nothing is heard"
+    )
+    heard(metrics, some(2), at=time.time() - 60)
+    found = values((await metrics.page()).decode())
+    assert found[names.WORKER_STATUS_AGE.name,] == pytest.approx(60, abs=2)
+    assert found[names.TENANT_OUTPUT.name, "acme"] == 40
+    assert (names.WORKER_REQUESTS.name, "held") not in found
+
+
+async def test_the_last_of_an_incarnation_counts_though_nobody_asked_before_it_ended():
+    """A worker that was restarted between two visits loses nothing that a full frame told."""
+    metrics = EdgeMetrics("main", "w1", 5)
+    heard(
+        metrics,
+        some(output=40),
+        some(9, output=55),
+        frame("w1", "01B", 1, row("acme", output_tokens_total=5)),
+    )
+    for _ in range(2):
+        found = values((await metrics.page()).decode())
+        assert found[names.TENANT_OUTPUT.name, "acme"] == 60
+        assert found[names.WORKER_RESTARTS.name,] == 1
+
+
+async def test_processes_of_one_server_show_one_count(tmp_path: Path):
+    """Whichever is asked, and however far behind its own ear is: nothing goes backwards, nothing counts twice."""
+    first, second = (EdgeMetrics("main", "w1", 1, tmp_path) for _ in range(2))
+    last: dict[tuple[str, ...], float] = {}
+    for turn in range(1, 12):
+        heard(first, some(turn, output=40 * turn))
+        if turn % 3 == 0:
+            heard(second, some(turn, output=40 * turn))
+        for asked in (first, second):
+            found = values((await asked.page()).decode())
+            assert found[names.TENANT_OUTPUT.name, "acme"] == 40 * turn
+            assert all(found[key] >= value for key, value in last.items() if key[0].endswith("_total"))
+            last = found
+
+
+async def test_two_who_ask_at_once_are_answered_alike():
+    """Two Prometheus servers at the same moment."""
+    metrics = EdgeMetrics("main", "w1", 5)
+    heard(metrics, some())
+    pages = await asyncio.gather(*(metrics.page() for _ in range(8)))
+    assert all(values(page.decode())[names.TENANT_OUTPUT.name, "acme"] == 40 for page in pages)
+
+
+async def test_while_nobody_asks_a_frame_is_kept_and_not_read():
+    """The cost of being ready: bytes of one frame per worker, replaced as they come."""
+    metrics = EdgeMetrics("main", "w1", 5)
+    for seq in range(50):
+        heard(metrics, some(seq))
+    assert len(metrics.latest._lives) == 1
+    assert metrics._tally.workers == {}
