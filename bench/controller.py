@@ -18,161 +18,17 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from bench.herd import FULL_EVERY, START, herd
 from coxswain.control.core import Answer, ControlCore, Inputs, Send
 from coxswain.control.policy import load
-from coxswain.schemas.commands import Configure, Rank, decode, encode
-from coxswain.schemas.policy import Lead, TenantPolicy, digest
-from coxswain.schemas.status import (
-    CommandStats,
-    Frame,
-    Gone,
-    KvBlocks,
-    Leader,
-    RequestStatus,
-    Slots,
-    TenantStatus,
-    decode_frame,
-    decode_glance,
-)
+from coxswain.control.reader import Reader
+from coxswain.schemas.commands import Rank, encode
+from coxswain.schemas.policy import TenantPolicy
 
 CADENCE_S = 0.05
-FULL_EVERY = 20
-START = 1_700_000_000.0
-
-
-class Tenant:
-    """One tenant on one made-up worker."""
-
-    __slots__ = ("base", "charged", "input_tokens", "lift", "output_tokens", "queued", "running")
-
-    def __init__(self) -> None:
-        self.base = self.charged = self.lift = 0.0
-        self.queued = self.running = self.input_tokens = self.output_tokens = 0
-
-
-class Worker:
-    """A worker that serves `active` of its tenants at a time, with `running` requests and `waiting` listed."""
-
-    def __init__(self, number: int, tenants: list[str], active: int, running: int, waiting: int) -> None:
-        self.name, self.incarnation = f"w{number:03}", f"01{number:03}"
-        self.tenants = {name: Tenant() for name in tenants}
-        turned = [
-            tenants[(number * 37 + place) % len(tenants)] for place in range(len(tenants))
-        ]  # their own order
-        self.newcomers = itertools.cycle(turned)
-        self.active: dict[str, None] = {}
-        self.seen: dict[str, None] = {}
-        self.weights = TenantPolicy().weight
-        self.config, self.epoch = digest({}, {}), None
-        self.seq, self.running, self.waiting = number % FULL_EVERY, running, waiting
-        self.numbers = itertools.count()
-        self.requests = [self._request(place, "running") for place in range(running)]
-        while len(self.active) < min(active, len(tenants)):
-            self._join(next(self.newcomers))
-
-    def _join(self, name: str) -> None:
-        floor = min((self._virtual(each) for each in self.active), default=0.0)
-        tenant = self.tenants[name]
-        tenant.lift += max(0.0, floor - self._virtual(name))
-        tenant.queued = 3
-        self.active[name] = self.seen[name] = None
-
-    def _virtual(self, name: str) -> float:
-        tenant = self.tenants[name]
-        return tenant.base + tenant.charged + tenant.lift
-
-    def _request(self, place: int, state: Any, output_tokens: int = 0) -> RequestStatus:
-        tenant = next(itertools.islice(self.tenants, place % len(self.tenants), None))
-        return RequestStatus(
-            request=f"cox.{tenant}.chat.01JD0{next(self.numbers):08}.0123456789abcdef", child=0, tenant=tenant,
-            class_="default", priority=0, state=state, kv="none", arrived_at=START, prompt_tokens=200,
-            cached_tokens=0, output_tokens=output_tokens, deadline_s=None,
-            position=place if state == "queued" else None,
-        )  # fmt: skip
-
-    def frame(self, now: float) -> bytes:
-        """Serve a little, then say so."""
-        self.seq += 1
-        full = self.seq % FULL_EVERY == 0
-        leaver = next(iter(self.active))
-        del self.active[leaver]
-        self.tenants[leaver].queued = 0
-        newcomer = next(name for name in self.newcomers if name not in self.active)
-        self._join(newcomer)
-        for place, name in enumerate(self.active):
-            tenant = self.tenants[name]
-            tenant.charged += 2.0 * (1 + place % 4)
-            tenant.output_tokens += 1 + place % 4
-        self.tenants[newcomer].charged += 200.0
-        self.tenants[newcomer].input_tokens += 200
-        changed = self.seen if full else {**self.active, leaver: None}
-        return encode(
-            Frame(
-                worker=self.name, incarnation=self.incarnation, seq=self.seq, full=full, part=0, parts=1,
-                sent_at=now, step=self.seq, model="m", vllm_version="0", state="serving",
-                slots=Slots(active=self.running, total=self.running, running=self.running, held=0),
-                kv_blocks=KvBlocks(total=10_000, used=9_000, held=0), step_s=0.03,
-                queued=3 * len(self.active), running=self.running, held=0, preempted_total=0,
-                recomputed_tokens_total=0, commands=CommandStats(), leader=Leader(epoch=self.epoch),
-                config=self.config, events_dropped_total=0,
-                tenants=tuple(self._row(name) for name in changed), requests=self._requests(), gone=self._gone,
-            )
-        )  # fmt: skip
-
-    def _requests(self) -> tuple[RequestStatus, ...]:
-        """All that run have a token more, one of them is new, and all that wait have moved up."""
-        old = self.requests.pop(0) if self.requests else None
-        self._gone = (Gone(request=old.request, child=0),) if old else ()
-        self.requests = [
-            RequestStatus(**{**_fields(each), "output_tokens": each.output_tokens + 1})
-            for each in self.requests
-        ]
-        if self.running:
-            self.requests.append(self._request(self.seq, "running"))
-        return (*self.requests, *(self._request(place, "queued") for place in range(self.waiting)))
-
-    def _row(self, name: str) -> TenantStatus:
-        tenant = self.tenants[name]
-        return TenantStatus(
-            tenant=name, class_="default", queued=tenant.queued, running=0, held=0, oldest_queued_s=0.1,
-            virtual_time=self._virtual(name), base=tenant.base, charged=tenant.charged, lift=tenant.lift,
-            weight=self.weights, uncached_input_tokens_total=tenant.input_tokens, cached_input_tokens_total=0,
-            output_tokens_total=tenant.output_tokens, recomputed_tokens_total=0, finished_total=0,
-        )  # fmt: skip
-
-    def obey(self, command: Any) -> None:
-        """Apply a rank or tables; anything else changes nothing that the loop looks at."""
-        if isinstance(command, Rank):
-            for name, rank in command.tenants.items():
-                self.tenants[name].base = rank.base
-        elif isinstance(command, Configure):
-            self.config = digest(command.classes, command.tenants)
-
-
-def _fields(row: RequestStatus) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in row.__struct_fields__}
-
-
-def herd(pipe: Connection, workers: int, tenants: int, *shape: int) -> None:
-    """The child: every worker's frame for each time asked, obeying what it was sent before; None ends it."""
-    names = [f"tenant-{number:05}" for number in range(tenants)]
-    fleet = {w.name: w for w in (Worker(n, names, *shape) for n in range(workers))}
-    while (asked := pipe.recv()) is not None:
-        now, outgoing = asked
-        for name, verb, payload in outgoing:
-            if verb == "lead":
-                epoch = msgspec.json.decode(payload, type=Lead).epoch
-                for worker in fleet.values():
-                    worker.epoch = epoch
-            else:
-                fleet[name].obey(decode(verb, payload)[0])
-        pipe.send([worker.frame(now) for worker in fleet.values()])
 
 
 def run(
@@ -186,7 +42,7 @@ def run(
     ids: Iterator[int] = itertools.count()
     chosen = load(policy)
     core = ControlCore(chosen, "bench", lambda: f"id{next(ids)}", cadence_s=CADENCE_S)
-    read = decode_glance if chosen.sees == "tenants" else decode_frame
+    read = Reader(core.fleet, requests=chosen.sees != "tenants").read
     answers: list[Answer] = []
     spent: dict[str, list[float]] = {"decode": [], "step": [], "encode": [], "loop": [], "cpu": []}
     sums = dict.fromkeys(("bytes_in", "bytes_out", "commands", "rank_rows"), 0)
@@ -198,7 +54,7 @@ def run(
         pipe.send((now, obeyed))
         payloads = pipe.recv()
         began, cpu = time.perf_counter(), time.process_time()
-        frames = [read(payload) for payload in payloads]
+        frames = [read(name, payload) for name, payload in payloads]
         decoded = time.perf_counter()
         outgoing = core.step(
             now, Inputs(frames=frames, classes={}, tenants=TENANTS, epoch=(1.0, 1), answers=answers)
@@ -217,7 +73,7 @@ def run(
             spent, (decoded - began, stepped - decoded, ended - stepped, ended - began, cpu), strict=True
         ):
             spent[part].append(seconds * 1_000)
-        sums["bytes_in"] += sum(map(len, payloads))
+        sums["bytes_in"] += sum(len(payload) for _, payload in payloads)
         sums["bytes_out"] += sum(map(len, sent))
         sums["commands"] += len(answers)
         sums["rank_rows"] += sum(

@@ -26,6 +26,7 @@ from coxswain.control.lease import Lease
 from coxswain.control.logs import Seldom, log
 from coxswain.control.metrics import Meter, serve
 from coxswain.control.policy import Policy
+from coxswain.control.reader import ImpostorError, Reader
 from coxswain.control.rows import Row, Rows
 from coxswain.control.tables import Table
 from coxswain.control.transport import public_urls
@@ -36,7 +37,7 @@ from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.names import sanitise_token
 from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy
-from coxswain.schemas.status import Frame, QueueQuery, RequestStatus, decode_frame, decode_glance
+from coxswain.schemas.status import Frame, QueueQuery, RequestStatus
 from coxswain.schemas.subjects import CONTROLLER
 
 MAX_FRAMES: Final = 8_192
@@ -81,7 +82,7 @@ class Controller:
         self.stopping = asyncio.Event()
         self._connection = connection
         self._cadence_s = cadence_s
-        self._decode = decode_glance if policy.sees == "tenants" else decode_frame
+        self._reader = Reader(self.core.fleet, requests=policy.sees != "tenants")
         self._frames: deque[Frame] = deque(maxlen=MAX_FRAMES)
         self._answers: list[Answer] = []
         self._listings: list[Listing] = []
@@ -276,20 +277,16 @@ class Controller:
     async def _heard(self, message: Msg) -> None:
         self.page.heard(message.subject.rpartition(".")[2], message.data)
         try:
-            frame = self._decode(message.data)
+            frame = self._reader.read(message.subject.rpartition(".")[2], message.data)
         except UNREADABLE as error:
-            self.meter.lost["unreadable"] += 1
-            reason = str(error)
-        else:
-            # Permissions are given on subjects: nobody may speak for another worker.
-            if frame.worker == message.subject.rpartition(".")[2]:
-                self.meter.lost["full"] += len(self._frames) == MAX_FRAMES
-                self._frames.append(frame)
-                return
-            self.meter.lost["impostor"] += 1
-            reason = f"it claims to be of worker {frame.worker[:64]!r}"
-        if self._seldom.may("frame", message.subject):
-            log.warning("status not understood", subject=message.subject, reason=reason)
+            self.meter.lost["impostor" if isinstance(error, ImpostorError) else "unreadable"] += 1
+            if self._seldom.may("frame", message.subject):
+                log.warning("status not understood", subject=message.subject, reason=str(error))
+            return
+        if len(self._frames) == MAX_FRAMES:
+            self.meter.lost["full"] += 1
+            self._reader.forget()
+        self._frames.append(frame)
 
     def _noticed(self, what: str) -> None:
         if what == "back":

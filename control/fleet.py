@@ -162,18 +162,20 @@ class WorkerView:
             changed.update(dict.fromkeys(self.tenants))
 
     def _put(self, rows: Iterable[TenantStatus], changed: Changed) -> None:
-        tenants, waiting, busy, classes = self.tenants, self.waiting, self.busy, self._presence.classes
+        # Thousands of rows in every step of a large fleet: sets are asked only about what is another than it was.
+        tenants, presence = self.tenants, self._presence
         for row in rows:
             name = row.tenant
-            if name not in changed:
-                changed[name] = tenants.get(name)
+            old = tenants.get(name)
+            changed.setdefault(name, old)
             tenants[name] = row
-            if row.class_ not in classes:
-                classes.add(row.class_)
-            if (row.queued > 0) != (name in waiting):
-                self._toggle(waiting, self._presence.waiting, name)
-            if bool(row.queued or row.running or row.held) != (name in busy):
-                self._toggle(busy, self._presence.busy, name)
+            queued, before = row.queued, old.queued if old is not None else 0
+            if old is None or row.class_ != old.class_:
+                presence.classes.add(row.class_)
+            if (queued > 0) != (before > 0):
+                self._toggle(self.waiting, presence.waiting, name)
+            if not (queued and before) and bool(queued or row.running or row.held) != _busy(old):
+                self._toggle(self.busy, presence.busy, name)
 
     def known(self) -> Iterator[RequestStatus]:
         """Every request that we know of here: those that frames list, then what waits behind them."""
@@ -205,6 +207,10 @@ class WorkerView:
     def _gone(self, row: RequestStatus | None) -> None:
         if row is not None and row.state != "queued" and len(self.left) < MAX_LEFT:
             self.left.append(row)
+
+
+def _busy(row: TenantStatus | None) -> bool:
+    return row is not None and bool(row.queued or row.running or row.held)
 
 
 class Fleet:

@@ -51,7 +51,7 @@ class Leader(msgspec.Struct, frozen=True, kw_only=True):
     policy: str | None = None
 
 
-class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """One tenant on one worker. virtual_time = base + charged + lift."""
 
     tenant: str
@@ -86,7 +86,7 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Output tokens that the leader expects of a request of it: charged when that is admitted."""
 
 
-class ClassStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class ClassStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """One class on one worker, over all tenants."""
 
     class_: str = msgspec.field(name="class")
@@ -99,7 +99,7 @@ class ClassStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Caps in force, the strictest of the table's and every role's `limit`; null: none."""
 
 
-class RequestStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class RequestStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """One request: running, held, or among the first that wait."""
 
     request: str
@@ -159,6 +159,9 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     config: str
     """Digest of the tables in force."""
     events_dropped_total: int
+    revision: int = 0
+    """Grows by one with every delta. A full frame has that of the last delta, which it repeats in all its rows but for
+    ages: whoever merged every revision up to it knows them. 0: nothing is promised."""
     tenants: tuple[TenantStatus, ...] = ()
     classes: tuple[ClassStatus, ...] = ()
     requests: tuple[RequestStatus, ...] = ()
@@ -237,7 +240,7 @@ def decode_glance(payload: bytes) -> Frame:
     """A frame as `decode_frame` gives it, but without single requests: a fraction of the time where there are many."""
     # Workers write requests last, and inside of a JSON string these bytes cannot be: what follows need not be read.
     end = payload.find(b',"requests":[')
-    if end > 0 and all(payload.find(field, 0, end) > 0 for field in (b'"tenants":[', b'"classes":[')):
+    if end > 0 and payload.find(b'"tenants":[', 0, end) > 0 and payload.rfind(b'"classes":[', 0, end) > 0:
         try:
             return decode_frame(payload[:end] + b"}")
         except msgspec.MsgspecError:

@@ -27,6 +27,7 @@ came. With one worker that makes V its own virtual time exactly, and the base ne
 only watches.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 
@@ -36,6 +37,7 @@ from coxswain.control.fleet import Fleet, RequestKey, WorkerView
 from coxswain.control.policy import Directives, Kv, Sees, Tables, weight_of
 from coxswain.control.predict import MovingAverage
 from coxswain.control.victims import Victims
+from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import Prices, TenantRank
 from coxswain.schemas.status import TenantStatus
 
@@ -146,7 +148,7 @@ class Vtc:
 
     def _read(self, fleet: Fleet) -> tuple[dict[str, float], dict[str, Change]]:
         """What was charged per tenant since the last look, and what else happened to some."""
-        charges: dict[str, float] = {}
+        charges: defaultdict[str, float] = defaultdict(float)
         changes: dict[str, Change] = {}
         active = self.active
         for worker in self._incarnations.keys() - fleet.workers.keys():
@@ -163,15 +165,15 @@ class Vtc:
                 row = rows.get(tenant)
                 if row is None:
                     continue
-                charge = row.charged - old.charged if old else row.charged
-                if old and row.lift == old.lift and tenant in active:
-                    charges[tenant] = charges.get(tenant, 0.0) + charge
+                charge = row.charged if old is None else row.charged - old.charged
+                if old is not None and row.lift == old.lift and tenant in active:
+                    charges[tenant] += charge
                     continue
                 if first and row.base:
                     charge, change = 0.0, Change(adopt=row.virtual_time)
                 else:
                     change = _change(worker, row, old)
-                charges[tenant] = charges.get(tenant, 0.0) + charge
+                charges[tenant] += charge
                 changes[tenant] = changes[tenant].join(change) if tenant in changes else change
         return charges, changes
 
@@ -244,13 +246,16 @@ class Vtc:
         turn = self._turn.get(view.worker, 0) if len(above) > ABSENT_ROWS else 0
         chosen = [*above[turn : turn + ABSENT_ROWS], *above[: max(0, turn + ABSENT_ROWS - len(above))]]
         self._turn[view.worker] = (turn + ABSENT_ROWS) % max(1, len(above))
-        virtual, table, lengths = self.virtual, self._tables.tenants, self.lengths
+        virtual, rows, table, lengths = self.virtual, view.tenants, self._tables.tenants, self.lengths
+        usual = weight_of(table, DEFAULT)
         ranks = {}
         for tenant in {**dict.fromkeys(sorted(view.waiting)), **dict.fromkeys(chosen)}:
-            row, counter = view.tenants.get(tenant), virtual.get(tenant, 0.0)
-            base = counter if row is None else counter - row.charged - row.lift
+            row, base = rows.get(tenant), virtual.get(tenant, 0.0)
+            if row is not None:
+                base -= row.charged + row.lift
+            weight = table[tenant].weight if tenant in table else usual
             expected = lengths.expect(tenant) if lengths is not None else 0.0
-            ranks[tenant] = TenantRank(base=base, weight=weight_of(table, tenant), expected_output=expected)
+            ranks[tenant] = TenantRank(base=base, weight=weight, expected_output=expected)
         return ranks
 
 

@@ -56,6 +56,7 @@ class Reporter:
         self._requests = RequestRows(core, head)
         self._tenants = TenantRows(core.tenants)
         self._classes = ClassRows(core.roster)
+        self._revision = 0
 
     def frame(
         self,
@@ -65,13 +66,16 @@ class Reporter:
         full: bool,
         applied: int,
         rejected: dict[str, int],
+        repeat: bool = False,
         peek: bool = False,
     ) -> Draft:
         """The next frame; the bus completes it.
 
-        `peek` builds a full frame without taking note of it, for a query.
+        `repeat` says that a full frame follows a delta with nothing in between: it has the delta's revision.
+        `peek` builds a full frame without taking note of it, for a query: it is of no revision.
         """
         core, roster = self.core, self.core.roster
+        self._revision += not (repeat or peek)
         core.ledger.settle_all()
         gone: tuple[st.Gone, ...] = ()
         if full:
@@ -100,7 +104,7 @@ class Reporter:
                 applied_total=applied, rejected_total=dict(rejected), queue_depth=gauges.queue_depth,
             ),
             leader=self.leader(now), config=core.digest, events_dropped_total=gauges.events_dropped,
-            classes=classes, gone=gone,
+            revision=0 if peek else self._revision, classes=classes, gone=gone,
         )  # fmt: skip
         return Draft(frame, requests, tenants)
 

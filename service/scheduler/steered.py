@@ -327,15 +327,17 @@ class SteeredScheduler(AsyncScheduler):
         full = idle or now >= self._full_at
         if full:
             self._full_at = now + self.settings.full_interval_s
-        self.port.put(FrameOut(self._frame(now, full=full), idle))
+            # What is new goes ahead by itself: whoever has it need not read the many rows of the full frame.
+            self.port.put(FrameOut(self._frame(now, full=False), idle=False))
+        self.port.put(FrameOut(self._frame(now, full=full, repeat=full), idle))
         self._said_idle = idle
         rest_s = min((time.thread_time() - began) / STATUS_SHARE, self.settings.full_interval_s)
         self._frame_at = now + max(self.settings.status_interval_s, rest_s)
 
-    def _frame(self, now: float, *, full: bool = True, peek: bool = False) -> Draft:
+    def _frame(self, now: float, *, full: bool = True, repeat: bool = False, peek: bool = False) -> Draft:
         commands = self.commands
         return self.reporter.frame(
-            now, self._gauges(), full=full, peek=peek,
+            now, self._gauges(), full=full, repeat=repeat, peek=peek,
             applied=commands.applied_total, rejected=commands.rejected_total,
         )  # fmt: skip
 

@@ -1,0 +1,136 @@
+"""Status payloads in, frames out, with no more of each read than is news. Pure; called by `daemon` as they come.
+
+A full frame lists every tenant that its worker ever served, and every second each worker sends one, so that losses
+are repaired. Whoever lost nothing knows its rows already from the deltas before it, as its `revision` says: then its
+head is read alone. Of large fleets that is half of all rows.
+"""
+
+from collections.abc import Callable
+from typing import Final
+from zlib import crc32
+
+import msgspec
+from msgspec.structs import replace
+
+from coxswain.control.fleet import Fleet
+from coxswain.schemas.status import Frame, decode_frame, decode_glance
+
+MAX_UNREAD: Final = 59
+"""Full frames in a row of which only the head is read. The next, after a minute, is read whole: no mistake lasts."""
+MAX_INCARNATIONS: Final = 4_096
+"""Of which it is remembered what was read; beyond, all begin anew."""
+_HEAD_BYTES: Final = 512
+"""Within these a frame says whether it is full: names have 64 characters at most."""
+
+
+class ImpostorError(msgspec.ValidationError):
+    """A frame that came on another worker's subject than its own."""
+
+
+class _Heard:
+    """What was read of one incarnation."""
+
+    __slots__ = ("parts", "revision", "seq", "unbroken", "unread", "wanted")
+
+    def __init__(self, incarnation: str) -> None:
+        self.seq = -1
+        self.parts: set[int] = set()
+        self.wanted = 0
+        """Parts that the frame `seq` has."""
+        self.revision = 0
+        self.unbroken = False
+        """Whether a full frame was read whole, and every delta up to `revision` since."""
+        self.unread = crc32(incarnation.encode()) % MAX_UNREAD
+        """Workers begin at different places, so that a fleet's full frames are not all read in the same second."""
+
+    def note(self, frame: Frame) -> None:
+        """Another frame, or part of one, was read."""
+        if frame.seq < self.seq:
+            return
+        if frame.seq > self.seq:
+            if not frame.full:
+                whole = len(self.parts) == self.wanted
+                self.unbroken = self.unbroken and whole and frame.revision == self.revision + 1
+                self.revision = frame.revision
+            self.seq, self.wanted, self.parts = frame.seq, frame.parts, set()
+        self.parts.add(frame.part)
+        if frame.full and len(self.parts) == self.wanted:
+            self.unbroken, self.revision = frame.revision > 0, frame.revision
+            self.unread %= MAX_UNREAD
+
+    def knows(self, head: Frame) -> bool:
+        """Whether a full frame repeats what was read."""
+        return (
+            self.unbroken
+            and head.revision == self.revision
+            and len(self.parts) == self.wanted
+            and self.unread < MAX_UNREAD
+        )
+
+
+class Reader:
+    """Reads the status of all workers.
+
+    Args:
+        fleet: into which all that is read is merged, in this order, soon.
+        requests: whether rows of single requests are wanted; frames come without them otherwise.
+    """
+
+    def __init__(self, fleet: Fleet, *, requests: bool) -> None:
+        self._fleet = fleet
+        self._decode: Callable[[bytes], Frame] = decode_frame if requests else decode_glance
+        self._heard: dict[tuple[str, str], _Heard] = {}
+
+    def read(self, worker: str, payload: bytes) -> Frame:
+        """The frame; for a full one with nothing new a delta without rows.
+
+        Args:
+            worker: whose it is, by its subject: permissions are given on subjects, nobody speaks for another worker.
+            payload: as it came.
+
+        Raises:
+            msgspec.MsgspecError: it is no frame.
+            ImpostorError: it claims to be of another worker.
+        """
+        if payload.find(b'"full":true', 0, _HEAD_BYTES) > 0 and (known := self._known(worker, payload)):
+            return known
+        frame = self._decode(payload)
+        if frame.worker != worker:
+            raise ImpostorError(f"it claims to be of worker {frame.worker[:64]!r}")
+        key = worker, frame.incarnation
+        if key not in self._heard:
+            if len(self._heard) >= MAX_INCARNATIONS:
+                self.forget()
+            self._heard[key] = _Heard(frame.incarnation)
+        self._heard[key].note(frame)
+        return frame
+
+    def _known(self, worker: str, payload: bytes) -> Frame | None:
+        """A full frame as a delta without rows, if these are known; else None."""
+        view = self._fleet.workers.get(worker)
+        # Of an incarnation that the fleet would not have, or not yet, everything may have been read in vain.
+        if view is None or not view.complete:
+            return None
+        head = _head(payload)
+        if head is None or head.worker != worker or head.incarnation != view.incarnation:
+            return None
+        heard = self._heard.get((worker, head.incarnation))
+        if heard is None or not heard.knows(head):
+            return None
+        heard.unread += head.part + 1 == head.parts
+        return replace(head, full=False)
+
+    def forget(self) -> None:
+        """Frames that were read are lost after all: full ones are read whole again."""
+        self._heard.clear()
+
+
+def _head(payload: bytes) -> Frame | None:
+    """A frame without its rows, which workers write last; None if this one has another order."""
+    end = payload.find(b',"tenants":[')
+    if end < 0:
+        return None
+    try:
+        return decode_frame(payload[:end] + b"}")
+    except msgspec.MsgspecError:
+        return None

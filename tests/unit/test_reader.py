@@ -1,0 +1,187 @@
+"""The controller's reader: it leaves out rows that were read before, and never one that was not."""
+
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from coxswain.control import reader as module
+from coxswain.control.fleet import Fleet
+from coxswain.control.reader import MAX_UNREAD, ImpostorError, Reader
+from coxswain.schemas.commands import encode
+from coxswain.schemas.status import Frame
+from tests.support.frames import frame, row
+
+TENANTS = ("a", "b", "c")
+Message = tuple[bytes, Frame]
+
+
+def _life(incarnation: str, happenings: list[tuple[str, int]]) -> list[list[Message]]:
+    """Frames as a worker of this incarnation writes them, the parts of each together; the last of them is full."""
+    totals: dict[str, float] = {}
+    frames: list[list[Message]] = []
+    revision = said = 0
+    unsaid: set[str] = set()
+
+    def say(names: Any, *, full: bool) -> None:
+        rows = [row(name, charged=totals[name], queued=int(totals[name]) % 2) for name in sorted(names)]
+        parts = max(1, len(rows)) if said % 2 else 1
+        shares = [rows[part::parts] for part in range(parts)]
+        whole = [
+            frame("w1", incarnation, said, *share, full=full, part=part, parts=parts, revision=revision)
+            for part, share in enumerate(shares)
+        ]
+        frames.append([(encode(each), each) for each in whole])
+
+    for kind, which in [*happenings, ("full", 0)]:
+        if kind == "serve":
+            totals[TENANTS[which]] = totals.get(TENANTS[which], 0.0) + 1.0
+            unsaid.add(TENANTS[which])
+            continue
+        if kind != "beat" or unsaid or not revision:
+            said, revision = said + 1, revision + 1
+            say(unsaid, full=False)
+            unsaid.clear()
+        if kind != "delta":
+            said += 1
+            say(totals, full=True)
+    return frames
+
+
+happenings = st.lists(
+    st.tuples(st.sampled_from(["serve", "serve", "delta", "full", "beat"]), st.integers(0, 2)), max_size=20
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(happenings, min_size=1, max_size=2),
+    st.randoms(use_true_random=False),
+    st.sampled_from([0.0, 0.1, 0.4]),
+)
+def test_what_is_left_out_was_known(
+    lives: list[list[tuple[str, int]]], random: Any, hostility: float
+) -> None:
+    """Whatever is lost, repeated, late or reordered: to read as little as one may is to read all."""
+    read, whole = Fleet(), Fleet()
+    reader = Reader(read, requests=True)
+    messages: list[Message] = []
+    for number, life in enumerate(lives):
+        for parts in _life(f"01{number}", life):
+            messages += parts
+    sent = [each for each in messages if random.random() >= hostility]
+    for _ in range(int(hostility * len(messages))):
+        sent.insert(random.randint(0, len(sent)), random.choice(messages))
+    for _ in range(int(hostility * len(sent))):
+        place = random.randrange(len(sent))
+        sent.insert(min(len(sent), place + random.randint(0, 4)), sent.pop(place))
+    now = 0.0
+    for payload, each in sent:
+        # Of a live worker a lower incarnation is a rival; of one that was silent for long, its successor.
+        now += random.choice([0.01, 0.01, 4.0])
+        assert read.merge(reader.read("w1", payload), now) == whole.merge(each, now)
+        read.validate()
+        if whole.workers["w1"].complete:
+            assert read.workers["w1"].tenants == whole.workers["w1"].tenants
+        assert read.workers["w1"].complete == whole.workers["w1"].complete
+
+
+class Listener(Reader):
+    """A reader, and the fleet into which all that it read was merged."""
+
+    def __init__(self) -> None:
+        self.fleet = Fleet()
+        super().__init__(self.fleet, requests=True)
+
+    def read(self, worker: str, payload: bytes) -> Frame:
+        """Merged already."""
+        heard = super().read(worker, payload)
+        self.fleet.merge(heard, 0.0)
+        return heard
+
+
+def _steady(reader: Listener, monkeypatch: pytest.MonkeyPatch, *, lose: int | None = None) -> list[int]:
+    """How many rows were decoded of each of ten full frames of a hundred tenants, one of which changes in between."""
+    decoded: list[int] = []
+    real = module.decode_frame
+    monkeypatch.setattr(
+        reader, "_decode", lambda data: (heard := real(data), decoded.append(len(heard.tenants)))[0]
+    )
+    rows = {f"t{number:03}": row(f"t{number:03}") for number in range(100)}
+    counts = []
+    for revision in range(1, 11):
+        rows["t000"] = row("t000", charged=float(revision))
+        if revision != lose:
+            reader.read(
+                "w1", encode(frame("w1", "01A", 2 * revision, rows["t000"], full=False, revision=revision))
+            )
+        decoded.clear()
+        reader.read("w1", encode(frame("w1", "01A", 2 * revision + 1, *rows.values(), revision=revision)))
+        counts.append(sum(decoded))
+    return counts
+
+
+def test_full_frames_are_read_once_while_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first, the hundred rows of a full frame are not decoded again."""
+    assert _steady(Listener(), monkeypatch) == [100] + [0] * 9
+
+
+def test_a_lost_delta_makes_the_next_full_frame_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full frame after a loss is read whole, and the ones after it are not."""
+    assert _steady(Listener(), monkeypatch, lose=6) == [100, 0, 0, 0, 0, 100, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_delta_that_came_after_a_lost_one_makes_up_for_nothing(parts: int) -> None:
+    """With a delta lost, or a part of one, the next delta does not make the full frame after it known."""
+    reader = Listener()
+    known = frame("w1", "01A", 1, row("a"), row("b"), revision=1)
+    lost = frame("w1", "01A", 2, row("a", charged=5.0), full=False, part=parts - 1, parts=parts, revision=2)
+    first_part = replace(lost, part=0, tenants=())
+    for each in (known, first_part) if parts == 2 else (known,):
+        reader.read("w1", encode(each))
+    reader.read("w1", encode(frame("w1", "01A", 3, row("b", charged=1.0), full=False, revision=3)))
+    full = frame("w1", "01A", 4, row("a", charged=5.0), row("b", charged=1.0), revision=3)
+    assert reader.read("w1", encode(full)) == full
+
+
+def test_frames_that_were_dropped_after_reading_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once told to forget, the reader takes nothing for known."""
+    reader = Listener()
+    _steady(reader, monkeypatch)
+    reader.forget()
+    full = frame("w1", "01A", 99, row("a"), revision=10)
+    assert reader.read("w1", encode(full)) == full
+
+
+def test_a_full_frame_is_read_now_and_then_whatever_it_says() -> None:
+    """One in sixty is read whole although it repeats what is known: what a delta left out is not lost for ever."""
+    reader = Listener()
+    read = [reader.read("w1", encode(frame("w1", "01A", seq, row("a"), revision=1))) for seq in range(300)]
+    gaps = [seq for seq, each in enumerate(read) if each.full]
+    assert gaps[0] == 0
+    assert {later - before for before, later in pairwise(gaps[1:])} == {MAX_UNREAD + 1}
+
+
+def test_frames_of_other_writers_are_read_whole() -> None:
+    """No revision, or another order of fields: nothing is promised, so nothing is left out."""
+    plain = frame("w1", "01A", 1, row("a"))
+    fields = msgspec.json.decode(encode(frame("w1", "01A", 1, row("a"), revision=1)))
+    reordered = encode({"tenants": fields.pop("tenants"), **fields})
+    for payload in (encode(plain), reordered):
+        reader = Listener()
+        assert all(reader.read("w1", payload).full for _ in range(3))
+
+
+def test_nobody_speaks_for_another_worker() -> None:
+    """A frame on one worker's subject that claims to be of another is refused, and changes nothing for that one."""
+    reader = Listener()
+    reader.read("w1", encode(frame("w1", "01A", 1, row("a"), revision=1)))
+    for forged in (frame("w1", "01A", 2, full=False, revision=2), frame("w1", "01A", 2, revision=1)):
+        with pytest.raises(ImpostorError, match="it claims to be of worker 'w1'"):
+            reader.read("w2", encode(forged))
+    assert reader.read("w1", encode(frame("w1", "01A", 2, row("a"), revision=1))).tenants == ()
