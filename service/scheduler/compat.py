@@ -20,7 +20,7 @@ PRIVATE: Final = {
         "_preempt_request", "_free_request", "_enqueue_waiting_request", "_update_request_as_session",
         "_handle_stopped_request", "_handle_blocked_waiting_request", "finish_requests",
         "has_requests", "has_finished_requests", "reset_prefix_cache", "get_request_counts",
-        "_request_blocks_can_be_freed", "_reserve_prefill_lookahead",
+        "_request_blocks_can_be_freed", "_reserve_prefill_lookahead", "_handle_invalid_blocks",
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager": (
         "allocate_slots", "get_blocks", "get_computed_blocks", "empty_kv_cache_blocks",
@@ -115,7 +115,7 @@ def ready(scheduler: Any, request: Any) -> bool:
         structured = request.structured_output_request
         if structured is None or structured.grammar is None or isinstance(structured.grammar, Exception):
             return False
-    elif request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+    elif not may_run(request):
         return False
     if request.lora_request is None or scheduler.lora_config is None:
         return True
@@ -147,6 +147,11 @@ def blocks_needed(scheduler: Any, request: Any, enough: int) -> int:
     )  # fmt: skip
 
 
+def may_run(request: Any) -> bool:
+    """Whether a waiting request waits for nothing but its turn."""
+    return request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
 def expected_cached_tokens(request: Any) -> int:
     """Input tokens that the admission at hand found in the prefix cache or a KV connector."""
     stats = request.prefill_stats
@@ -154,30 +159,39 @@ def expected_cached_tokens(request: Any) -> int:
 
 
 def watch_connector(scheduler: Any) -> dict[str, int]:
-    """Stand between a scheduler and its KV connector, if it has one, for two things.
+    """Stand between a scheduler and its KV connector, if it has one, for three things.
 
     Returns:
-        Tokens that the connector loads, by request; whoever reads an entry takes it out. vLLM itself keeps the
-        number for a request's first admission only.
+        How many positions were there before those that the connector loads, by request that it loads for; whoever
+        reads an entry takes it out. What is loaded is known when the request runs: a load can fail. vLLM itself
+        keeps the number for a request's first admission only.
 
     A request that lost its KV since the last step waits for the next one: OffloadingConnector takes a load that
     begins in the step that reports the preemption for one that it must flush, and asserts
     (offloading/scheduler.py:1862). vLLM never resumes a preempted request in the same step; drop and continue may.
+
+    A connector that cannot load for a request that lost its KV is not asked to: it is computed again.
     """
     loads: dict[str, int] = {}
     connector = scheduler.connector
     if connector is None:
         return loads
     told, asked = connector.update_state_after_alloc, connector.get_num_new_matched_tokens
+    resumes, before = not _cannot_resume(connector), 0
 
     def update_state_after_alloc(request: Any, blocks: Any, num_external_tokens: int) -> None:
         if num_external_tokens:
-            loads[request.request_id] = num_external_tokens
+            loads[request.request_id] = before
         told(request, blocks, num_external_tokens)
 
     def get_num_new_matched_tokens(request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        nonlocal before
+        loads.pop(request.request_id, None)
         if request.request_id in scheduler.reset_preempted_req_ids:
             return None, False  # "ask again": the scheduler skips it in this step
+        if request.num_preemptions and not resumes:
+            return 0, False
+        before = num_computed_tokens
         found: tuple[int | None, bool] = asked(request, num_computed_tokens)
         return found
 
@@ -186,14 +200,14 @@ def watch_connector(scheduler: Any) -> dict[str, int]:
     return loads
 
 
-def cannot_resume(scheduler: Any) -> str | None:
-    """The KV connector's name if it cannot resume a preempted request, which vLLM itself does not keep from happening.
+def _cannot_resume(connector: Any) -> bool:
+    """Whether it, or one of several in a MultiConnector, cannot load for a request that lost its KV.
 
     ExampleConnector looks for a file of prompt and output, and stores prompts only (example_connector.py:369); the
-    worker dies of the file that is not there.
+    worker dies of the file that is not there, of vLLM's own preemptions too.
     """
-    name = type(scheduler.connector).__name__
-    return name if name == "ExampleConnector" else None
+    parts = getattr(connector, "_connectors", ())
+    return type(connector).__name__ == "ExampleConnector" or any(map(_cannot_resume, parts))
 
 
 def rejected_drafts(requests: Mapping[str, Any], scheduled: Any, result: Any) -> Iterator[tuple[Any, int]]:

@@ -170,6 +170,19 @@ class Ledger:
         self._spare(record, computed - found)
         account.touch()
 
+    def load_failed(self, record: Record, begin: int, in_vain: int) -> None:
+        """Loading failed in a step that began at `begin`: the `in_vain` positions it computed count for nothing.
+
+        What was to be there from where the request stands now until `begin` stays counted as input or as reloaded,
+        and is recomputed.
+        """
+        self.reject(record, in_vain)
+        valid = record.payload.num_computed_tokens
+        record.lost_mark = max(record.lost_mark, begin)
+        record.resumed_at, record.settled_recompute = valid, 0
+        if record.lost_mark > valid:
+            self._recomputing[record] = None
+
     # What was computed for nothing, or never
 
     def reject(self, record: Record, drafts: int) -> None:

@@ -143,14 +143,6 @@ class Mechanism:
             return "a streaming session cannot be held in this version"
         if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
             return "its KV is being loaded from a remote store: try again"
-        if (
-            kv == "drop"
-            and record.state is not State.QUEUED
-            and (connector := compat.cannot_resume(self._scheduler))
-        ):
-            return (
-                f"vLLM's {connector} cannot resume a request that lost its KV: the engine would end; keep it"
-            )
         if self.waits_with_kv(record) or (record.state is State.QUEUED and record not in self.core.queue):
             return "vLLM itself has it waiting for something: try again"
         if (

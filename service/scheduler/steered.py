@@ -212,6 +212,7 @@ class SteeredScheduler(AsyncScheduler):
         unfinished = int(super().get_num_unfinished_requests())
         if unfinished and not self.running and self.pause_state == PauseState.UNPAUSED:
             unfinished -= self.core.queue.blocked
+            unfinished -= sum(map(self._kept_back, self.kv_holding_waiting))
         return unfinished
 
     def has_finished_requests(self) -> bool:
@@ -241,10 +242,28 @@ class SteeredScheduler(AsyncScheduler):
         super()._preempt_request(request, *args, **kwargs)
 
     def _handle_blocked_waiting_request(self, request: Any) -> bool:
-        ready, record = bool(super()._handle_blocked_waiting_request(request)), request.steering
-        # What waits with KV of its own does not come from our queue, which knows the caps.
+        return bool(super()._handle_blocked_waiting_request(request)) and not self._kept_back(request)
+
+    def _kept_back(self, request: Any) -> bool:
+        """Whether only its caps keep it back, and it waits with KV of its own: outside our queue, which knows them."""
+        record = request.steering
         outside = record.state is State.QUEUED and record not in self.core.queue
-        return ready and (not outside or self.core.limits.room(record))
+        return outside and compat.may_run(request) and not self.core.limits.room(record)
+
+    def _handle_invalid_blocks(self, invalid: Any, scheduled: Any) -> Any:
+        """Let vLLM go back to what is valid; it looks at what runs, and what was held since may have loaded too."""
+        held = [record.payload for record in self.core.roster.kept]
+        self.running += held
+        stood = [(request, request.num_computed_tokens) for request in self.running]
+        try:
+            failed = super()._handle_invalid_blocks(invalid, scheduled)
+        finally:
+            del self.running[len(self.running) - len(held) :]
+        for request, computed in stood:
+            if request.num_computed_tokens < computed:
+                in_vain = scheduled.get(request.request_id, 0)
+                self.core.ledger.load_failed(request.steering, computed - in_vain, in_vain)
+        return failed
 
     def _enqueue_waiting_request(self, request: Any) -> None:
         record = request.steering
@@ -281,7 +300,8 @@ class SteeredScheduler(AsyncScheduler):
         for request_id in ids:
             record = self.core.roster.records[request_id]
             computed = record.payload.num_computed_tokens - scheduled[request_id]
-            self.core.admitted(now, record, computed, self._loads.pop(request_id, 0))
+            external = max(0, computed - self._loads.pop(request_id, computed))
+            self.core.admitted(now, record, computed, external)
 
     def _drain(self, now: float) -> None:
         """Apply what waits on the port, in order."""

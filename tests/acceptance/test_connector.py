@@ -35,19 +35,20 @@ def connected(tmp_path: Path) -> Iterator[Served]:
 
 
 async def test_a_prompt_that_was_loaded_is_counted_as_such(connected: Served) -> None:
-    """The second time a prompt is loaded and counted as external; it can be held; what would end vLLM is refused."""
+    """The second time a prompt is loaded and counted as external; held and dropped, it says the same and nobody dies.
+
+    This connector cannot load for a request that lost its KV, and vLLM would let its worker die of trying.
+    """
     api, client = Api(connected), await Client.connect(connected.connection())
     cox = Steer(client, WORKER)
     try:
         expected = await api.stream(PROMPT, tenant="acme", tokens=TOKENS).end()
         stream = api.stream(PROMPT, tenant="acme", tokens=TOKENS)
         await stream.until(10)
-        refused = await cox("preempt", stream.request, kv="drop")
-        assert refused.code == 422
-        assert "ExampleConnector" in (refused.error or "")
-        assert (await cox("preempt", stream.request)).outcome == "applied"
-        await asyncio.sleep(0.2)
-        assert (await cox("continue", stream.request)).outcome == "applied"
+        for kv in ("keep", "drop"):
+            assert (await cox("preempt", stream.request, kv=kv)).outcome == "applied"
+            await asyncio.sleep(0.2)
+            assert (await cox("continue", stream.request)).outcome == "applied"
         assert await stream.end() == expected
         (row,) = (await frame(cox)).tenants
         assert row.external_input_tokens_total == row.cached_input_tokens_total > 100

@@ -1,12 +1,27 @@
 """KV tiers: what a dropped request had computed comes back from host memory, and is counted as what it is."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from coxswain.schemas.commands import Targets
 from coxswain.service.simulated.checker import ProtocolViolationError, Rule
-from tests.support.modes import MODES, OFFLOAD, PROMPT, Start, disturb, few_steps, start, stories, words
-from tests.support.simulated import engine
+from tests.support.modes import (
+    MODES,
+    OFFLOAD,
+    PROMPT,
+    V1_SYNC,
+    V2_ASYNC,
+    Start,
+    disturb,
+    few_steps,
+    start,
+    stories,
+    words,
+)
+from tests.support.simulated import Engine, engine
 
 __all__ = ["start"]
 
@@ -56,6 +71,72 @@ def test_what_loads_cannot_be_held(tmp_path: Path) -> None:
         steered.run()
         assert steered.outputs["r"] == words(list(range(1_000, 1_200)), 60)
         steered.check_empty()
+
+
+def test_what_has_loaded_and_may_not_run_costs_no_steps(tmp_path: Path) -> None:
+    """Capped to none while its KV came, a request waits with it: the engine sleeps until the cap is lifted."""
+    with engine(
+        tmp_path, v2=True, asynchronous=True, enable_prefix_caching=False, kv_transfer_config=OFFLOAD
+    ) as steered:
+        steered.add("r", list(range(1_000, 1_200)), 60)
+        steered.until_said("r", 20)
+        steered.told("preempt", "r", kv="drop")
+        few_steps(steered)
+        steered.command("continue", "r")
+        loading = steered.scheduler.requests["r"]
+        steered.until(lambda: loading.status.name == "WAITING_FOR_REMOTE_KVS")
+        said = steered.said("r")
+        everybody = Targets(classes=("default",))
+        steered.command("limit", targets=everybody, max_running=0)
+        steered.run(most=200)
+        assert loading.status.name == "PREEMPTED", "it has loaded"
+        assert steered.said("r") == said
+        steered.command("limit", targets=everybody, max_running=None)
+        steered.run()
+        assert steered.outputs["r"] == words(list(range(1_000, 1_200)), 60)
+        steered.check_empty()
+
+
+@pytest.mark.parametrize("part", ["all", "some"])
+@pytest.mark.parametrize("mode", [V1_SYNC, V2_ASYNC])
+def test_a_load_that_fails_is_computed_and_counted_so(
+    tmp_path: Path, mode: dict[str, bool], part: str
+) -> None:
+    """Where vLLM goes on without what could not be loaded, only what came counts as reloaded."""
+    recompute = OFFLOAD | {"kv_load_failure_policy": "recompute"}
+    prompt = list(range(1_000, 1_100))
+    with engine(tmp_path, **mode, enable_prefix_caching=False, kv_transfer_config=recompute) as steered:
+        fail_loads(steered, lambda blocks: None if part == "all" else blocks[3])
+        steered.add("r", prompt, 60)
+        steered.until_said("r", 20)
+        disturb(steered, "r", "drop")
+        steered.until_said("r", 40)
+        counts = stories(steered, "r")
+        steered.run()
+        assert steered.outputs["r"] == words(prompt, 60)
+        assert counts["reloaded"] == (48 if part == "some" else 112)
+        assert steered.computed["r"] == 100 + 59 + counts["recomputed"]
+        steered.check_empty()
+
+
+def fail_loads(engine: Engine, bad: Callable[[list[int]], int | None]) -> None:
+    """The next load fails: from the block on that `bad` chooses from the table, or altogether (and is tried again)."""
+    connector = engine.core.model_executor.driver_worker._connector
+    after = connector.after
+
+    def failing(output: Any) -> Any:
+        said = after(output)
+        for name in said.finished_recving or ():
+            (blocks,) = engine.scheduler.kv_cache_manager.get_block_ids(name)
+            block = bad(blocks)
+            if block is None:
+                said.failed_recving = {name}
+            else:
+                said.invalid_block_ids = {block}
+            connector.after = after
+        return said
+
+    connector.after = failing
 
 
 def test_why_nothing_is_parked_with_a_connector(tmp_path: Path) -> None:
