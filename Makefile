@@ -91,7 +91,9 @@ states: install ## renew docs/states.md alone, after a change of the table of st
 audit: ## known vulnerabilities of what the locks pin, by pip-audit (needs the network; not part of check)
 	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
 		$(VENV)-audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit==2.10.1; }
-	$(VENV)-audit/bin/pip-audit --no-deps --disable-pip $(AUDIT) $(addprefix -r ,$(LOCKS))
+	@sed 's/+cpu$$//' requirements/torch.lock > $(VENV)-audit/torch.lock  # advisories know no local versions
+	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip $(AUDIT) \
+		-r $(VENV)-audit/torch.lock -r requirements/cpu.lock -r requirements/dev.lock
 
 fuzz: install ## fuzz every decoder, guided by coverage; FUZZ=60 seconds, ARGS for libFuzzer
 	$(BIN)/python scripts/fuzz.py -max_total_time=$(FUZZ) $(ARGS)

@@ -24,7 +24,7 @@ ALL: dict[str, Any] = {
         "ca": "nats-ca",
         "keys": {"controller": "ctl", "workers": "wrk", "admin": "adm"},
     },
-    "controller": {"set": ["wq=2"], "web": {"enabled": True, "names": ["cox.example"]}},
+    "controller": {"set": ["wq=2"], "metrics": True, "web": {"enabled": True, "names": ["cox.example"]}},
     "init": {"args": ["--max-age", "1d"]},
     "worker": {
         "replicas": 2, "args": ["--max-num-seqs", "64"], "env": [{"name": "HF_TOKEN", "value": "x"}],
@@ -109,10 +109,14 @@ def test_the_controllers_arguments_are_those_that_it_takes() -> None:
     shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"}).stdout
     for option in options:
         assert option.partition("=")[0] in shown
-    [web] = [each.partition("=")[2] for each in options if each.startswith("--web=")]
-    ports = container(objects["Deployment", "prod-controller"])["ports"]
-    assert address(web).port == ports[0]["containerPort"]
-    assert objects["Service", "prod-page"]["spec"]["ports"][0]["targetPort"] == ports[0]["name"]
+    given = dict(option.split("=", 1) for option in options)
+    ports = {
+        each["name"]: each["containerPort"]
+        for each in container(objects["Deployment", "prod-controller"])["ports"]
+    }
+    assert address(given["--web"]).port == ports["page"]
+    assert address(given["--metrics"]).port == ports["metrics"]
+    assert objects["Service", "prod-page"]["spec"]["ports"][0]["targetPort"] == "page"
 
 
 def test_images_are_those_of_this_version() -> None:
