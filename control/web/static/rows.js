@@ -118,10 +118,10 @@ export const CLASSES = {
 const outcome = (row) => (row.ok ? plain("accepted", "run") : plain(row.code === null ? "no answer" : `refused ${row.code}`, "bad"));
 
 export const SENT = {
-  id: "sent", empty: "None yet: it sends commands while it leads.", sort: "Ago", key: (row) => `${row.worker} ${row.verb}`,
+  id: "sent", empty: "None yet: it sends commands while it leads.", sort: "Worker", key: (row) => `${row.worker} ${row.verb}`,
   words: (row) => `${row.worker} ${row.verb}`,
   columns: [
-    column("Worker", (row) => plain(row.worker), (row) => row.worker, "name"),
+    column("Worker", (row) => plain(row.worker), (row) => `${row.worker} ${row.verb}`, "name"),
     column("Command", (row) => plain(row.verb), (row) => row.verb),
     column("Sent", (row) => number(row.sent_total, ""), (row) => row.sent_total, "right"),
     column("Refused", (row) => number(row.refused_total, "bad"), (row) => row.refused_total, "right p2"),
