@@ -19,12 +19,14 @@ from bench.gpu.wire import BATCH, name
 
 CLIENT_S = 60.0
 BUSES = ("process", "thread", "")
-TURNS = tuple((bus, turn) for turn in range(2) for bus in BUSES)
+ROUNDS = 4
+TURNS = tuple((bus, turn) for turn in range(ROUNDS) for bus in (BUSES if turn % 2 else BUSES[::-1]))
 
 
 async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str, Any]:
     """Commands to one of `slots` running requests, while the others come and go."""
     many = slots == sizes.slots[1]
+    window_s = sizes.windows_s[many]
     await ask(llm, "resize", {"active": slots, "spare": sizes.spare, "policy": "fcfs"})
     await wire.classes()
     target = Request(llm, name(BATCH), prompt(1, 64), sizes.max_model_len - 128).start()
@@ -32,7 +34,7 @@ async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str,
     async with backlog(llm, slots - 1, sizes.shapes[many], staggered=slots):
         try:
             await asyncio.sleep(sizes.ramp_s[many])
-            quiet = await _steps(llm, sizes.window_s / 2)
+            quiet = await _steps(llm, window_s / 2)
             begin = time.perf_counter()
             samples = await _client(wire, target.name, sizes.commands)
             busy = steps(await ask(llm, "meter"), begin, time.perf_counter())
@@ -40,7 +42,7 @@ async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str,
             for kind, turn in TURNS:
                 await ask(llm, "connect", kind)
                 await asyncio.sleep(1.5)
-                bus[f"{kind or 'none'} {turn}"] = await _steps(llm, sizes.window_s / 4)
+                bus[f"{kind or 'none'} {turn}"] = await _steps(llm, window_s / 3)
             await ask(llm, "connect", BUSES[0])
             await wire.ready()
         finally:

@@ -153,8 +153,12 @@ def steps(lines: list[Line], begin: float, end: float) -> dict[str, float]:
     gaps = sorted((b[0] - a[0]) * 1e3 for a, b in itertools.pairwise(inside))
     if not gaps:
         return {"steps": len(inside), "output_tokens": sum(line[3] for line in inside)}
+    # A step that only decodes takes the same time whatever comes and goes: what a small difference shows in.
+    decode = [(b[0] - a[0]) * 1e3 for a, b in itertools.pairwise(inside) if a[2] == a[1] and b[2] == b[1]]
     return {
         "steps": len(inside),
+        "decode_steps": len(decode),
+        "decode_step_ms": statistics.median(decode) if decode else 0.0,
         "output_tokens": sum(line[3] for line in inside),
         "scheduled_tokens": sum(line[2] for line in inside),
         "requests_per_step": statistics.median(line[1] for line in inside),

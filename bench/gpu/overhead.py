@@ -27,7 +27,7 @@ async def overhead(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str
         await asyncio.sleep(sizes.ramp_s[many])
         await ask(llm, "meter")
         begin = time.perf_counter()
-        await asyncio.sleep(sizes.window_s)
+        await asyncio.sleep(sizes.windows_s[many])
         end = time.perf_counter()
         lines = await ask(llm, "meter")
     if not lines:

@@ -51,7 +51,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """From the first request to the batch in its stride, at the two numbers of slots."""
     drain_s: float = 25.0
     """How long interactive requests are waited for after the last arrival."""
-    window_s: float = 7.0
+    windows_s: tuple[float, float] = (10.0, 15.0)
+    """Of one round of overhead, at the two numbers of slots: many times what a wave of ends and beginnings takes."""
     contexts: tuple[int, ...] = (1_024, 4_096, 16_384)
     cycles: int = 8
     beside: int = 64
@@ -67,7 +68,7 @@ FULL: Final = Sizes()
 DRY: Final = Sizes(
     slots=(6, 10), spare=4, batched_tokens=512, max_model_len=4_096, least_kv_tokens=0,
     shapes=(Shape(48, 40), Shape(24, 24)), outstanding=14, interactive=Shape(24, 6), rate=6.0, arrivals=12,
-    ramp_s=(1.0, 1.0), drain_s=8.0, window_s=1.5, contexts=(256, 1_024), cycles=2, beside=3, commands=20,
+    ramp_s=(1.0, 1.0), drain_s=8.0, windows_s=(1.5, 1.5), contexts=(256, 1_024), cycles=2, beside=3, commands=20,
     budgets=(64, 128), identity_requests=8, identity_victims=3, identity_tokens=120, identity_spare=2,
 )  # fmt: skip
 """Every line of the same code on a laptop: the simulated device, and a tiny model on the CPU."""
@@ -117,17 +118,17 @@ def units(sizes: Sizes) -> list[Unit]:
     def loop(slots: int, round_: int, side: str) -> Unit:
         return Unit(
             name=f"{slots}-{round_}-{side}", part="overhead", side=side, kind="overhead", fields={"slots": slots},
-            seconds=sizes.ramp_s[slots == many] + sizes.window_s + 1.5,
+            seconds=sizes.ramp_s[slots == many] + sizes.windows_s[slots == many] + 1.5,
         )  # fmt: skip
 
     def path(slots: int) -> Unit:
         return Unit(
             name=f"command-{slots}", part="command", side=STEERED, kind="command", fields={"slots": slots},
-            seconds=sizes.ramp_s[slots == many] + 2.0 * sizes.window_s + 0.02 * sizes.commands + 16.0,
+            seconds=sizes.ramp_s[slots == many] + 4.5 * sizes.windows_s[slots == many] + 0.03 * sizes.commands + 24.0,
         )  # fmt: skip
 
     middle = sizes.budgets[len(sizes.budgets) // 2]
-    turns = ((1, STOCK), (1, STEERED), (2, STEERED), (2, STOCK))
+    turns = ((1, STOCK), (1, STEERED), (2, STEERED), (2, STOCK), (3, STOCK), (3, STEERED))
     return [
         mixed("alone", STOCK, batch=False),
         mixed("stock priority", STOCK, policy="priority", extra_s=6.0),

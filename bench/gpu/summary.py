@@ -175,9 +175,10 @@ def command(part: Parts) -> str:
     """Publish to in force, and step times."""
     rows = []
     for result in sorted(part.values(), key=lambda result: result["slots"]):
-        bus = result["bus"]
         process, thread, none = (
-            statistics.fmean(bus[f"{kind} {turn}"]["step_ms"] for turn in range(2))
+            statistics.fmean(
+                result["bus"][turn]["step_ms"] for turn in result["bus"] if turn.split()[0] == kind
+            )
             for kind in ("process", "thread", "none")
         )
         rows.append((
