@@ -41,7 +41,9 @@ async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str,
             bus = {}
             for kind, turn in TURNS:
                 await ask(llm, "connect", kind)
-                await asyncio.sleep(1.5)
+                while kind and not await ask(llm, "connected"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+                await asyncio.sleep(0.5)
                 bus[f"{kind or 'none'} {turn}"] = await _steps(llm, window_s / 3)
             await ask(llm, "connect", BUSES[0])
             await wire.ready()

@@ -97,5 +97,16 @@ def connect(scheduler: Any, bus: str) -> None:
         scheduler.start_bus()
 
 
-OPERATIONS = {"meter": meter, "requests": requests, "resize": resize, "connect": connect}
+def connected(scheduler: Any, _: Any) -> bool:
+    """Whether the bus is on NATS."""
+    return bool(scheduler.port.connected)
+
+
+OPERATIONS = {
+    "meter": meter,
+    "requests": requests,
+    "resize": resize,
+    "connect": connect,
+    "connected": connected,
+}
 EngineCore.bench = bench
