@@ -62,6 +62,7 @@ drift: install ## what is generated into docs/ and the README is what the code s
 	$(BIN)/python scripts/event_pages.py --check
 	$(BIN)/python scripts/states.py --check
 	$(BIN)/python scripts/permissions.py --check
+	$(BIN)/python scripts/dashboards.py --check
 
 links: install ## links and paths in the documents resolve
 	$(BIN)/python scripts/doc_links.py

@@ -23,6 +23,7 @@ from coxswain.control.client import Client
 from coxswain.schemas import metrics as names
 from coxswain.schemas.commands import Preempt, Targets
 from coxswain.schemas.policy import TenantPolicy
+from tests.support.promql import OF_PROMETHEUS, queries, selectors
 from tests.support.serving import FLEET, WORKER, Api, Served, serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.nats, pytest.mark.timeout(300)]
@@ -159,6 +160,30 @@ async def test_live_processes_export_every_name_of_the_contract_and_no_other(wat
         for sample in family.samples:
             assert sample.labels.keys() - {"le"} == set(metric.labels), name
             assert sample.labels["fleet"] == FLEET
+
+
+async def test_values_that_dashboards_and_alerts_choose_by_are_values_that_there_are(
+    watched: Watched,
+) -> None:
+    """A state or a reason that nobody exports would be a panel without a line, and an alert that never fires."""
+    await happen(watched)
+    live = eventually(
+        lambda: watched.worker_page() | watched.controller_page(),
+        lambda seen: (
+            value(seen, names.CLASS_REQUESTS) is not None
+            and value(seen, names.CONTROLLER_TABLE_REFUSED) is not None
+        ),
+    )
+    asked = {
+        (selector.family, label, wanted)
+        for query in queries()
+        for selector in selectors(query.text)
+        for label, wanted in selector.equal.items()
+        if label not in OF_PROMETHEUS
+    }
+    assert asked
+    for family, label, wanted in sorted(asked):
+        assert wanted in {sample.labels[label] for sample in live[family].samples}, (family, label, wanted)
 
 
 async def test_numbers_are_those_of_what_happened(watched: Watched) -> None:
