@@ -7,6 +7,9 @@ const RETRY_MS = 2000;
 const HISTORY = 120; // Pictures that the small curves remember.
 const LEADER_LEASE_S = 5;
 
+const LEFT_OUT = { held_by: [], position: null };
+// What the status of a request leaves out where it is this (schemas/status.py).
+
 const $ = (id) => document.getElementById(id);
 const make = (tag, style = "") => Object.assign(document.createElement(tag), { className: style });
 const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
@@ -238,7 +241,7 @@ const drawer = {
       if (!answer.ok) return;
       const { at, total, rows } = await answer.json();
       if (this.kind !== kind || this.name !== name) return;
-      const flat = rows.map(({ worker, status }) => ({ worker, ...status }));
+      const flat = rows.map(({ worker, status }) => ({ worker, ...LEFT_OUT, ...status }));
       tables.requests.show(flat, at, total > rows.length ? `the first ${rows.length} of ${total}` : `${total}`);
     } catch {
       // The stream tells of a break; the next picture asks again.
