@@ -25,16 +25,18 @@ class NatsServer:
     Args:
         directory: for its configuration, store and log.
         settings: more lines of server configuration, such as `max_payload: 4096`.
-        jetstream: whether it keeps streams.
+        jetstream: whether it keeps streams; a text is more settings of that, such as `max_file_store: 8MB`.
     """
 
-    def __init__(self, directory: Path, settings: str = "", *, jetstream: bool = True) -> None:
-        self.port = _free_port()
+    def __init__(self, directory: Path, settings: str = "", *, jetstream: bool | str = True) -> None:
+        self.port = free_port()
         self.url = f"nats://127.0.0.1:{self.port}"
         self.log = directory / "nats-server.log"
+        self.store = directory / "store"
         self._config = directory / "nats-server.conf"
         self._process: subprocess.Popen[bytes] | None = None
-        store = f'jetstream {{ store_dir: "{directory / "store"}" }}\n' if jetstream else ""
+        more = jetstream if isinstance(jetstream, str) else ""
+        store = f'jetstream {{ store_dir: "{self.store}", {more} }}\n' if jetstream else ""
         self._config.write_text(f"listen: 127.0.0.1:{self.port}\n{store}{settings}\n")
 
     def start(self) -> "NatsServer":
@@ -65,6 +67,12 @@ class NatsServer:
         self.kill()
         self.start()
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
     def pause(self) -> None:
         """Freeze it (SIGSTOP): connections stay open and nothing answers."""
         os.waitpid(self._send(signal.SIGSTOP), os.WUNTRACED)  # its threads may run on for a moment
@@ -74,9 +82,8 @@ class NatsServer:
         self._send(signal.SIGCONT)
 
     def _send(self, number: signal.Signals) -> int:
-        assert self._process is not None, "not started"
-        self._process.send_signal(number)
-        return self._process.pid
+        os.kill(self.pid, number)
+        return self.pid
 
     def _end(self, number: signal.Signals) -> None:
         if self._process is None:
@@ -111,7 +118,8 @@ def binary() -> str:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
