@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 FUZZ ?= 60
+SOAK ?= 600
+STEPS ?= 20000
 # Where torch's CPU build comes from when the package sources that pip is configured with lack it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -18,7 +20,7 @@ endif
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint format schema states drift links wheel browser audit fuzz lock clean
+.PHONY: help install demo test check lint format schema states drift links wheel browser audit fuzz soak lock clean
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -98,6 +100,9 @@ audit: ## known vulnerabilities of what the locks pin, by pip-audit (needs the n
 
 fuzz: install ## fuzz every decoder, guided by coverage; FUZZ=60 seconds, ARGS for libFuzzer
 	$(BIN)/python scripts/fuzz.py -max_total_time=$(FUZZ) $(ARGS)
+
+soak: install ## faults in rounds, then random steering; SOAK=600 seconds, STEPS=20000, ARGS="--only NAME --json FILE"
+	$(BIN)/python -m tests.faults --seconds $(SOAK) --steps $(STEPS) $(ARGS)
 
 lock: install ## resolve anew and pin what pip finds, in requirements/
 	$(BIN)/python scripts/lock.py --torch-index $(TORCH_INDEX)

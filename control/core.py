@@ -124,7 +124,7 @@ class ControlCore:
         self._digest: tuple[Any, Any, str] = (None, None, "")
 
     def step(self, now: float, inputs: Inputs) -> list[Outgoing]:
-        """Take what is new; return what to send, in order. `now` is Unix seconds."""
+        """Take what is new; return what to send, in order. `now` is Unix seconds, and never jumps."""
         for frame in inputs.frames:
             self.fleet.merge(frame, now)
         for listing in inputs.listings:
@@ -298,14 +298,16 @@ class ControlCore:
 
     def _send(self, now: float, view: WorkerView, told: Told, verb: str, fields: Mapping[str, Any]) -> Send:
         told.retries[verb].sent(now)
-        return Send(view.worker, verb, COMMANDS[verb](**self._envelope(now), **fields))
+        # Deadlines are judged by the worker's clock, so they are told by it: our own may be another.
+        worker_now = view.frame.sent_at + (now - view.heard_at)
+        return Send(view.worker, verb, COMMANDS[verb](**self._envelope(worker_now), **fields))
 
-    def _envelope(self, now: float) -> dict[str, Any]:
+    def _envelope(self, worker_now: float) -> dict[str, Any]:
         return {
             "id": self._new_id(),
             "issuer": self.controller,
             "epoch": self._epoch,
-            "expires_at": now + EXPIRES_S,
+            "expires_at": worker_now + EXPIRES_S,
         }
 
     def validate(self) -> None:

@@ -97,6 +97,8 @@ class Controller:
         self._seldom = Seldom()
         self.page = Page(connection.fleet, self._standing)
         """What browsers see, if it is served (`run`)."""
+        # Unix time that no jump of the wall clock can move: else every worker would look long silent after one.
+        self._clock_offset = time.time() - time.monotonic()
 
     async def run(self) -> None:
         """Control the fleet until `stopping` is set, through every loss of NATS."""
@@ -173,7 +175,11 @@ class Controller:
             answers=answers,
             listings=listings,
         )
+<<<<<<< HEAD
         for outgoing in self._measured(inputs):
+=======
+        for outgoing in self.core.step(time.monotonic() + self._clock_offset, inputs):
+>>>>>>> 2dd3b5f (Controllers: no jump of a wall clock, theirs or a worker's, keeps them from steering)
             if isinstance(outgoing, Send):
                 self._start(client, outgoing)
             elif isinstance(outgoing, Ask):

@@ -7,7 +7,7 @@ already; what runs in them is `cox worker` and vLLM's own HTTP server all the sa
 import asyncio
 import multiprocessing
 import os
-import shutil
+import re
 import signal
 import struct
 import subprocess
@@ -114,12 +114,12 @@ class Worker:
 
     def processes(self) -> dict[str, psutil.Process]:
         """Its processes by what they are: `server`, `engine`, and what the engine started."""
-        server = psutil.Process(self._process.pid)
-        found = {"server": server}
-        for child in server.children():
-            if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
-                found["engine"] = child
-                found |= {f"bus{number or ''}": bus for number, bus in enumerate(child.children(recursive=True))}
+        found = {"server": psutil.Process(self._process.pid)}
+        if pids := re.findall(r"EngineCore pid=(\d+)", self.log.read_text()):
+            engine = found["engine"] = psutil.Process(int(pids[-1]))
+            found |= {
+                f"bus{number or ''}": child for number, child in enumerate(engine.children(recursive=True))
+            }
         return found
 
     def kill(self) -> None:
@@ -164,7 +164,11 @@ class Leader:
         words = ["controller", "--policy", "vtc", "--set", "preempt_gap=60", "--name", self.name]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", COX, *words], env=self._env, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, "-c", COX, *words],
+                env=self._env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def send(self, number: signal.Signals) -> None:
@@ -199,7 +203,9 @@ class Fleet:
         self.workers = {
             name: Worker(name, folder, url, self.model) for name, url in (("w1", nats.url), ("w2", proxy.url))
         }
-        self.leaders = {name: Leader(name, folder, url) for name, url in (("c1", nats.url), ("c2", proxy.url))}
+        self.leaders = {
+            name: Leader(name, folder, url) for name, url in (("c1", nats.url), ("c2", proxy.url))
+        }
         self.cox: Client
 
     async def start(self) -> None:

@@ -18,7 +18,7 @@ from tests.faults.load import Load
 from tests.faults.steering import Operator
 from tests.faults.watch import Log, Watch
 
-WARM_S: Final = 1.0
+WARM_S: Final = 0.7
 """Load before the fault and after recovery."""
 RECOVERY_S: Final = 90.0
 LOG_S: Final = 10.0
@@ -49,8 +49,10 @@ class Verdict(msgspec.Struct, kw_only=True):
     """From healing to a command applied on every worker."""
     frame_s: float = 0.0
     """… to a full status frame of every worker."""
-    led_s: float = 0.0
-    """… until every worker is led."""
+    table_s: float = 0.0
+    """… until a changed row of the tenants' table is in force on every worker: a controller commands."""
+    leader_age_s: float = 0.0
+    """The oldest leader that any frame told of, from its begin to recovery."""
     dropped: int = 0
     """Events that were dropped, and counted."""
     grown_mib: dict[str, int] = {}
@@ -84,22 +86,27 @@ class Rig:
         started_at = time.time() - 0.5
         self.load.go()
         await asyncio.sleep(WARM_S)
+        self.watch.leader_age_s = 0.0
+        problems: list[str] = []
         began, deed = time.perf_counter(), fault.do(self.hands)
-        seconds = await anext(deed)
-        await asyncio.sleep(seconds)
+        try:
+            await asyncio.sleep(await anext(deed))
+        except TimeoutError:
+            problems.append("not steered while it was there")
         over, healing_at = time.perf_counter(), time.monotonic()
         async with asyncio.timeout(RECOVERY_S):
             async for _ in deed:
                 raise AssertionError("a fault yields once")
             recovered = await asyncio.gather(
-                operator.effective(), self.watch.full(healing_at), self.watch.led(healing_at)
+                operator.effective(), self.watch.full(healing_at), self.hands.configured()
             )
         await asyncio.sleep(WARM_S)
         await self.load.rest()
-        command_s, frame_s, led_s = (round(at - healing_at, 2) for at in recovered)
+        command_s, frame_s, table_s = (round(at - healing_at, 2) for at in recovered)
         verdict = Verdict(
-            fault=fault.name, seconds=round(over - began, 1), command_s=command_s, frame_s=frame_s, led_s=led_s,
-            commands=operator.applied, unanswered=operator.unanswered, refused=operator.refused,
+            fault=fault.name, seconds=round(over - began, 1), command_s=command_s, frame_s=frame_s, table_s=table_s,
+            leader_age_s=round(self.watch.leader_age_s, 2), commands=operator.applied, unanswered=operator.unanswered, refused=operator.refused,
+            problems=problems,
         )  # fmt: skip
         self._count(verdict, began, over)
         await self._judge(fault, verdict, before, started_at)
@@ -115,17 +122,21 @@ class Rig:
         pieces = [piece for one in asked for piece in one.stream.pieces if began < piece.at < over]
         verdict.tokens_per_s = round(sum(len(piece.tokens) for piece in pieces) / (over - began), 1)
 
-    async def _judge(
-        self, fault: Fault, verdict: Verdict, before: checks.Level, started_at: float
-    ) -> None:
+    async def _judge(self, fault: Fault, verdict: Verdict, before: checks.Level, started_at: float) -> None:
         fleet, asked = self.fleet, self.load.asked
         lives = {worker.name: worker.life for worker in fleet.workers.values()}
         after = self._level = await checks.at_rest(fleet)
         verdict.dropped = sum(
-            frame.events_dropped_total - _dropped(before.frames[name], frame) for name, frame in after.frames.items()
+            frame.events_dropped_total - _dropped(before.frames[name], frame)
+            for name, frame in after.frames.items()
         )
         complete = not (verdict.dropped or fault.forgets)
-        log = await self._log(started_at, {one.stream.request for one in asked if one.life == lives[one.worker]} - {""} if complete else set())
+        log = await self._log(
+            started_at,
+            {one.stream.request for one in asked if one.life == lives[one.worker]} - {""}
+            if complete
+            else set(),
+        )
         problems = verdict.problems
         problems += checks.ended(asked, fault.kills)
         problems += checks.empty(after.frames)
@@ -137,7 +148,9 @@ class Rig:
         problems += self.watch.problems
         self.watch.problems.clear()
         verdict.grown_mib = {
-            name: (size[0] - before.sizes[name][0]) >> 20 for name, size in after.sizes.items() if name in before.sizes
+            name: (size[0] - before.sizes[name][0]) >> 20
+            for name, size in after.sizes.items()
+            if name in before.sizes
         }
 
     async def _log(self, started_at: float, names: set[str]) -> Log:
@@ -162,7 +175,7 @@ async def rigged(folder: Path) -> AsyncIterator[Rig]:
         try:
             await rig.watch.begin()
             async with asyncio.timeout(RECOVERY_S):
-                await asyncio.gather(rig.operator.effective(), rig.watch.led(0.0))
+                await asyncio.gather(rig.operator.effective(), rig.hands.configured())
             yield rig
         finally:
             await rig.operator.close()

@@ -10,9 +10,6 @@ from coxswain.schemas import events as ev
 from coxswain.schemas.status import Frame, decode_frame
 from tests.faults.fleet import Fleet
 
-LED_S = 1.5
-"""A leader that was heard so lately leads: it beats twice a second."""
-
 
 @dataclass
 class Seen:
@@ -21,8 +18,6 @@ class Seen:
     frame: Frame
     full_at: float = 0.0
     """When the last full frame came (monotonic s)."""
-    led_at: float = 0.0
-    """When a frame last said that a leader leads."""
     totals: dict[str, int] = field(default_factory=dict)
     """Output tokens per tenant, of this incarnation."""
 
@@ -38,6 +33,8 @@ class Watch:
         self.seen: dict[str, Seen] = {}
         self.problems: list[str] = []
         """What no frame may say: totals that shrink."""
+        self.leader_age_s = 0.0
+        """The oldest leader that any frame told of, since it was last set to 0."""
         self._fleet = fleet
 
     async def begin(self) -> None:
@@ -54,11 +51,9 @@ class Watch:
         elif frame.incarnation < seen.frame.incarnation or frame.seq < seen.frame.seq:
             return  # late, over a connection that was given up
         seen.frame = frame
-        now = time.monotonic()
         if frame.full:
-            seen.full_at = now
-        if frame.leader.epoch is not None and (frame.leader.age_s or 0.0) < LED_S:
-            seen.led_at = now
+            seen.full_at = time.monotonic()
+        self.leader_age_s = max(self.leader_age_s, frame.leader.age_s or 0.0)
         for row in frame.tenants:
             if row.output_tokens_total < seen.totals.get(row.tenant, 0):
                 self.problems.append(f"{frame.worker}: output tokens of {row.tenant} shrink")
@@ -66,18 +61,17 @@ class Watch:
 
     async def full(self, after: float) -> float:
         """Wait for a full frame of every worker; when the last came."""
-        return await self._until("full_at", after)
-
-    async def led(self, after: float) -> float:
-        """Wait until every worker says that it is led; when the last did."""
-        return await self._until("led_at", after)
-
-    async def _until(self, what: str, after: float) -> float:
         while True:
-            times = [getattr(seen, what) for seen in self.seen.values()]
+            times = [seen.full_at for seen in self.seen.values()]
             if len(times) == len(self._fleet.workers) and min(times) > after:
-                return float(max(times))
+                return max(times)
             await asyncio.sleep(0.01)
+
+    async def in_force(self, config: str) -> float:
+        """Wait until every worker says that it has these tables; when the last did."""
+        while {seen.frame.config for seen in self.seen.values()} != {config}:
+            await asyncio.sleep(0.01)
+        return time.monotonic()
 
     async def log(self, start: float | None) -> "Log":
         """The event log, from a Unix time on (None: all of it)."""

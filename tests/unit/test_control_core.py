@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 
+from msgspec.structs import replace
+
 from coxswain.control.core import BEAT_S, EXPIRES_S, Answer, Beat, Send
 from coxswain.control.policies.fcfs import Fcfs
 from coxswain.control.policies.vtc import Vtc
@@ -55,8 +57,15 @@ def test_commands_carry_epoch_id_and_deadline() -> None:
     driver.tenants = TENANTS
     (send,) = driver.sends(50.0, frame())
     assert (send.command.epoch, send.command.issuer) == (EPOCH, "c1")
-    assert send.command.expires_at == 50.0 + EXPIRES_S
     assert send.command.id == "id0"
+
+
+def test_deadlines_are_told_by_the_workers_clock() -> None:
+    """A worker whose clock is an hour off, or a controller's, is steered all the same: its frames say what time it is."""
+    driver = Driver(Fcfs(Fcfs.Params()))
+    driver.tenants = TENANTS
+    (send,) = driver.sends(50.0, replace(frame(), sent_at=3_650.0))
+    assert send.command.expires_at == 3_650.0 + EXPIRES_S
 
 
 def test_tables_that_a_worker_has_are_not_sent_again() -> None:

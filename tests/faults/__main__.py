@@ -1,0 +1,112 @@
+"""Faults in rounds for a given time: `python -m tests.faults [--seconds 600] [--only NAME …] [--steps N] [--json FILE]`.
+
+Every round is each fault once, from the second on in random order. With `--steps` the checked simulated device is then
+steered at random for so many. Prints a table, and exits with 1 if anything did not hold.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults.faults import FAULTS
+from tests.faults.rounds import Verdict, rigged
+from tests.faults.steps import steer
+
+
+async def soak(names: list[str], seconds: float, seed: int, folder: Path, console: Console) -> list[Verdict]:
+    """Play these faults until the time is over; each once at least."""
+    dice = random.Random(seed)
+    verdicts: list[Verdict] = []
+    began = time.monotonic()
+    async with rigged(folder) as rig:
+        console.print(
+            f"a fleet runs after {time.monotonic() - began:.0f} s; its logs: {folder}", highlight=False
+        )
+        coming: list[str] = []
+        while len(verdicts) < len(names) or time.monotonic() - began < seconds:
+            if not coming:
+                coming = dice.sample(names, len(names)) if verdicts else names[::-1]
+            verdict = await rig.play(FAULTS[coming.pop()])
+            verdicts.append(verdict)
+            console.print(f"{verdict.fault}: {'; '.join(verdict.problems) or 'all held'}", highlight=False)
+    return verdicts
+
+
+def table(verdicts: list[Verdict]) -> Table:
+    """One row per fault, the worst of its rounds."""
+    shown = Table(title="faults, the worst of all rounds; seconds")
+    shown.add_column("fault")
+    for head in (
+        "rounds", "lasted", "requests", "failed", "left", "tokens/s", "longest wait", "leader's age", "command",
+        "frame", "table", "events dropped", "grown MiB", "problems",
+    ):  # fmt: skip
+        shown.add_column(head, justify="right")
+    for name in dict.fromkeys(verdict.fault for verdict in verdicts):
+        of = [verdict for verdict in verdicts if verdict.fault == name]
+        worst = [
+            max(verdict.seconds for verdict in of), sum(verdict.requests for verdict in of),
+            sum(verdict.failed for verdict in of), sum(verdict.left for verdict in of),
+            min(verdict.tokens_per_s for verdict in of), max(verdict.gap_s for verdict in of),
+            max(verdict.leader_age_s for verdict in of), max(verdict.command_s for verdict in of),
+            max(verdict.frame_s for verdict in of), max(verdict.table_s for verdict in of),
+            sum(verdict.dropped for verdict in of),
+            max(max(verdict.grown_mib.values(), default=0) for verdict in of),
+            sum(len(verdict.problems) for verdict in of),
+        ]  # fmt: skip
+        shown.add_row(name, str(len(of)), *map(str, worst))
+    return shown
+
+
+def main() -> int:
+    """Play faults; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--seconds", type=float, default=0.0, help="how long; each fault once at least")
+    parser.add_argument("--only", nargs="*", choices=list(FAULTS), metavar="NAME", help="these faults alone")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="random steering steps on the checked device afterwards"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--list", action="store_true", help="name the faults and end")
+    options = parser.parse_args()
+    console = Console()
+    if options.list:
+        for fault in FAULTS.values():
+            console.print(
+                f"{fault.name:20} {'short' if fault.short else '     '}  {fault.what}", highlight=False
+            )
+        return 0
+    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="cox-soak-"))
+    names = list(FAULTS) if options.only is None else options.only
+    verdicts = asyncio.run(soak(names, options.seconds, options.seed, folder, console)) if names else []
+    runs = steer(options.steps, options.seed, console)
+    if verdicts:
+        console.print(table(verdicts))
+    if runs:
+        console.print(f"{sum(run.steps for run in runs):,} random steps in {len(runs)} runs, all held")
+    if options.json:
+        result = {
+            "python": platform.python_version(), "cores": len(os.sched_getaffinity(0)),
+            "load": [round(each, 1) for each in os.getloadavg()], "seconds": round(time.monotonic() - began),
+            "faults": msgspec.to_builtins(verdicts, str_keys=True), "steps": msgspec.to_builtins(runs),
+        }  # fmt: skip
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return int(any(verdict.problems for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Random steering of the checked simulated device, run after run, until so many steps were taken.
+
+What is done and what must hold is `tests/support/random_run.py`; each run is a seed in one of the engine's modes, and one
+that fails says which.
+"""
+
+import itertools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from rich.console import Console
+
+from tests.support.random_run import Run, cases, undisturbed
+from tests.support.simulated import engine
+
+REQUESTS: Final = 1_000
+"""In one run."""
+MODES: Final[tuple[dict[str, Any], ...]] = tuple(
+    {"v2": v2, "asynchronous": asynchronous, "enable_prefix_caching": caching}
+    for v2, asynchronous, caching in itertools.product((False, True), (False, True), (False, True))
+)
+
+
+class Taken(msgspec.Struct, kw_only=True):
+    """One run, whole."""
+
+    seed: int
+    mode: dict[str, Any]
+    steps: int
+    commands: int
+    requests: int
+    seconds: float
+
+
+def steer(steps: int, seed: int, console: Console) -> list[Taken]:
+    """Take at least so many steps; every run checks everything.
+
+    Raises:
+        AssertionError: something did not hold; the note says which run.
+    """
+    runs: list[Taken] = []
+    modes = itertools.cycle(MODES)
+    while sum(run.steps for run in runs) < steps:
+        taken = one(seed + len(runs), next(modes))
+        runs.append(taken)
+        console.print(f"seed {taken.seed} {taken.mode}: {taken.steps} steps, all held", highlight=False)
+    return runs
+
+
+def one(seed: int, mode: dict[str, Any]) -> Taken:
+    """One run: the same requests undisturbed on stock vLLM, then steered at random on ours."""
+    began = time.monotonic()
+    wanted = cases(seed, REQUESTS)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            with engine(Path(folder), scheduler=None, num_gpu_blocks_override=400, **mode) as stock:
+                expected = undisturbed(stock, wanted)
+            with engine(Path(folder), **mode) as steered:
+                run = Run(steered, wanted, seed)
+                run.play()
+                run.check(expected)
+    except BaseException as error:
+        error.add_note(f"see it again: python -m tests.faults --only --steps 1 --seed {seed}, in mode {mode}")
+        raise
+    return Taken(
+        seed=seed, mode=mode, steps=steered.steps, commands=sum(run.done.values()), requests=len(wanted),
+        seconds=round(time.monotonic() - began, 1),
+    )  # fmt: skip
