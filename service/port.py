@@ -8,7 +8,7 @@ here: every call returns at once, and a full queue says so.
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import inf
-from time import monotonic
+from time import monotonic, time
 from typing import Any, NamedTuple
 
 from msgspec import Raw
@@ -165,6 +165,8 @@ class Port:
     def __init__(self) -> None:
         self.clock: Callable[[], float] = monotonic
         """What `wake_at` and `alarm_at` are told by; simulations put their own here."""
+        self.unix_offset = time() - monotonic()
+        """From the monotonic clock to Unix time as it was at the start: see `unix`."""
         self._inbound: deque[Inbound] = deque()
         self._outbound: deque[Outbound] = deque()
         self._wake_engine: Callable[[], None] = _nobody
@@ -187,6 +189,14 @@ class Port:
         """Events that the bus could not deliver; the engine adds those that it could not queue."""
         self.alarm_at = inf
         """What the bus's timer is set to (monotonic s)."""
+
+    def unix(self) -> float:
+        """The worker's clock: Unix seconds that no jump of the wall clock moves.
+
+        Deadlines, leases, events and frames go by it, in the engine as on the bus; were there two, a command could be
+        too early for the one and too late for the other.
+        """
+        return monotonic() + self.unix_offset
 
     # The engine's side
 

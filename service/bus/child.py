@@ -34,10 +34,12 @@ class FarPort(Port):
 
     Args:
         writer: to the engine's process.
+        unix_offset: the engine's, so that both go by one clock.
     """
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, unix_offset: float) -> None:
         super().__init__()
+        self.unix_offset = unix_offset
         self._writer = writer
         self._arrived: deque[Outbound] = deque()
         self._told: wire.State | None = None
@@ -87,7 +89,7 @@ class Child:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, begin: wire.Begin) -> None:
         self._reader = reader
-        self._port = FarPort(writer)
+        self._port = FarPort(writer, begin.unix_offset)
         self._bus = Bus(
             begin.settings, self._port, incarnation=begin.incarnation, hello=begin.hello,
             life=begin.life, refused=begin.refused,

@@ -151,7 +151,7 @@ class Bus:
             elif session is None:
                 # What it was for is gone with the connection, but for what an idle engine last said.
                 if isinstance(item, FrameOut):
-                    self._frames.remember(item.draft.complete(), time.time(), idle=item.idle)
+                    self._frames.remember(item.draft.complete(), self._port.unix(), idle=item.idle)
             elif isinstance(item, ReplyOut):
                 await session.reply(item)
             elif isinstance(item, AnswerOut):

@@ -60,7 +60,7 @@ class BusProcess:
         log: Any = None,
         stderr: IO[bytes] | None = None,
     ) -> None:
-        self._begin = wire.Begin(settings, incarnation, hello, 0, {})
+        self._begin = wire.Begin(settings, incarnation, hello, 0, {}, port.unix_offset)
         self._port = port
         self._log = log or get_logger(fleet=settings.connection.fleet, worker=settings.worker)
         self._stderr = stderr

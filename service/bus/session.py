@@ -147,7 +147,7 @@ class Session:
             return
         answer = item.answer
         if isinstance(answer, Frame):
-            answer = self._frames.answer(answer, time.time())
+            answer = self._frames.answer(answer, self._port.unix())
         if not isinstance(answer, RefusedError):
             payload = encode(answer)
             if not (too_large := self._too_large(payload)):
@@ -159,11 +159,11 @@ class Session:
 
     async def status(self, frame: Frame, *, idle: bool) -> None:
         """Send a frame of the engine."""
-        await self._send_parts(self._frames.outgoing(frame, time.time(), self._room, idle=idle))
+        await self._send_parts(self._frames.outgoing(frame, self._port.unix(), self._room, idle=idle))
 
     async def heartbeat(self) -> None:
         """Repeat the idle frame, if the engine sleeps."""
-        await self._send_parts(self._frames.heartbeat(time.time(), self._room))
+        await self._send_parts(self._frames.heartbeat(self._port.unix(), self._room))
 
     @property
     def _room(self) -> int:
@@ -205,7 +205,7 @@ class Session:
         )
 
     async def _on_command(self, msg: Msg) -> None:
-        now = time.time()
+        now = self._port.unix()
         if not intake.answerable(msg.reply):
             self._warn("command.not_answerable", subject=msg.subject, reply=msg.reply[:128])
             return
@@ -235,7 +235,7 @@ class Session:
             await self.answer(AnswerOut(item.token, _full()))
         else:
             subject = self._subjects.command(item.role, self._worker, item.verb)
-            await self._refuse(subject, item.token, encode({"id": item.command.id}), _full(), time.time())
+            await self._refuse(subject, item.token, encode({"id": item.command.id}), _full(), self._port.unix())
 
     async def _refuse(
         self, subject: str, token: str, payload: bytes, error: RefusedError, now: float
@@ -266,7 +266,7 @@ class Session:
         lead = intake.lead(msg.data)
         if lead is None:
             self._warn("lead.malformed", subject=msg.subject, size=len(msg.data))
-        elif (ahead_s := intake.epoch_ahead_s(lead.epoch, time.time())) is not None:
+        elif (ahead_s := intake.epoch_ahead_s(lead.epoch, self._port.unix())) is not None:
             self._warn(
                 "lead.not_believed", epoch=lead.epoch, ahead_s=round(ahead_s), why="it is of the future"
             )

@@ -46,6 +46,8 @@ class Begin(_Message, tag="begin"):
     life: int
     """How many buses this worker had before."""
     refused: dict[str, int]
+    unix_offset: float
+    """The worker's clock: see `Port.unix`."""
 
 
 class End(_Message, tag="end"):

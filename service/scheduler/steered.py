@@ -46,6 +46,8 @@ log = get_logger()
 
 DRAIN_S: Final = 0.005
 """Time for commands and queries before one step; the rest wait for the next, so that a flood cannot stop steps."""
+JUMP_S: Final = 0.1
+"""A wall clock that is further from ours than it was at the start has jumped."""
 STATUS_SHARE: Final = 0.02
 """Part of the engine's time that status may take: a frame that cost more than that puts off the next one."""
 
@@ -93,8 +95,8 @@ class SteeredScheduler(AsyncScheduler):
         self.waiting = SteeredRequestQueue(self.core)
         self.kv_holding_waiting = KvHoldingQueue(self.core)
         self._loads = compat.watch_connector(self)
-        # One clock for leases, charges and events: Unix time that no clock jump can move.
-        self._clock_offset = time.time() - time.monotonic()
+        # One clock for leases, charges and events: see `Port.unix`.
+        self._clock_offset = self.port.unix_offset
         self._tick_at = float("inf")
         self._frame_at = 0.0
         self._full_at = 0.0
@@ -135,11 +137,16 @@ class SteeredScheduler(AsyncScheduler):
             request.steering = self.core.arrive(
                 now, id=request.request_id, request=parsed.request,
                 tenant=identity.tenant if identity else "default", asked_class=identity.class_ if identity else "",
-                priority=request.priority, arrived_at=min(request.arrival_time, now),
+                priority=request.priority, arrived_at=min(self._arrived(request.arrival_time), now),
                 prompt_tokens=request.num_prompt_tokens, payload=request, outputs=request._output_token_ids,  # noqa: SLF001
             )  # fmt: skip
             self.mechanism.reprioritized(request.steering)
         super().add_request(request)
+
+    def _arrived(self, at: float) -> float:
+        """By our clock: vLLM's server says it by the wall clock, which may have jumped."""
+        jumped = time.time() - time.monotonic() - self.port.unix_offset
+        return at - jumped if abs(jumped) > JUMP_S else at
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Apply commands, let vLLM schedule a step in the core's order, report."""

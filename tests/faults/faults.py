@@ -279,6 +279,35 @@ async def engine_killed(hands: Hands) -> AsyncGenerator[float, None]:
     await worker.up()
 
 
+# The process that has a worker's connection to NATS
+
+
+@fault(short=True)
+async def bus_killed(hands: Hands) -> AsyncGenerator[float, None]:
+    """One worker's bus process killed (-9): its engine starts another."""
+    hands.fleet.workers["w1"].processes()["bus"].kill()
+    yield 0.0
+
+
+@fault()
+async def bus_paused(hands: Hands) -> AsyncGenerator[float, None]:
+    """One worker's bus process frozen for 5 s (SIGSTOP)."""
+    bus = hands.fleet.workers["w1"].processes()["bus"]
+    bus.suspend()
+    yield 5.0
+    bus.resume()
+
+
+@fault()
+async def bus_stuck(hands: Hands) -> AsyncGenerator[float, None]:
+    """One worker's bus process frozen for good: its engine gives it up and starts another."""
+    bus = hands.fleet.workers["w2"].processes()["bus"]
+    bus.suspend()
+    while bus.is_running():
+        await asyncio.sleep(0.1)
+    yield 0.0
+
+
 # Hostile and clumsy peers
 
 

@@ -10,6 +10,9 @@ from coxswain.schemas import events as ev
 from coxswain.schemas.status import Frame, decode_frame
 from tests.faults.fleet import Fleet
 
+OLD_S = 120.0
+"""Nobody here waits for so long: a row that says so went by a clock that jumped."""
+
 
 @dataclass
 class Seen:
@@ -58,6 +61,10 @@ class Watch:
             if row.output_tokens_total < seen.totals.get(row.tenant, 0):
                 self.problems.append(f"{frame.worker}: output tokens of {row.tenant} shrink")
             seen.totals[row.tenant] = row.output_tokens_total
+            if row.oldest_queued_s > OLD_S:
+                self.problems.append(
+                    f"{frame.worker}: {row.tenant} is said to wait for {row.oldest_queued_s:.0f} s"
+                )
 
     async def full(self, after: float) -> float:
         """Wait for a full frame of every worker; when the last came."""
