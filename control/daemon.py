@@ -175,11 +175,7 @@ class Controller:
             answers=answers,
             listings=listings,
         )
-<<<<<<< HEAD
         for outgoing in self._measured(inputs):
-=======
-        for outgoing in self.core.step(time.monotonic() + self._clock_offset, inputs):
->>>>>>> 2dd3b5f (Controllers: no jump of a wall clock, theirs or a worker's, keeps them from steering)
             if isinstance(outgoing, Send):
                 self._start(client, outgoing)
             elif isinstance(outgoing, Ask):
@@ -199,7 +195,7 @@ class Controller:
 
     def _measured(self, inputs: Inputs) -> list[Outgoing]:
         """The core's step, and how long it took."""
-        meter, now, began = self.meter, time.time(), time.perf_counter()
+        meter, now, began = self.meter, time.monotonic() + self._clock_offset, time.perf_counter()
         for frame in inputs.frames:
             meter.lags.add(max(0.0, now - frame.sent_at))
         outgoing = self.core.step(now, inputs)

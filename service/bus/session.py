@@ -235,7 +235,9 @@ class Session:
             await self.answer(AnswerOut(item.token, _full()))
         else:
             subject = self._subjects.command(item.role, self._worker, item.verb)
-            await self._refuse(subject, item.token, encode({"id": item.command.id}), _full(), self._port.unix())
+            await self._refuse(
+                subject, item.token, encode({"id": item.command.id}), _full(), self._port.unix()
+            )
 
     async def _refuse(
         self, subject: str, token: str, payload: bytes, error: RefusedError, now: float

@@ -2,5 +2,6 @@
 
 `fleet` (the processes), `load` (clients that know what they must be told), `steering` (an operator who never rests),
 `watch` (what the bus says), `checks` (what must hold), `faults` (what is done, one small function each), `rounds` (one
-fault from its begin to its verdict). Run as tests (`test_faults.py`, the short form) and as `make soak` (`__main__.py`).
+fault from its begin to its verdict), `steps` (random steering of one engine). Run as tests (`test_faults.py`, the
+short form) and as `make soak` (`__main__.py`).
 """

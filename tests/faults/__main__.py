@@ -1,4 +1,4 @@
-"""Faults in rounds for a given time: `python -m tests.faults [--seconds 600] [--only NAME …] [--steps N] [--json FILE]`.
+"""Faults in rounds: `python -m tests.faults [--seconds 600] [--only NAME …] [--steps N] [--json FILE]`.
 
 Every round is each fault once, from the second on in random order. With `--steps` the checked simulated device is then
 steered at random for so many. Prints a table, and exits with 1 if anything did not hold.

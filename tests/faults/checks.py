@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from math import inf
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -87,16 +88,25 @@ def leases(log: Log, slack_s: float) -> Iterator[str]:
     due: dict[tuple[str, int | None], float] = {}
     for event in sorted(log.events, key=lambda event: (event.incarnation, event.seq)):
         key = (event.request or "", event.child)
-        if isinstance(event, ev.Held) and event.by != ENGINE and event.lease_s is not None:
-            due[key] = max(due.get(key, 0.0), event.at + event.lease_s)
-        elif isinstance(event, ev.Continued | ev.Finished):
-            # What continues it need not be the lease: the latest of all holds' ends bounds them all.
-            over_s = event.at - due.pop(key, event.at)
-            if isinstance(event, ev.Continued) and event.reason == "lease" and over_s > slack_s:
+        if isinstance(event, ev.Held):
+            # It goes on when the last of all holds ends; the engine's own, which makes room with it, has no lease.
+            lease_s = event.lease_s if event.by != ENGINE else None
+            due[key] = max(due.get(key, 0.0), inf if lease_s is None else event.at + lease_s)
+        elif isinstance(event, ev.Continued | ev.Finished) and key in due:
+            over_s = event.at - due.pop(key)
+            if over_s > slack_s:
                 yield f"{event.request}: held for {over_s:.2f} s after its lease"
 
 
-def totals(asked: list[Asked], before: Mapping[str, Frame], after: Mapping[str, Frame], log: Log, lives: Mapping[str, int], *, complete: bool) -> Iterator[str]:  # fmt: skip
+def totals(
+    asked: list[Asked],
+    before: Mapping[str, Frame],
+    after: Mapping[str, Frame],
+    log: Log,
+    lives: Mapping[str, int],
+    *,
+    complete: bool,
+) -> Iterator[str]:
     """What status says that tenants were served is what their clients have."""
     for name, frame in after.items():
         old = before[name] if before[name].incarnation == frame.incarnation else None

@@ -1,7 +1,7 @@
 """The faults: what is done to the fleet, one small function each.
 
-A fault is an async generator: it injects, yields for how many seconds the fault stays, then heals; the first line of its
-docstring says it in the tables. To add one, write it here; everything else (load, checks, recovery, table) is shared.
+A fault is an async generator: it injects, yields for how many seconds the fault stays, then heals; the first line of
+its docstring says it in the tables. To add one, write it here; all else (load, checks, recovery, table) is shared.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class Hands(NamedTuple):
         return next(leader for name, leader in self.fleet.leaders.items() if f'"{name}"'.encode() in value)
 
     async def configured(self) -> float:
-        """Change the tenants' table, and wait until a controller has brought it to every worker; when the last had it."""
+        """Change the tenants' table, and wait until a controller has told every worker; when the last had it."""
         row = TenantPolicy(weight=1.0 + random.random())
         while True:
             with suppress(ControlError):
@@ -303,7 +303,7 @@ async def bus_stuck(hands: Hands) -> AsyncGenerator[float, None]:
     """One worker's bus process frozen for good: its engine gives it up and starts another."""
     bus = hands.fleet.workers["w2"].processes()["bus"]
     bus.suspend()
-    while bus.is_running():
+    while bus.is_running():  # noqa: ASYNC110 - nobody tells
         await asyncio.sleep(0.1)
     yield 0.0
 

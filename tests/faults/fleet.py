@@ -1,4 +1,4 @@
-"""The processes under test: nats-server, two workers on the simulated device, two controllers; how to hurt and mend them.
+"""The processes under test: nats-server, two workers on the simulated device, two controllers.
 
 Nothing of them is replaced. To save ten seconds per start, workers are forked from a process that has imported vLLM
 already; what runs in them is `cox worker` and vLLM's own HTTP server all the same.
@@ -42,8 +42,8 @@ UP_S: Final = 90.0
 CLOCK: Final = Path(__file__).with_name("clock")
 COX: Final = "from coxswain.control.cli import main; main()"
 VLLM: Final = (
-    "vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.engine.async_llm",
-    "coxswain.service.worker",
+    "vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server", "vllm.v1.engine.core",
+    "vllm.v1.engine.async_llm", "coxswain.service.worker",
 )  # fmt: skip
 
 
@@ -191,8 +191,8 @@ class Leader:
 class Fleet:
     """Everything that runs, and one client's connection to it.
 
-    The second worker and the second controller reach NATS through `proxy`, so that their part of the network can be slow
-    or cut while the rest is not.
+    The second worker and the second controller reach NATS through `proxy`, so that their part of the network can be
+    slow or cut while the rest is not.
     """
 
     def __init__(self, folder: Path, proxy: Proxy, nats: NatsServer) -> None:
@@ -228,11 +228,12 @@ class Fleet:
         while True:
             try:
                 await init(self.cox.js, self.cox.subjects, LOG_LIMITS)
-                return
             except ControlError:
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.1)
+            else:
+                return
 
     def processes(self) -> dict[str, psutil.Process]:
         """Every process by name."""

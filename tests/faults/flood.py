@@ -40,7 +40,7 @@ def main() -> None:
             )
         server.sendall(b"".join(messages))
         sent += len(messages)
-    print(sent)
+    sys.stdout.write(f"{sent}\n")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class Load:
         """Ask nothing more, and wait until everything has ended."""
         self._going.clear()
         async with asyncio.timeout(REST_S):
-            while self.live:
+            while self.live:  # noqa: ASYNC110 - whoever ends need not say so
                 await asyncio.sleep(0.05)
 
     def forget(self) -> None:

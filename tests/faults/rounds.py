@@ -104,10 +104,17 @@ class Rig:
         await self.load.rest()
         command_s, frame_s, table_s = (round(at - healing_at, 2) for at in recovered)
         verdict = Verdict(
-            fault=fault.name, seconds=round(over - began, 1), command_s=command_s, frame_s=frame_s, table_s=table_s,
-            leader_age_s=round(self.watch.leader_age_s, 2), commands=operator.applied, unanswered=operator.unanswered, refused=operator.refused,
+            fault=fault.name,
+            seconds=round(over - began, 1),
+            command_s=command_s,
+            frame_s=frame_s,
+            table_s=table_s,
+            leader_age_s=round(self.watch.leader_age_s, 2),
+            commands=operator.applied,
+            unanswered=operator.unanswered,
+            refused=operator.refused,
             problems=problems,
-        )  # fmt: skip
+        )
         self._count(verdict, began, over)
         await self._judge(fault, verdict, before, started_at)
         return verdict

@@ -1,7 +1,7 @@
 """Random steering of the checked simulated device, run after run, until so many steps were taken.
 
-What is done and what must hold is `tests/support/random_run.py`; each run is a seed in one of the engine's modes, and one
-that fails says which.
+What is done and what must hold is `tests/support/random_run.py`; each run is a seed in one of the engine's modes, and
+one that fails says which.
 """
 
 import itertools

@@ -76,7 +76,7 @@ class Watch:
 
     async def in_force(self, config: str) -> float:
         """Wait until every worker says that it has these tables; when the last did."""
-        while {seen.frame.config for seen in self.seen.values()} != {config}:
+        while {seen.frame.config for seen in self.seen.values()} != {config}:  # noqa: ASYNC110 - as `full`
             await asyncio.sleep(0.01)
         return time.monotonic()
 

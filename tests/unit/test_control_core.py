@@ -61,7 +61,7 @@ def test_commands_carry_epoch_id_and_deadline() -> None:
 
 
 def test_deadlines_are_told_by_the_workers_clock() -> None:
-    """A worker whose clock is an hour off, or a controller's, is steered all the same: its frames say what time it is."""
+    """A worker whose clock is an hour off is steered all the same: its frames say what time it is."""
     driver = Driver(Fcfs(Fcfs.Params()))
     driver.tenants = TENANTS
     (send,) = driver.sends(50.0, replace(frame(), sent_at=3_650.0))
