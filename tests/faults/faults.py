@@ -94,7 +94,7 @@ def fault(
     return add
 
 
-@fault(short=True)
+@fault()
 async def nothing(hands: Hands) -> AsyncGenerator[float, None]:
     """Nothing: what load and steering alone look like."""
     del hands
@@ -147,7 +147,7 @@ async def nats_paused_long(hands: Hands) -> AsyncGenerator[float, None]:
     hands.fleet.nats.resume()
 
 
-@fault(short=True)
+@fault()
 async def link_slow(hands: Hands) -> AsyncGenerator[float, None]:
     """The link of one worker and one controller slow for 4 s: 300 ms each way, 100 kB/s."""
     hands.fleet.proxy.latency_s, hands.fleet.proxy.bytes_per_s = 0.3, 100_000.0
@@ -200,7 +200,7 @@ async def event_stream_gone(hands: Hands) -> AsyncGenerator[float, None]:
 # Controllers
 
 
-@fault(short=True)
+@fault()
 async def leader_killed(hands: Hands) -> AsyncGenerator[float, None]:
     """The leading controller killed; the standby takes over, and another is started 3 s later."""
     leader = await hands.leader()
@@ -241,7 +241,7 @@ async def controllers_gone(hands: Hands) -> AsyncGenerator[float, None]:
 # Workers
 
 
-@fault(short=True, freezes_s=3.0)
+@fault(freezes_s=3.0)
 async def engine_paused(hands: Hands) -> AsyncGenerator[float, None]:
     """One worker's engine frozen for 3 s (SIGSTOP)."""
     engine = hands.fleet.workers["w1"].processes()["engine"]
@@ -333,7 +333,7 @@ async def flood_valid(hands: Hands) -> AsyncGenerator[float, None]:
     yield 0.0
 
 
-@fault(short=True)
+@fault()
 async def flood_malformed(hands: Hands) -> AsyncGenerator[float, None]:
     """10,000 commands a second that are no commands, for 3 s."""
     await flood(hands, "malformed", 10_000, 3.0)
@@ -411,7 +411,7 @@ async def leader_clock_back(hands: Hands) -> AsyncGenerator[float, None]:
         yield seconds
 
 
-@fault(short=True)
+@fault()
 async def leader_clock_ahead(hands: Hands) -> AsyncGenerator[float, None]:
     """The leader's wall clock jumps ahead by an hour, and back again later; it goes on steering."""
     async for seconds in jump(hands, (await hands.leader()).clock, 3_600.0):
