@@ -5,93 +5,28 @@ its docstring says it in the tables. To add one, write it here; all else (load, 
 """
 
 import asyncio
-import random
 import shutil
 import signal
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from nats.errors import Error as NatsError
 from nats.js.api import DiscardPolicy
 from nats.js.errors import Error as JetStreamError
 
-from coxswain.control.errors import ControlError
 from coxswain.control.lease import KEY
-from coxswain.schemas.policy import TenantPolicy, digest
-from tests.faults.fleet import Clock, Fleet, Leader, Worker
-from tests.faults.load import STORM, Load
-from tests.faults.watch import Watch
+from tests.faults.fleet import Clock, Worker
+from tests.faults.hands import FAULTS, Hands, fault
+from tests.faults.load import STORM
+
+__all__ = ["FAULTS"]
 
 FLOOD: Final = Path(__file__).with_name("flood.py")
 STEERED_S: Final = 15.0
 """Patience with a controller that has no fault of its own."""
-
-
-class Hands(NamedTuple):
-    """What a fault can reach."""
-
-    fleet: Fleet
-    load: Load
-    watch: Watch
-
-    async def leader(self) -> Leader:
-        """Who leads now."""
-        bucket = await self.fleet.cox.js.key_value(self.fleet.cox.subjects.lease_bucket)
-        value = (await bucket.get(KEY)).value or b""
-        return next(leader for name, leader in self.fleet.leaders.items() if f'"{name}"'.encode() in value)
-
-    async def configured(self) -> float:
-        """Change the tenants' table, and wait until a controller has told every worker; when the last had it."""
-        row = TenantPolicy(weight=1.0 + random.random())
-        while True:
-            with suppress(ControlError):
-                async with asyncio.timeout(2.0):
-                    await self.fleet.cox.tenants.put("nobody", row)
-                    break
-            await asyncio.sleep(0.1)
-        return await self.watch.in_force(digest({}, {"nobody": row}))
-
-
-Deed = Callable[[Hands], AsyncGenerator[float, None]]
-
-
-class Fault(NamedTuple):
-    """One fault and what it may cost."""
-
-    name: str
-    do: Deed
-    short: bool
-    """Whether it is in the short form."""
-    kills: frozenset[str]
-    """Workers whose requests may fail."""
-    forgets: bool
-    """Whether the event log may lose what it had."""
-    freezes_s: float
-    """For how long the engine cannot end a lease."""
-
-    @property
-    def what(self) -> str:
-        """In words."""
-        return (self.do.__doc__ or "").split("\n")[0].rstrip(".")
-
-
-FAULTS: Final[dict[str, Fault]] = {}
-
-
-def fault(
-    *, short: bool = False, kills: tuple[str, ...] = (), forgets: bool = False, freezes_s: float = 0.0
-) -> Callable[[Deed], Deed]:
-    """Add a function to the list of faults, under its name."""
-
-    def add(do: Deed) -> Deed:
-        name = do.__name__.replace("_", "-")
-        FAULTS[name] = Fault(name, do, short, frozenset(kills), forgets, freezes_s)
-        return do
-
-    return add
 
 
 @fault()

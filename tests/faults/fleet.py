@@ -38,7 +38,7 @@ TENANT_HEADER: Final = "X-Tenant"
 STORE: Final = 64 << 20
 """What JetStream may take on disk."""
 LOG_LIMITS: Final = Limits(max_bytes=16 << 20)
-UP_S: Final = 90.0
+UP_S: Final = 240.0
 CLOCK: Final = Path(__file__).with_name("clock")
 COX: Final = "from coxswain.control.cli import main; main()"
 VLLM: Final = (

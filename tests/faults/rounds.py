@@ -12,8 +12,8 @@ import msgspec
 
 from coxswain.schemas.status import Frame
 from tests.faults import checks
-from tests.faults.faults import Fault, Hands
 from tests.faults.fleet import Fleet, running
+from tests.faults.hands import Fault, Hands
 from tests.faults.load import Load
 from tests.faults.steering import Operator
 from tests.faults.watch import Log, Watch

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from tests.faults.faults import FAULTS, Fault
+from tests.faults.faults import FAULTS
+from tests.faults.hands import Fault
 from tests.faults.rounds import Rig, rigged
 
 pytestmark = [
-    pytest.mark.nats, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(300),
+    pytest.mark.nats, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400),
     pytest.mark.asyncio(loop_scope="module"),
 ]  # fmt: skip
 
