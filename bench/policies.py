@@ -1,8 +1,10 @@
 """What the policies are for, on the real scheduler in virtual time: quality, deadlines, two kinds of traffic.
 
     python -m bench.policies [--json PATH] [--suite quality|deadlines|colocate ...] [--policies fcfs,andes] [--short]
+                             [--seed 7] [--load 1.0]
 
 Three suites beside those of `cox lab`, which has none for these. Traffic is fixed by its seed; every request is done.
+Parameters were chosen on the default seed and load (a factor on all rates): what others give is held out.
 
 * quality: a burst at twice what the engine can do, then a load that it can; users read 4.8 tokens per second and
   expect the first after 1 s. The mean of their qualities of experience (`control.qoe`).
@@ -19,7 +21,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -31,7 +33,6 @@ from coxswain.lab.setup import Setup, Tables
 from coxswain.lab.trace import Arrival
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 
-SEED: Final = 7
 READING: Final = 4.8
 TTFT_S: Final = 1.0
 WARM_UP_S: Final = 10.0
@@ -42,6 +43,14 @@ def device(slots: int, kv_tokens: int) -> Device:
     """An A10G with a 7B model, with so many slots and so much KV (on a larger card, in 8 bits, or with GQA)."""
     preset = DEVICES["a10g-7b"].preset
     return Device(preset=msgspec.structs.replace(preset, max_num_seqs=slots, kv_tokens=kv_tokens))
+
+
+class Traffic(NamedTuple):
+    """How much of a suite's traffic: part of its length, seed, factor on its rates."""
+
+    scale: float = 1.0
+    seed: int = 7
+    load: float = 1.0
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,16 +78,18 @@ def poisson(
     return found
 
 
-def quality_case(scale: float) -> Case:
+def quality_case(traffic: Traffic) -> Case:
     """A burst of 26 s at nearly twice what the engine can do, then nine tenths of it: under fcfs the backlog stays."""
-    draw = random.Random(SEED)
+    draw, load = random.Random(traffic.seed), traffic.load
 
     def make(at_s: float) -> Arrival:
         return Arrival(
             at_s=at_s, tenant="a", prompt_tokens=draw.randint(64, 192), output_tokens=draw.randint(32, 96)
         )
 
-    arrivals = poisson(draw, lambda at: 23.0 if at < 26 else 9.7, 23.0, 26 + 100 * scale, make)
+    arrivals = poisson(
+        draw, lambda at: load * (23.0 if at < 26 else 9.7), load * 23.0, 26 + 100 * traffic.scale, make
+    )
     return Case(
         arrivals=tuple(arrivals), device=device(32, 60_000), tables=Tables(),
         policies=("fcfs", "vtc", "andes"), report=_quality,
@@ -113,9 +124,9 @@ def _tokens_at(life: Life) -> list[float]:
     return [at - life.arrival.at_s for at in times]
 
 
-def deadlines_case(scale: float) -> Case:
+def deadlines_case(traffic: Traffic) -> Case:
     """Three classes in equal parts, and for two minutes two and a half times what the engine can do."""
-    draw = random.Random(SEED)
+    draw, load = random.Random(traffic.seed), traffic.load
     slos = {"urgent": 20.0, "soon": 60.0, "later": 3_600.0}
 
     def make(at_s: float) -> Arrival:
@@ -123,7 +134,7 @@ def deadlines_case(scale: float) -> Case:
         lengths = {"prompt_tokens": draw.randint(64, 192), "output_tokens": draw.randint(128, 384)}
         return Arrival(at_s=at_s, tenant=name, class_=name, slo_s=slos[name], **lengths)
 
-    arrivals = poisson(draw, lambda _: 7.8, 7.8, 120 * scale, make)
+    arrivals = poisson(draw, lambda _: load * 7.8, load * 7.8, 120 * traffic.scale, make)
     classes = {name: ClassPolicy(slo_s=slo_s) for name, slo_s in slos.items()}
     tenants = {name: TenantPolicy(class_=name) for name in slos}
     return Case(
@@ -143,26 +154,26 @@ def _deadlines(lives: Sequence[Life]) -> dict[str, float]:
     }
 
 
-def colocate_case(scale: float, *, batch: bool = True) -> Case:
+def colocate_case(traffic: Traffic, *, batch: bool = True) -> Case:
     """Interactive requests at a third of what the engine can do, over batch with long prompts."""
-    draw = random.Random(SEED)
+    draw, load = random.Random(traffic.seed), traffic.load
 
     def chat(at_s: float) -> Arrival:
         lengths = {"prompt_tokens": draw.randint(64, 192), "output_tokens": draw.randint(64, 192)}
         return Arrival(at_s=at_s, tenant="chat", class_="chat", **lengths)
 
-    arrivals = poisson(draw, lambda _: 1.0, 1.0, 200 * scale, chat)
+    arrivals = poisson(draw, lambda _: load, load, 200 * traffic.scale, chat)
     if batch:
         arrivals += [
             Arrival(at_s=0.0, tenant="bulk", class_="bulk", prompt_tokens=1_500, output_tokens=150)
-            for _ in range(int(300 * scale))
+            for _ in range(int(300 * traffic.scale))
         ]
     classes = {"chat": ClassPolicy(position=0), "bulk": ClassPolicy(position=10)}
     tenants = {name: TenantPolicy(class_=name) for name in classes}
     return Case(
         arrivals=tuple(sorted(arrivals, key=lambda each: each.at_s)), device=device(32, 30_000),
         tables=Tables(classes, tenants), policies=("fcfs", "strict", "colocate", "colocate:prefill_tokens=32"),
-        report=lambda lives: _colocate(lives, 200 * scale),
+        report=lambda lives: _colocate(lives, 200 * traffic.scale),
     )  # fmt: skip
 
 
@@ -181,12 +192,12 @@ def _colocate(lives: Sequence[Life], until_s: float) -> dict[str, float]:
     return {"ttft_p50_s": centiles[49], "ttft_p99_s": centiles[98], "batch_per_s": sum(bulk) / until_s}
 
 
-def alone_case(scale: float) -> Case:
+def alone_case(traffic: Traffic) -> Case:
     """The interactive requests of `colocate` without batch."""
-    return msgspec.structs.replace(colocate_case(scale, batch=False), policies=("fcfs",))
+    return msgspec.structs.replace(colocate_case(traffic, batch=False), policies=("fcfs",))
 
 
-CASES: Final[Mapping[str, Callable[[float], Case]]] = {
+CASES: Final[Mapping[str, Callable[[Traffic], Case]]] = {
     "quality": quality_case,
     "deadlines": deadlines_case,
     "alone": alone_case,
@@ -216,10 +227,13 @@ def main() -> None:
     parser.add_argument("--suite", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--policies", help="comma-separated, instead of the suite's own")
     parser.add_argument("--short", action="store_true", help="a quarter of the traffic")
+    parser.add_argument("--seed", type=int, default=Traffic().seed)
+    parser.add_argument("--load", type=float, default=Traffic().load)
     options = parser.parse_args()
+    traffic = Traffic(0.25 if options.short else 1.0, options.seed, options.load)
     results: dict[str, list[dict[str, Any]]] = {}
     for suite in options.suite:
-        case = CASES[suite](0.25 if options.short else 1.0)
+        case = CASES[suite](traffic)
         for policy in options.policies.split(",") if options.policies else case.policies:
             result = measure(case, policy)
             results.setdefault(suite, []).append(result)

@@ -1,9 +1,9 @@
 """What a slow or lossy control path costs: two tenants of weights 4 and 1 over several workers, in virtual time.
 
-    python -m bench.staleness [--json PATH]
+    python -m bench.staleness [--json PATH] [--workers 4] [--requests 375] [--best]
 
 Both are backlogged on every worker, most requests of each on another one. Reported for the time until the first of them
-has nothing left to begin on some worker: how far service ÷ weight drifts apart, at most, and the ratio of service.
+has nothing left to begin on some worker: how far service ÷ weight drifts apart, at most, and the ratio of service, from the begin and after 5 s.
 Beside it Σ R × D, what the fleet serves in the time D by which decisions are behind (docs/scaling.md).
 """
 
@@ -22,7 +22,6 @@ from coxswain.lab.setup import Setup, Tables
 from coxswain.lab.trace import Arrival
 from coxswain.schemas.policy import TenantPolicy
 
-WORKERS: Final = 4
 WEIGHTS: Final = {"a": 4.0, "b": 1.0}
 STATUS_S: Final = 0.05
 WARM_UP_S: Final = 5.0
@@ -42,16 +41,16 @@ def served(lives: Sequence[Life], tenant: str, at_s: float) -> float:
     return total
 
 
-def measure(cadence_s: float, latency_s: float, loss: float) -> dict[str, Any]:
+def measure(workers: int, requests: int, cadence_s: float, latency_s: float, loss: float) -> dict[str, Any]:
     """One path."""
     arrivals = [
         Arrival(at_s=0.003 * number, tenant=tenant, prompt_tokens=128, output_tokens=128)
-        for number in range(1_500)
+        for number in range(requests * workers)
         for tenant in WEIGHTS
     ]
     tables = Tables(tenants={name: TenantPolicy(weight=weight) for name, weight in WEIGHTS.items()})
     setup = Setup(
-        policy="vtc", device=DEVICES["a10g-7b"], tables=tables, workers=WORKERS, route="skewed",
+        policy="vtc", device=DEVICES["a10g-7b"], tables=tables, workers=workers, route="skewed",
         cadence_s=cadence_s, latency_s=latency_s, loss=loss, status_interval_s=STATUS_S, seed=3,
     )  # fmt: skip
     outcome = run(arrivals, setup)
@@ -66,9 +65,12 @@ def measure(cadence_s: float, latency_s: float, loss: float) -> dict[str, Any]:
         for at in np.linspace(WARM_UP_S, end_s, 60)
     ]
     both = {name: served(lives, name, end_s) for name in WEIGHTS}
+    warm = {name: both[name] - served(lives, name, WARM_UP_S) for name in WEIGHTS}
     behind_s = STATUS_S + latency_s + cadence_s + latency_s
     return {
-        "cadence_s": cadence_s, "latency_s": latency_s, "loss": loss, "ratio": round(both["a"] / both["b"], 3),
+        "workers": workers, "cadence_s": cadence_s, "latency_s": latency_s, "loss": loss,
+        "ratio": round(both["a"] / both["b"], 3),
+        "ratio_warm": round(warm["a"] / warm["b"], 3),
         "most_apart": round(max(gaps)), "rate_times_d": round(sum(both.values()) / end_s * behind_s),
         "commands": outcome.commands, "until_s": round(end_s, 1),
     }  # fmt: skip
@@ -78,10 +80,13 @@ def main() -> None:
     """Measure all paths."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=375, help="of each tenant, per worker")
+    parser.add_argument("--best", action="store_true", help="the best of the paths only")
     options = parser.parse_args()
     results = []
-    for path in PATHS:
-        results.append(measure(*path))
+    for path in PATHS[:1] if options.best else PATHS:
+        results.append(measure(options.workers, options.requests, *path))
         print(json.dumps(results[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -15,8 +15,12 @@ time, and whenever one would be late, the longest so far is given up. Here, per 
 Classes would run one after the other, so those that wait are moved into a class of their own, `line`, which comes
 first and whose order is priority. There the priority *is* the deadline: whoever takes over reads it off the workers.
 Whoever has none stays in its class, behind. Expected output is a moving average per tenant.
+
+A class with caps of its own (of the table, or by `limit`) keeps them: its requests stay in it, by deadline among
+themselves, behind the line. Moved, they would be bound by none of them.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Final, NamedTuple
 
 import msgspec
@@ -28,12 +32,18 @@ from coxswain.control.predict import MovingAverage
 from coxswain.control.rates import Rates
 from coxswain.schemas.names import Token
 from coxswain.schemas.policy import ClassPolicy, CutIn
-from coxswain.schemas.status import RequestStatus
+from coxswain.schemas.status import ClassStatus, RequestStatus
 
 SPAN: Final = 2**30
 """Priorities of deadlines: −SPAN … −1 in time, 1 … SPAN given up. They begin again every 34 years."""
 RETURN: Final = 0.8
 """A request that was given up is taken back if it makes it in this part of the time: no flipping at the edge."""
+
+
+def capped(row: ClassPolicy | ClassStatus) -> bool:
+    """Whether a class may not have as many requests, or as long prompts, as it likes."""
+    caps = row.max_running, row.max_queued, getattr(row, "max_prefill_tokens_per_step", None)
+    return any(cap is not None for cap in caps)
 
 
 class Job(NamedTuple):
@@ -110,21 +120,37 @@ class Edf:
             views = [view for view in self._fleet.live() if view.complete]
             self._given_up = {view.worker: self._late_on(view, now) for view in views}
             self._directives = Directives(
-                classes=self._classes(),
+                classes=self._classes(views),
                 priorities={view.worker: self._priorities(view, now) for view in views},
-                moves={
-                    view.worker: dict.fromkeys(self._waiting(view, now), self.params.line) for view in views
-                },
+                moves={view.worker: self._moves(view, now) for view in views},
             )
         return self._directives
 
-    def _classes(self) -> dict[str, ClassPolicy]:
+    def _classes(self, views: Iterable[WorkerView]) -> dict[str, ClassPolicy]:
         """The table with our line before all others."""
+        stay = set().union(*map(self._capped, views))
         rows = dict(self._tables.classes)
         first = min(row.position for row in rows.values())
         best = replace(rows.get(self.params.line, ClassPolicy()), position=first, slo_s=None)
-        behind = {name: replace(row, position=row.position + 1) for name, row in rows.items()}
+        behind = {
+            name: replace(row, position=row.position + 1, order="priority" if name in stay else row.order)
+            for name, row in rows.items()
+        }
         return {**behind, self.params.line: replace(best, order="priority", cut_in=self.params.cut_in)}
+
+    def _moves(self, view: WorkerView, now: float) -> dict[RequestKey, str]:
+        """Into the line with all that wait, but for those of classes with caps."""
+        stay = self._capped(view)
+        return {
+            key: self.params.line
+            for key, (row, _) in self._waiting(view, now).items()
+            if row.class_ not in stay
+        }
+
+    def _capped(self, view: WorkerView) -> set[str]:
+        """Classes with caps in the table or in force on the worker."""
+        table = {name for name, row in self._tables.classes.items() if capped(row)}
+        return (table | {name for name, row in view.classes.items() if capped(row)}) - {self.params.line}
 
     def _waiting(self, view: WorkerView, now: float) -> dict[RequestKey, tuple[RequestStatus, float]]:
         """What waits for its first token and has a deadline, with that."""
@@ -144,10 +170,11 @@ class Edf:
         speed = self._rates.of(view.worker)
         if speed is None:
             return set()
-        before = self._given_up.get(view.worker, set())
+        before, stay = self._given_up.get(view.worker, set()), self._capped(view)
         jobs = [
             Job(key, (deadline_s - now) * (RETURN if key in before else 1.0), self._length(row) / speed)
             for key, (row, deadline_s) in self._waiting(view, now).items()
+            if row.class_ not in stay
         ]
         past = {job.key for job in jobs if job.deadline < 0.0}
         return past | late([job for job in jobs if job.key not in past])

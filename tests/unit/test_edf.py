@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Send
 from coxswain.control.fleet import Fleet
@@ -13,6 +14,7 @@ from coxswain.control.policies.edf import SPAN, Edf, Job, _deadline, _priority, 
 from coxswain.control.policy import Tables
 from coxswain.control.rates import Rates
 from coxswain.schemas.policy import ClassPolicy
+from coxswain.schemas.status import ClassStatus
 from tests.support.frames import frame, request, row
 
 jobs = st.lists(
@@ -115,6 +117,29 @@ def test_a_deadline_that_has_passed_is_given_up() -> None:
     """Nothing is gained by serving it before those that can still be in time."""
     priorities = busy(Queue(), waits("past", 90.0), waits("fine", 1_000.0))
     assert priorities["fine"] < 0 < priorities["past"]
+
+
+@pytest.mark.parametrize("by", ["table", "limit"])
+def test_a_class_with_caps_keeps_its_requests(by: str) -> None:
+    """Requests of a class that may run two at a time are not moved to where nothing bounds them."""
+    queue = Queue()
+    waiting = [request(f"b{n}", state="queued", class_="bulk", deadline_s=200.0 - n) for n in range(2)]
+    tables = Tables({"default": ClassPolicy(), "bulk": ClassPolicy(max_running=2 if by == "table" else None)})
+    shown = ClassStatus(class_="bulk", queued=2, running=0, held=0, oldest_queued_s=0.0, max_running=2)
+    rows = (shown,) if by == "limit" else ()
+    status = frame("w1", "01A", 1, row("a", queued=3), queued=3, requests=(*waiting, waits("free", 300.0)))
+    queue.fleet.merge(replace(status, classes=rows), 100.0)
+    queue.fleet.age(100.0)
+    queue.policy.observe(queue.fleet, tables, 100.0)
+    directives = queue.policy.decide(100.0)
+    assert directives.moves["w1"] == {("free", 0): "deadline"}
+    assert directives.priorities["w1"]["b1", 0] < directives.priorities["w1"]["b0", 0] < 0
+    bulk = directives.classes["bulk"]
+    assert (bulk.max_running, bulk.position > directives.classes["deadline"].position) == (
+        tables.classes["bulk"].max_running,
+        True,
+    )
+    assert bulk.order == "priority"
 
 
 def test_the_speed_is_what_a_busy_worker_delivers() -> None:
