@@ -1,11 +1,10 @@
 """The control loop: status frames in, commands out, for fleets of made-up workers.
 
     python -m bench.controller [--json PATH] [--policy vtc] [--steps 150] [--grid | --workers 100 --tenants 1000 ...]
+    python -m bench.controller --plot PNG --json PATH          # draws what --grid wrote there; needs matplotlib
 
-One step is what a controller does every 50 ms: decode the frames that came, `ControlCore.step`, encode the
-commands. Between steps, and not measured, each worker obeys, serves all its active tenants a little, lets one
-leave and another come, and writes its next frame: a delta 19 times of 20, then a full one. No NATS is here: what
-the event loop adds per message is measured by `bench.controller --live`.
+One step is what a controller does every 50 ms: read the frames that came, `ControlCore.step`, encode the commands.
+Between steps, and not measured, the workers obey and serve (`bench.herd`), in a process of their own. No NATS is here.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from bench.herd import FULL_EVERY, START, herd
 from coxswain.control.core import Answer, ControlCore, Inputs, Send
@@ -108,13 +107,53 @@ def summary(times: list[float]) -> dict[str, float]:
     }
 
 
-GRID = (
-    *({"workers": workers} for workers in (1, 10, 30, 100, 300)),
-    *({"tenants": tenants} for tenants in (50, 300, 3_000, 10_000)),
-    *({"active": active} for active in (10, 200, 1_000)),
-    *({"running": running} for running in (0, 256)),
-)
-"""What changes from the standard fleet, one thing at a time."""
+GRID: Final = {
+    "workers": (1, 10, 30, 100, 200),
+    "tenants": (50, 300, 1_000, 3_000, 10_000),
+    "active": (10, 50, 100, 200),
+    "running": (0, 64, 256),
+}
+"""What is changed in the standard fleet, one thing at a time."""
+STANDARD: Final = {"workers": 100, "tenants": 1_000, "active": 50, "running": 64, "waiting": 64}
+
+
+def grid() -> list[dict[str, int]]:
+    """The standard fleet and all its variations, the smallest first."""
+    fleets = [{**STANDARD, name: value} for name, values in GRID.items() for value in values]
+    return [dict(each) for each in dict.fromkeys(tuple(fleet.items()) for fleet in fleets)]
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Growth with each of the things that the grid changes: CPU per step, and bytes per second."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, rows = plt.subplots(2, len(GRID), figsize=(13, 6), layout="constrained", sharey="row")
+    for column, name in enumerate(GRID):
+        some = [
+            each for each in results if all(each[key] == STANDARD[key] for key in STANDARD if key != name)
+        ]
+        some.sort(key=lambda each: each[name])
+        at = [each[name] for each in some]
+        top, bottom = rows[0][column], rows[1][column]
+        for centile, style in (("p50", "o-"), ("p99", "v:")):
+            top.plot(at, [each["cpu_ms"][centile] for each in some], style, color="tab:blue", label=centile)
+        top.axhline(20, color="grey", linewidth=0.8, linestyle="--")
+        bottom.plot(at, [each["bytes_in_per_s"] / 1e6 for each in some], "o-", label="status in")
+        bottom.plot(at, [each["bytes_out_per_s"] / 1e6 for each in some], "s-", label="commands out")
+        bottom.set_xlabel(
+            {"active": "active tenants on each worker", "running": "running requests on each"}.get(name, name)
+        )
+    rows[0][0].set_ylabel("CPU per step of 50 ms (ms)")
+    rows[1][0].set_ylabel("MB per second")
+    rows[0][0].legend()
+    rows[1][0].legend()
+    for axes in rows.flat:
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def line(result: dict[str, Any]) -> str:
@@ -139,20 +178,23 @@ def main() -> None:
     parser.add_argument("--policy", default="vtc")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--grid", action="store_true")
-    standard = {"workers": 100, "tenants": 1_000, "active": 50, "running": 64, "waiting": 64}
-    for name, value in standard.items():
+    parser.add_argument("--plot", type=Path, help="draw the results in --json instead of measuring")
+    for name, value in STANDARD.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
-    fixed = {name: getattr(options, name) for name in standard}
+    if options.plot:
+        plot(json.loads(options.json.read_text())["results"], options.plot)
+        return
+    fleets = grid() if options.grid else [{name: getattr(options, name) for name in STANDARD}]
     results = []
-    for change in GRID if options.grid else ({},):
-        result = run(**{**fixed, **change}, steps=options.steps, policy=options.policy)
+    for fleet in fleets:
+        result = run(**fleet, steps=options.steps, policy=options.policy)
         results.append(result)
         print(line(result), flush=True)
-    if options.json:
-        options.json.write_text(
-            json.dumps({"python": platform.python_version(), "results": results}, indent=2)
-        )
+        if options.json:
+            options.json.write_text(
+                json.dumps({"python": platform.python_version(), "results": results}, indent=2) + "\n"
+            )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m bench.staleness [--json PATH] [--workers 4] [--requests 375] [--best]
 
 Both are backlogged on every worker, most requests of each on another one. Reported for the time until the first of them
-has nothing left to begin on some worker: how far service ÷ weight drifts apart, at most, and the ratio of service, from the begin and after 5 s.
-Beside it Σ R × D, what the fleet serves in the time D by which decisions are behind (docs/scaling.md).
+has nothing left to begin on some worker: how far service ÷ weight drifts apart, at most, and the ratio of service
+(`ratio_warm`: from 5 s on). Beside it Σ R × D, what the fleet serves in the time D by which decisions are behind
+(docs/scaling.md).
 """
 
 import argparse
