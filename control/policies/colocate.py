@@ -6,7 +6,8 @@ best one:
 
     slots and blocks    the best class cuts in (`cut_in: kv`): it never waits for batch to end;
     steps               while the best class is there, and `linger_s` longer, batch prefills at most `prefill_tokens`
-                        per step, so that whoever arrives waits for a short step and not for a long prefill;
+                        per step, so that whoever arrives waits for a short step and not for a long prefill; and
+                        nothing in the step in which one begins, so that it does not compute batch's prompt as well;
     idle capacity       outside of that nothing binds batch: it borrows (`borrow`) whatever its caps leave unused,
                         and no cap is added here, so that it gets what strict priority would leave it.
 

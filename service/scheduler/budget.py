@@ -2,8 +2,9 @@
 
 An arriving request waits for the step in flight, and a step that computes a long prefill is long: so a class whose
 prefills may wait gets fewer tokens per step (`max_prefill_tokens_per_step`) while a better class has anything that
-waits or runs, and for `linger_s` after it had (a stream of urgent requests has gaps). What a role set with `limit` is
-in force always. Decodes are never bounded.
+waits or runs, and for `linger_s` after it had (a stream of urgent requests has gaps). A step in which something better
+waits, and so begins, is left to it: no prompt of such a class beside its own. Never two steps in a row, for what waits
+may wait for long. What a role set with `limit` is in force always. Decodes are never bounded.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,8 @@ class StepBudget:
         self._groups: dict[str, ClassGroup] = {}
         self._seen_at: dict[str, float] = {}
         """When a class with a budget last had a better one beside it."""
+        self._yielded: set[str] = set()
+        """Classes that left the last step to something better."""
 
     def __bool__(self) -> bool:
         """Whether any step may have to be bounded; if not, `begin` need not be called."""
@@ -52,11 +55,16 @@ class StepBudget:
         places = [running, None if waiting is None else self._place_of(waiting)]
         best = min((place for place in places if place is not None), default=None)
         bounds = self._limits.prefill()
+        before, self._yielded = self._yielded, set()
         for name, group in self._groups.items():
-            if best is not None and best < self._place_of(name):
+            place = self._place_of(name)
+            if best is not None and best < place:
                 self._seen_at[name] = now
             seen_at = self._seen_at.get(name)
             if seen_at is not None and now - seen_at <= group.policy.linger_s:
                 tokens = group.policy.max_prefill_tokens_per_step or 0
+                if waiting is not None and self._place_of(waiting) < place and name not in before:
+                    self._yielded.add(name)
+                    tokens = 0
                 bounds[group] = min(tokens, bounds.get(group, tokens))
         return bounds

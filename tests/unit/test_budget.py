@@ -44,11 +44,19 @@ def test_a_class_is_bounded_while_a_better_one_runs() -> None:
 
 
 def test_a_class_is_bounded_while_a_better_one_waits() -> None:
-    """The step that will compute an urgent prompt is short already."""
+    """The step that will compute an urgent prompt computes no other beside it; while it waits on, every second one."""
     core = core_with(batch=FOUR)
     engine: Any = core.engine
     engine.submit()
-    assert begin(core, 0.0, BATCH) == {"batch": 4}
+    assert [begin(core, 0.0, BATCH) for _ in range(4)] == [{"batch": 0}, {"batch": 4}] * 2
+
+
+def test_a_step_is_not_left_to_what_is_no_better() -> None:
+    """A class's own requests, and those of a worse one, take nothing from it by waiting."""
+    core = core_with(urgent={"max_prefill_tokens_per_step": 8}, default=FOUR)
+    engine: Any = core.engine
+    engine.submit()
+    assert begin(core, 0.0, URGENT) == {"default": 4}
 
 
 def test_it_lingers() -> None:
