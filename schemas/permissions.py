@@ -64,6 +64,7 @@ def _worker(subjects: Subjects, workers: Sequence[str]) -> Rights:
     for name in workers:
         publish += [subjects.status(name), subjects.event(name, "*")]
         subscribe += [*subjects.commands_of(name), *subjects.queries_of(name), subjects.status(name)]
+        subscribe.append(subjects.event(name, "*"))  # its own server's front makes spans of them
     # Answers: spelt out, for `allow_responses` would let whoever asks choose any subject, a table's row too.
     return Rights((*publish, f"{INBOX}.>"), (*dict.fromkeys(subscribe), subjects.lead, *_DISCOVERY))
 

@@ -175,7 +175,8 @@ VALUES: Final = {
 
 def dashboard(name: str) -> dict[str, Any]:
     """One dashboard in Grafana's own form."""
-    panels, x, y = [], 0, 0
+    panels: list[dict[str, Any]] = []
+    x = y = 0
     for number, panel in enumerate(ROWS[name], 1):
         height = 4 if panel.kind == "stat" else 8
         if x + panel.width > GRID:

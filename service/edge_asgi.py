@@ -107,11 +107,17 @@ class EdgeMiddleware:
                 return await send({"type": "websocket.close", "code": 1013})
             return await _refuse(send, passage)
         token = ticket.set(admitted.ticket._replace(passage=passage))
+        traces = self._status.traces if self._status and passage and kind == "http" else None
+        headers, span = admitted.headers, None
+        if traces is not None:
+            span, headers = traces.begin(admitted)
         try:
             # A copy: servers log and reuse the scope that they made.
-            return await self._app({**scope, "headers": admitted.headers}, receive, send)
+            return await self._app({**scope, "headers": headers}, receive, send)
         finally:
             ticket.reset(token)
+            if traces is not None:
+                traces.end(admitted.ticket.request, span)
             if passage is not None:
                 passage.left()
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,8 @@ BACKOFF_S: Final = (0.1, 5.0)
 PENDING_MESSAGES: Final = 256
 PENDING_BYTES: Final = 32 * 1024 * 1024
 """What may wait while the server is busy; what comes then is dropped, and repaired by the next full frame."""
+PENDING_EVENTS: Final = 16_384
+"""The same of events, which come many at once; of those dropped, spans lack a piece."""
 LOG_PERIOD_S: Final = 60.0
 
 _decode = msgspec.json.Decoder(Seen).decode
@@ -42,14 +44,21 @@ class EdgeStatus:
         connection: where NATS is.
         caps: what is told; its workers are those listened to.
         metrics: is given full frames as they come.
+        traces: is given events as they come (an `edge_trace.Traces`); None: they are not even heard.
         log: a structlog logger; our own by default.
     """
 
     def __init__(
-        self, connection: Connection, caps: EdgeCaps, metrics: EdgeMetrics | None = None, log: Any = None
+        self,
+        connection: Connection,
+        caps: EdgeCaps,
+        metrics: EdgeMetrics | None = None,
+        traces: Any = None,
+        log: Any = None,
     ) -> None:
         self._connection = connection
         self.caps = caps
+        self.traces = traces
         self.metrics = metrics or EdgeMetrics(connection.fleet, "", 0)
         self._log = log or get_logger(fleet=connection.fleet)
         self._throttle = Throttle(LOG_PERIOD_S)
@@ -89,12 +98,18 @@ class EdgeStatus:
         try:
             subjects = Subjects(self._connection.fleet)
             for worker in sorted(self.caps.workers):
-                await client.subscribe(
-                    subjects.status(worker),
-                    cb=self._on_status,
-                    pending_msgs_limit=PENDING_MESSAGES,
-                    pending_bytes_limit=PENDING_BYTES,
-                )
+                heard: dict[str, Callable[[Msg], Awaitable[None]]] = {
+                    subjects.status(worker): self._on_status
+                }
+                if self.traces is not None:
+                    heard[subjects.event(worker, "*")] = self._on_event
+                for subject, hear in heard.items():
+                    await client.subscribe(
+                        subject,
+                        cb=hear,
+                        pending_msgs_limit=PENDING_MESSAGES if hear == self._on_status else PENDING_EVENTS,
+                        pending_bytes_limit=PENDING_BYTES,
+                    )
             self._say(reachable=True)
             await lost.wait()
             self._say(reachable=False, error="connection lost")
@@ -111,6 +126,14 @@ class EdgeStatus:
             self._on_error(error)
         except Exception:  # noqa: BLE001 - one bad frame must not end the subscription
             self._log.exception("edge.frame_failed", subject=msg.subject)
+
+    async def _on_event(self, msg: Msg) -> None:
+        try:
+            self.traces.heard(msg.data)
+        except UNREADABLE as error:
+            self._on_error(error)
+        except Exception:  # noqa: BLE001 - one bad event must not end the subscription
+            self._log.exception("edge.event_failed", subject=msg.subject)
 
     def _say(self, *, reachable: bool, **why: str) -> None:
         """Log once per change of state."""
@@ -155,9 +178,19 @@ def listener(settings: Settings, env: Mapping[str, str]) -> Callable[[Any], Edge
             settings.metrics_tenants,
             Path(shared) if shared else None,
         )
-        return EdgeStatus(settings.connection, EdgeCaps(workers), metrics)
+        return EdgeStatus(settings.connection, EdgeCaps(workers), metrics, _traces(config))
 
     return listen
+
+
+def _traces(config: Any) -> Any:
+    """What makes spans, where vLLM does (`--otlp-traces-endpoint`); else nothing of it is even imported."""
+    observability = getattr(config, "observability_config", None)
+    if getattr(observability, "otlp_traces_endpoint", None) is None:
+        return None
+    from coxswain.service.edge_trace import Traces
+
+    return Traces()
 
 
 def workers_behind(name: str, parallel: Any = None) -> Iterable[str]:

@@ -1,8 +1,9 @@
-"""`/metrics` of a live worker and a live controller: every name of the contract is there, and no other.
+"""`/metrics` of a live worker and a live controller: every name of the contract is there, and no other. And its traces.
 
 A worker on the simulated device behind its real HTTP server, with the real edge, and `cox controller`, as processes.
 """
 
+import asyncio
 import os
 import signal
 import socket
@@ -21,8 +22,9 @@ from ulid import ULID
 
 from coxswain.control.client import Client
 from coxswain.schemas import metrics as names
-from coxswain.schemas.commands import Preempt, Targets
+from coxswain.schemas.commands import Continue, Preempt, Targets
 from coxswain.schemas.policy import TenantPolicy
+from tests.support.otlp import Receiver
 from tests.support.promql import OF_PROMETHEUS, queries, selectors
 from tests.support.serving import FLEET, WORKER, Api, Served, serving
 
@@ -37,6 +39,8 @@ class Watched(NamedTuple):
     served: Served
     controller: str
     """Where its page is."""
+    receiver: Receiver
+    """Where its traces go."""
 
     def worker_page(self) -> dict[str, Metric]:
         """Coxswain's families of the worker's page."""
@@ -92,27 +96,41 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with serving(folder, "--device", "simulated", "--sim-preset", "cpu", tenants=("acme",)) as served:
-        log = (folder / "controller.log").open("wb")
-        controller = subprocess.Popen(
-            [Path(sys.executable).with_name("cox"), "controller", "--metrics", str(port)],
-            env={**os.environ, "COX_NATS_URL": served.nats.url, "COX_FLEET": FLEET}, stdout=log, stderr=log,
-        )  # fmt: skip
-        url = f"http://127.0.0.1:{port}/metrics"
-        try:
-            deadline = time.monotonic() + WAIT_S
-            while True:
-                assert time.monotonic() < deadline, (folder / "controller.log").read_text()
-                try:
-                    httpx.get(url)
-                    break
-                except httpx.TransportError:
-                    time.sleep(0.1)
-            yield Watched(served, url)
-        finally:
-            controller.send_signal(signal.SIGTERM)
-            controller.wait(15)
-            log.close()
+    with (
+        pytest.MonkeyPatch.context() as env,
+        Receiver() as receiver,
+    ):
+        env.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        env.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        with serving(
+            folder, "--device", "simulated", "--sim-preset", "cpu", "--otlp-traces-endpoint", receiver.url,
+            tenants=("acme",),
+        ) as served:  # fmt: skip
+            yield from controlled(folder, served, receiver, port)
+
+
+def controlled(folder: Path, served: Served, receiver: Receiver, port: int) -> Iterator[Watched]:
+    """Run `cox controller` beside a worker, with its page on a port."""
+    log = (folder / "controller.log").open("wb")
+    controller = subprocess.Popen(
+        [Path(sys.executable).with_name("cox"), "controller", "--metrics", str(port)],
+        env={**os.environ, "COX_NATS_URL": served.nats.url, "COX_FLEET": FLEET}, stdout=log, stderr=log,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}/metrics"
+    try:
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            assert time.monotonic() < deadline, (folder / "controller.log").read_text()
+            try:
+                httpx.get(url)
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        yield Watched(served, url, receiver)
+    finally:
+        controller.send_signal(signal.SIGTERM)
+        controller.wait(15)
+        log.close()
 
 
 async def happen(watched: Watched) -> None:
@@ -211,3 +229,41 @@ async def test_numbers_are_those_of_what_happened(watched: Watched) -> None:
     assert value(seen, names.CONTROLLER_TERMS) == 1
     assert value(seen, names.CONTROLLER_TABLE_ROWS, table="tenants") == 1
     assert value(seen, names.CONTROLLER_FRAMES) > 0  # type: ignore[operator]
+
+
+async def test_a_held_request_is_one_trace_with_vllms_own_span(watched: Watched) -> None:
+    """By the client's traceparent: our request span under it, and under that queue, run, hold, run, and vLLM's own."""
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    client, api = await Client.connect(watched.served.connection()), Api(watched.served)
+    try:
+        headers = {"traceparent": f"00-{trace}-{parent}-01"}
+        stream = api.stream("The river", tenant="acme", tokens=150, headers=headers)
+        await stream.until(5)
+        for verb, command in (("preempt", Preempt), ("continue", Continue)):
+            targets = Targets(requests=(stream.request,))
+            (reply,) = await client.command(WORKER, verb, command(id=str(ULID()), targets=targets))
+            assert reply.outcome == "applied"
+            await asyncio.sleep(0.2)
+        await stream.end()
+    finally:
+        await client.close()
+        await api.close()
+    deadline = time.monotonic() + WAIT_S
+    while len(spans := watched.receiver.of(trace)) < 5:
+        assert time.monotonic() < deadline, spans
+        await asyncio.sleep(0.05)
+    (whole,) = spans.pop("coxswain.request")
+    assert whole.parent == parent
+    assert whole.attributes["coxswain.tenant"] == "acme"
+    assert {name: len(each) for name, each in spans.items()} == {
+        "queue": 1,
+        "run": 2,
+        "hold": 1,
+        "llm_request": 1,
+    }
+    assert {span.parent for group in spans.values() for span in group} == {whole.id}
+    (hold,) = spans["hold"]
+    assert hold.attributes["coxswain.by"] == "operator"
+    assert hold.end - hold.begin > 0.15
+    assert spans["run"][0].end == hold.begin
+    assert spans["run"][1].begin == hold.end

@@ -45,7 +45,7 @@ MAY_PUBLISH = {
 MAY_HEAR = {
     "worker-w1": (
         r"cox\.v1\.main\.cmd\.\w+\.(w1|all)\.\w+", r"cox\.v1\.main\.query\.(w1|all)\.\w+", r"cox\.v1\.main\.lead",
-        r"cox\.v1\.main\.status\.w1", DISCOVERY,
+        r"cox\.v1\.main\.status\.w1", r"cox\.v1\.main\.event\.w1\.\w+", DISCOVERY,
     ),
     "controller": (r"cox\.v1\.main\.status\.\w+",),
     "operator": (r"cox\.v1\.main\.status\.\w+", r"cox\.v1\.main\.event\..+", r"cox\.v1\.main\.lead"),
