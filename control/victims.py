@@ -44,10 +44,12 @@ class Victims:
         held: dict[RequestKey, Kv] = {
             key: "keep" for by, key, row in ahead if CONTROLLER in row.held_by and by > CALM * self.gap
         }
-        # The latest first: it has the least KV to keep.
+        # The one with the least KV: it keeps the least from others, or loses the least if it must give that up.
         running = [
-            (by, row.arrived_at, key) for by, key, row in ahead if row.state == "running" and by > self.gap
+            (row.prompt_tokens + row.output_tokens, key)
+            for by, key, row in ahead
+            if row.state == "running" and by > self.gap
         ]
         if running:
-            held[max(running)[2]] = "keep"
+            held[min(running)[1]] = "keep"
         return held

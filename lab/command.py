@@ -1,5 +1,8 @@
 """What `cox lab` does: runs setups, shows what came of them, writes files. The words and options are the CLI's.
 
+`compare` with several seeds runs every policy that many times, each time on a device that is a little faster or slower,
+the same for all policies: where a small cause moves a figure, only what holds for most of them says anything.
+
 Called by `control.cli.lab` alone, with options already checked for their form.
 """
 
@@ -7,7 +10,7 @@ import csv
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from rich.console import Console
@@ -17,6 +20,7 @@ from coxswain.control.cli.app import Cox
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.policy import Tables
 from coxswain.lab import report
+from coxswain.lab.bound import gap
 from coxswain.lab.devices import DEVICES
 from coxswain.lab.experiment import Outcome, StuckError
 from coxswain.lab.experiment import run as run_one
@@ -27,6 +31,9 @@ from coxswain.lab.setup import Setup
 from coxswain.lab.suites import SUITES, Suite
 from coxswain.lab.trace import Arrival, TraceError, read, tenants
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+
+SPREAD: Final = 0.02
+"""How much faster or slower the device is at most with another seed; the seeds lie evenly between."""
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +53,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     outages: tuple[tuple[float, float], ...]
     weights: Mapping[str, float]
     seed: int
+    seeds: int = 1
+    """How often `compare` runs every policy."""
     traffic_seed: int | None
     plots: Path | None = None
     requests: Path | None = None
@@ -91,6 +100,7 @@ def run(cox: Cox, asked: Asked) -> Exit:
     cox.say(report.heading(title, setup, outcome))
     published = {label: theirs} if theirs else {}
     cox.say(report.comparison([(label, metrics, outcome)], published, cox.out.width))
+    cox.say(report.gaps({label: gap(outcome.lives, setup)}))
     cox.say("")
     cox.say(report.tenants(outcome.lives, metrics, cox.out.width))
     if asked.requests is not None:
@@ -127,10 +137,38 @@ def compare(cox: Cox, asked: Asked) -> Exit:
         }
         cox.say(report.heading(case.name, case.setup, None))
         cox.say(report.comparison(labelled, theirs, cox.out.width))
+        cox.say(report.gaps({label: gap(outcome.lives, case.setup) for label, _, outcome in labelled}))
         cox.say("")
         documents += _document(case, runs)
+        if asked.seeds > 1:
+            documents += _again(cox, case, asked, [metrics for _, metrics, _ in labelled])
     cox.emit(documents)
     return Exit.DONE
+
+
+def _again(cox: Cox, case: Case, asked: Asked, first: Sequence[Metrics]) -> list[dict[str, Any]]:
+    """Run everything again with the other seeds; show medians and ranges, beside the first policy with each seed."""
+    runs = {_label(*chosen): [metrics] for chosen, metrics in zip(asked.policies, first, strict=True)}
+    documents = []
+    for number in range(1, asked.seeds):
+        setup = seeded(case.setup, number, asked.seeds)
+        for policy, settings in asked.policies:
+            outcome = _run(cox, case, msgspec.structs.replace(setup, policy=policy, settings=settings))
+            metrics = measure(outcome.lives)
+            runs[_label(policy, settings)].append(metrics)
+            of_seed = msgspec.structs.replace(case, setup=setup)
+            documents += _document(of_seed, [(policy, settings, metrics, outcome)])
+    cox.say(report.heading(f"{case.name}, {asked.seeds} seeds: median [least … most]", case.setup, None))
+    cox.say(report.seeds(runs, cox.out.width))
+    cox.say("")
+    return documents
+
+
+def seeded(setup: Setup, number: int, seeds: int) -> Setup:
+    """The setup with this seed more: other losses and routes, and a device faster or slower, in turns, to `SPREAD`."""
+    pace = 1.0 + (-1) ** number * SPREAD * ((number + 1) // 2) / (seeds // 2)
+    device = msgspec.structs.replace(setup.device, pace=pace)
+    return msgspec.structs.replace(setup, device=device, seed=setup.seed + number)
 
 
 # What is to be run
@@ -262,6 +300,7 @@ def _document(
             "settings": settings,
             "setup": _plain(case.setup),
             "metrics": metrics,
+            "gap": gap(outcome.lives, case.setup),
             "run": {name: getattr(outcome, name) for name in Outcome.__struct_fields__ if name != "lives"},
             "published": None
             if (theirs := peer(case.name, _label(policy, settings))) is None

@@ -15,14 +15,16 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     preset: Preset
     pass_s: float = 0.0
     """What a prefill that runs as a pass of its own costs beside the device's work: the host's part of it."""
+    pace: float = 1.0
+    """How much longer every step takes than that: no two runs of a real device take the same time."""
 
     def step_s(self, prefill: Work, decode: Work, *, apart: bool) -> float:
         """Time of a step that does both; `apart` runs the prefill as a pass before the decode."""
         if apart and prefill.prefill_tokens:
             alone = self.pass_s + self.preset.step_s(prefill)
-            return alone + self.preset.step_s(decode) if decode.decode_tokens else alone
+            return self.pace * (alone + self.preset.step_s(decode) if decode.decode_tokens else alone)
         both = Work(*(one + other for one, other in zip(prefill, decode, strict=True)))
-        return self.preset.step_s(both)
+        return self.pace * self.preset.step_s(both)
 
 
 _A10G: Final = PRESETS["a10g-7b"]
@@ -34,6 +36,8 @@ DEVICES: Final[Mapping[str, Device]] = MappingProxyType(
         "vtc-a10g": Device(
             preset=msgspec.structs.replace(_A10G, overhead_s=4.5e-3, flops=0.8 * 70e12), pass_s=60e-3
         ),
+        # Slots that run out long before KV does: whoever is held keeps all of it.
+        "ten-slots": Device(preset=msgspec.structs.replace(_A10G, max_num_seqs=10, kv_tokens=100_000)),
         **{name: Device(preset=preset) for name, preset in PRESETS.items()},
     }
 )

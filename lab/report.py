@@ -8,6 +8,7 @@ from rich.text import Text
 
 from coxswain.control.cli.grid import Cell, Column, Row, grid
 from coxswain.control.cli.words import count, span
+from coxswain.lab.bound import Gap
 from coxswain.lab.experiment import Outcome
 from coxswain.lab.life import Life
 from coxswain.lab.metrics import Metrics
@@ -49,6 +50,18 @@ _SUITES: Final = (
 )
 
 
+_SEEDS: Final = (
+    Column(title="POLICY"),
+    Column(title="DONE", right=True),
+    Column(title="MAX", right=True),
+    Column(title="÷ FIRST", right=True),
+    Column(title="AVG", right=True),
+    Column(title="÷ FIRST", right=True),
+    Column(title="TOK/S", right=True),
+    Column(title="÷ FIRST", right=True),
+)
+
+
 def heading(title: str, setup: Setup, outcome: Outcome | None) -> Text:
     """What was run: its name, how, and how fast."""
     how = [f"admission {setup.admission}", f"{setup.workers} worker{'s' if setup.workers > 1 else ''}"]
@@ -72,6 +85,45 @@ def comparison(
             name, row = theirs[policy]
             rows += [_theirs(name, row), _difference(metrics, row)]
     return grid(_COMPARISON, rows, width)
+
+
+def gaps(found: Mapping[str, Gap]) -> Text:
+    """A line per policy: how far backlogged tenants came apart, and whether VTC's theorem 4.4 has it."""
+    lines = []
+    for policy, gap in found.items():
+        if gap.between is None:
+            lines.append(f"{policy}: no two tenants were backlogged at once")
+            continue
+        holds = "holds" if gap.most <= gap.bound else "does NOT hold"
+        line = f"{policy}: backlogged {' and '.join(gap.between)} came {gap.most:,.0f} apart"
+        line += f", 2U = {gap.bound:,.0f} {holds}"
+        if gap.uneven is not None:
+            line += f"; all backlogged for {span(gap.together_s)}, service ÷ weight within {gap.uneven:.1%}"
+        lines.append(line)
+    return Text("\n".join(lines), style="dim")
+
+
+def seeds(runs: Mapping[str, Sequence[Metrics]], width: int) -> Text:
+    """A line per policy: medians over seeds, and those of the ratios to the first policy with the same seed."""
+    first = next(iter(runs.values()))
+    rows = []
+    for policy, mine in runs.items():
+        done = min(mine, key=lambda metrics: metrics.done)
+        cells: list[Cell] = [policy, _done(done.n, done.done)]
+        for name, digits in (("max_diff", 1), ("avg_diff", 1), ("throughput", 0)):
+            values = [getattr(metrics, name) for metrics in mine]
+            ratios = [
+                value / (getattr(other, name) or 1.0) for value, other in zip(values, first, strict=True)
+            ]
+            cells += [between(values, digits), between(ratios, 2 if digits else 3)]
+        rows.append(Row(cells=cells))
+    return grid(_SEEDS, rows, width)
+
+
+def between(values: Sequence[float], digits: int) -> str:
+    """The median, and in brackets the least and the most."""
+    middle, least, most = (f"{value:.{digits}f}" for value in (median(values), min(values), max(values)))
+    return f"{middle} [{least} … {most}]"
 
 
 def tenants(lives: Sequence[Life], metrics: Metrics, width: int) -> Text:

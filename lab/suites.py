@@ -151,6 +151,17 @@ def _arrival(at_s: float, place: int, lengths: Lengths) -> Arrival:
     return Arrival(at_s=float(at_s), tenant=f"c{place}", prompt_tokens=prompt, output_tokens=output)
 
 
+def adversary(requests: int, lengths: Lengths) -> Make:
+    """VTC's theorem 4.8: tenant 0 has filled the batch when tenant 1 comes; both want more than they get from then."""
+
+    def make(draw: np.random.RandomState) -> list[Arrival]:
+        del draw
+        both = ((0.0, 0), (1.0, 1))
+        return [_arrival(at_s, place, lengths) for at_s, place in both for _ in range(requests)]
+
+    return make
+
+
 _WEIGHTS: Final = Tables(tenants={f"c{place}": TenantPolicy(weight=place + 1.0) for place in range(4)})
 
 _ALL: Final = (
@@ -193,6 +204,10 @@ _ALL: Final = (
     Suite(
         name="increase", what="tenant 0 at 0.5 req/s, tenant 1 from 0.2 to 2, 10 min",
         make=increasing(0.5, 0.2, 2.0, 600),
+    ),
+    Suite(
+        name="adversary", what="tenant 0 fills 10 slots with long outputs, then tenant 1 comes: theorem 4.8's instance",
+        make=adversary(60, (1, 512)), admission="vllm", device="ten-slots",
     ),
     Suite(name="dist_shift", what="on and off, then overload, then below share, 15 min", make=shifting(900)),
 )  # fmt: skip

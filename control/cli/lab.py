@@ -107,6 +107,15 @@ Weights = Annotated[
     list[str] | None, typer.Option("--weight", metavar="TENANT=WEIGHT", help="A tenant's weight; repeatable.")
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of losses and routes.")]
+Seeds = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        max=100,
+        help="Run everything so often, each time on a device up to 2 % faster or slower, and show medians.",
+    ),
+]
 TrafficSeed = Annotated[
     int | None,
     typer.Option(metavar="N", show_default=False, help="Of a suite's traffic; by default its authors'."),
@@ -179,6 +188,7 @@ def compare(
     outage: OutageList = None,
     weight: Weights = None,
     seed: Seed = 0,
+    seeds: Seeds = 1,
     traffic_seed: TrafficSeed = None,
     plots: Plots = None,
 ) -> int:
@@ -225,6 +235,7 @@ def _asked(*, suites: str, policies: str, **given: Any) -> Any:
             outages=tuple(_outage(text) for text in given["outage"] or ()),
             weights=dict(parse.tenant_weight(text) for text in given["weight"] or ()),
             seed=given["seed"],
+            seeds=given.get("seeds", 1),
             traffic_seed=given["traffic_seed"],
             plots=given["plots"],
             requests=given["requests"],

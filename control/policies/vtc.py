@@ -18,7 +18,8 @@ last reported the two, so that its own order is that of V.
 what does not come is given back at the end. Workers do that too, told what to expect of each tenant: so it is in
 the order of the very step, and `charged` has all of it. `preempt_gap` goes beyond the paper, whose engine cannot:
 while the least counter of those that wait on a worker is more than that below a running request's, the request is
-held.
+held. `fill` bounds how many run, so that those that do keep their KV (`crowd`): vLLM's preemption strikes whoever
+came last, which with VTC is who waited least because its tenant asks least.
 
 What a frame shows is up to a frame period old, and a visit may begin and end between two: a tenant that was
 idle and whose lift or input total grew has visited. How far to lift: at least to what the floor was a frame
@@ -33,8 +34,9 @@ from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
 
+from coxswain.control.crowd import Crowd
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
-from coxswain.control.policy import Directives, Kv, Sees, Tables, weight_of
+from coxswain.control.policy import Cap, Directives, Group, Kv, Sees, Tables, weight_of
 from coxswain.control.predict import MovingAverage
 from coxswain.control.victims import Victims
 from coxswain.schemas.names import DEFAULT
@@ -42,6 +44,7 @@ from coxswain.schemas.policy import Prices, TenantRank
 from coxswain.schemas.status import TenantStatus
 
 Price = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Part = Annotated[float, msgspec.Meta(gt=0, le=10)]
 
 KEEP: Final = 1_024
 """Counters kept whatever their tenants do; beyond, those that a lift would overtake anyway are forgotten."""
@@ -89,11 +92,14 @@ class Vtc:
         """Whether expected output is charged at admission, by the tenant's moving average."""
         preempt_gap: Price | None = None
         """Hold running requests of tenants that are this far ahead of one that waits; none: never."""
+        fill: Part | None = None
+        """Let as many run as have this part of the KV on average, say 0.85; none: as many as fit at first."""
 
     def __init__(self, params: Params) -> None:
         self.prices = Prices(input=params.wp, cached=params.cached, output=params.wq)
         self.lengths = MovingAverage() if params.predict == "average" else None
-        whole = self.lengths is not None or params.preempt_gap is not None
+        self._crowd = None if params.fill is None else Crowd(params.fill)
+        whole = self.lengths is not None or params.preempt_gap is not None or self._crowd is not None
         self.sees: Sees = "requests" if whole else "tenants"
         self.virtual: dict[str, float] = {}
         """V: each tenant's counter. Without prediction it never falls."""
@@ -113,9 +119,9 @@ class Vtc:
     def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:  # noqa: ARG002
         """Count what was charged, and lift tenants that returned from fleet-wide idleness."""
         self._fleet, self._tables = fleet, tables
-        if self.lengths is not None:
+        for learns in (each for each in (self.lengths, self._crowd) if each is not None):
             for row in (row for view in fleet.workers.values() for row in view.left):
-                self.lengths.learn(row)
+                learns.learn(row)
         charges, changes = self._read(fleet)
         before = self.active
         waiting = fleet.presence.waiting
@@ -232,7 +238,22 @@ class Vtc:
         holds: Mapping[str, Mapping[RequestKey, Kv]] = {}
         if self._victims is not None:
             holds = self._victims.choose(self._fleet, self.virtual)
-        return Directives(prices=self.prices, ranks=_Ranks(self), holds=holds)
+        return Directives(prices=self.prices, ranks=_Ranks(self), holds=holds, caps=self._caps())
+
+    def _caps(self) -> dict[str, dict[Group, Cap]]:
+        """Per worker and class, how many may run there beside those of other classes."""
+        caps: dict[str, dict[Group, Cap]] = {}
+        if (crowd := self._crowd) is None:
+            return caps
+        for view in self._fleet.live():
+            if (most := crowd.cap(view)) is not None:
+                running = {name: row.running for name, row in view.classes.items()}
+                total = sum(running.values())
+                caps[view.worker] = {
+                    ("class", name): Cap(max_running=max(1, most - (total - mine)))
+                    for name, mine in running.items()
+                }
+        return caps
 
     def above_floor(self) -> list[str]:
         """Tenants whom a worker's own lift would put too low if it had not heard of them."""

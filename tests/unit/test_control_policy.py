@@ -22,7 +22,7 @@ def test_shipped_policies_are_found_by_name() -> None:
     ("name", "settings", "says"),
     [
         ("vtcc", [], "installed: andes, colocate, edf, fcfs, strict, vtc"),
-        ("vtc", ["wz=1"], "it takes wp, wq, cached, predict, preempt_gap"),
+        ("vtc", ["wz=1"], "it takes wp, wq, cached, predict, preempt_gap, fill"),
         ("vtc", ["wq"], "write key=value"),
         ("vtc", ["wq=-1"], ">= 0.0"),
         ("vtc", ["wq=much"], "wq"),

@@ -83,6 +83,29 @@ def test_a_comparison_puts_the_published_figures_beside_ours(cox):
     assert "DONE" in table
 
 
+def test_several_seeds_are_several_devices_the_same_for_all_policies(cox):
+    """Every policy runs on each, a little faster or slower in turns; shown are medians, and ratios to the first."""
+    done = cox("compare", "--trace", "tiny.csv", "--policies", "fcfs,vtc", "--seeds", "3", "--json")
+    runs = json.loads(done.stdout)
+    assert [(each["policy"], each["setup"]["seed"]) for each in runs] == [
+        (policy, seed) for seed in range(3) for policy in ("fcfs", "vtc")
+    ]
+    assert [each["setup"]["device"]["pace"] for each in runs[::2]] == [1.0, 0.98, 1.02]
+    assert len({each["metrics"]["total_s"] for each in runs if each["policy"] == "fcfs"}) == 3
+    shown = cox("compare", "--trace", "tiny.csv", "--policies", "fcfs,vtc", "--seeds", "3").stdout
+    assert "3 seeds: median [least … most]" in shown
+    assert "1.000 [1.000 … 1.000]" in shown
+
+
+def test_a_comparison_says_how_far_apart_tenants_came_and_what_the_theorem_allows(cox):
+    """For every policy; or that no two wanted more than they got at once."""
+    shown = cox("compare", "--trace", "tiny.csv", "--policies", "vtc").stdout
+    assert "vtc: no two tenants were backlogged at once" in shown
+    document = json.loads(cox("compare", "--trace", "tiny.csv", "--policies", "vtc", "--json").stdout)[0]
+    assert document["gap"]["bound"] > 0
+    assert document["gap"]["between"] is None
+
+
 def test_classes_of_a_trace_are_rows_of_the_class_table(cox, tmp_path):
     """A trace may name classes and their SLO without anybody setting up tables."""
     (tmp_path / "classes.csv").write_text(

@@ -1,0 +1,96 @@
+"""How many may run so that their KV lasts: `vtc:fill`."""
+
+import pytest
+
+from coxswain.control.crowd import ENOUGH, Crowd
+from coxswain.control.fleet import Fleet
+from coxswain.control.policies.vtc import Vtc
+from coxswain.control.policy import Tables
+from coxswain.schemas.status import ClassStatus, Gone, KvBlocks
+from tests.support.frames import frame, request
+
+
+def view(used: int, *, total: int = 1_000, running: int = 10, prompt: int = 100, output: int = 60):
+    """A worker where equal requests run and have `used` blocks together."""
+    fleet = Fleet()
+    rows = tuple(
+        request(f"r{n}", "a", state="running", prompt_tokens=prompt, output_tokens=output)
+        for n in range(running)
+    )
+    blocks = KvBlocks(total=total, used=used, held=0)
+    fleet.merge(frame("w1", "01A", 1, requests=rows, running=running, kv_blocks=blocks), 0.0)
+    return fleet.workers["w1"]
+
+
+def crowd(fill: float = 1.0, *, ended: int = ENOUGH, prompt: int = 150, output: int = 100) -> Crowd:
+    """One that has seen so many requests of that length end."""
+    made = Crowd(fill)
+    for number in range(ended):
+        made.learn(request(f"e{number}", "a", prompt_tokens=prompt, output_tokens=output))
+    return made
+
+
+@pytest.mark.parametrize(("fill", "cap"), [(1.0, 80), (0.5, 40), (2.0, 160)])
+def test_as_many_run_as_fit_with_what_they_have_on_average(fill, cap):
+    """1,600 tokens take 100 of 1,000 blocks, and a request has 150 + 100/2 = 200 of them: 80, or a part of that."""
+    assert crowd(fill).cap(view(100)) == cap
+
+
+def test_who_says_much_counts_for_as_long_as_it_is_there():
+    """Half say 10 tokens and half 190: of those that run at any moment 95 % are of the second kind."""
+    made = Crowd(1.0)
+    for number in range(200):
+        made.learn(request(f"e{number}", "a", prompt_tokens=0, output_tokens=(10, 190)[number % 2]))
+    mean = (10 * 5 + 190 * 95) / 200
+    assert made.cap(view(100)) == pytest.approx(1_000 * 16 / mean, abs=2)
+
+
+def test_there_is_no_cap_before_enough_have_ended():
+    """Nor while nothing runs that shows what a token takes."""
+    assert crowd(ended=ENOUGH - 1).cap(view(100)) is None
+    assert crowd().cap(view(0, running=0)) is None
+
+
+def test_the_cap_keeps_while_little_changes():
+    """A request more or less is no news: a cap that follows every end would hold and continue what runs."""
+    made = crowd()
+    assert made.cap(view(100)) == 80
+    assert made.cap(view(101)) == 80
+    assert made.cap(view(120)) == 66
+
+
+def test_at_least_one_may_run():
+    """Requests longer than the pool are vLLM's to refuse."""
+    assert crowd(output=10**6).cap(view(100)) == 1
+
+
+def test_vtc_caps_every_class_by_what_others_leave():
+    """30 run in one class and 20 in another, and 80 may in all: 60 and 50."""
+    policy, fleet = Vtc(Vtc.Params(fill=1.0)), Fleet()
+    assert policy.sees == "requests"
+    classes = tuple(
+        ClassStatus(class_=name, queued=0, running=running, held=0, oldest_queued_s=0.0)
+        for name, running in (("chat", 30), ("bulk", 20))
+    )
+    rows = tuple(
+        request(f"r{n}", "a", state="running", prompt_tokens=100, output_tokens=60) for n in range(50)
+    )
+    ended = tuple(
+        request(f"e{n}", "a", state="running", prompt_tokens=150, output_tokens=100) for n in range(ENOUGH)
+    )
+    blocks = KvBlocks(total=1_000, used=500, held=0)
+    shared = {"kv_blocks": blocks, "classes": classes, "running": 50}
+    gone = tuple(Gone(request=row.request, child=0) for row in ended)
+    for each in (
+        frame("w1", "01A", 1, requests=(*rows, *ended), **shared),
+        frame("w1", "01A", 2, full=False, gone=gone, **shared),
+    ):
+        fleet.merge(each, 0.0)
+        fleet.age(0.0)
+        policy.observe(fleet, Tables(), 0.0)
+        fleet.settle()
+    caps = policy.decide(0.0).caps["w1"]
+    assert {group: cap.max_running for group, cap in caps.items()} == {
+        ("class", "chat"): 60,
+        ("class", "bulk"): 50,
+    }
