@@ -98,7 +98,7 @@ def _after_first(life: Life, times: Array) -> Array:
     ]
     total = sum(until - since for since, until in ran)
     if total < SHORT_S:
-        at_once: Array = (life.tokens - 1.0) * (times > life.finished_s)
+        at_once: Array = np.where(times > life.finished_s, float(life.tokens - 1), 0.0)
         return at_once
     at_s, had, done = [], [], 0.0
     for since, until in ran:
