@@ -270,7 +270,8 @@ def _draw(lives: Sequence[Life], title: str, folder: Path) -> list[Path]:
         return plots.draw(lives, title, folder)
     except ModuleNotFoundError as error:
         raise CliError(
-            Exit.USAGE, f"plots need {error.name}, which is not installed: pip install 'coxswain[lab]'"
+            Exit.USAGE,
+            f"plots need {error.name}, which is not installed: pip install '.[lab]' in a checkout of Coxswain",
         ) from error
 
 

@@ -1,6 +1,6 @@
 """A run as pictures: service over time, first-token latency, who held what when. Writes PNG files and a page of them.
 
-matplotlib is an extra (`coxswain[lab]`) and is imported here alone.
+matplotlib is an extra (`lab`) and is imported here alone.
 """
 
 import html

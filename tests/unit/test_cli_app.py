@@ -304,7 +304,7 @@ def test_missing_programs_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "coxswain.service.worker", None)
     result = _cox("worker", "org/model")
     assert result.exit_code == Exit.USAGE
-    assert "coxswain[cpu]" in result.stderr
+    assert "'.[cpu]'" in result.stderr
     monkeypatch.setitem(sys.modules, "coxswain.control.demo", None)
     assert "make demo" in _cox("demo").stderr
 

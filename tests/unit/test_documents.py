@@ -32,6 +32,22 @@ def shell_lines() -> list[str]:
     return sorted({line for block in blocks for line in block.splitlines() if line.startswith("cox ")})
 
 
+# Installation
+
+
+def test_nobody_is_told_to_install_us_by_name() -> None:
+    """On PyPI the name is another project's, with a command `cox` too: who followed such words would run that."""
+    told = [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "deploy").rglob("*"),
+        ROOT / "compose.yaml",
+    ]
+    told += [path for folder in ("control", "service", "lab") for path in (ROOT / folder).rglob("*.py")]
+    by_name = re.compile(r"pip install[^\n]*[ '\"/]coxswain(\[|['\"\s]|$)|coxswain\[\w")
+    assert [path.name for path in told if path.is_file() and by_name.search(path.read_text())] == []
+
+
 # Quotations
 
 

