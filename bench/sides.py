@@ -8,7 +8,9 @@ import gc
 import importlib
 import os
 import random
+import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +20,8 @@ from itertools import count
 from typing import Any
 
 from bench.rig import Rig, vllm_config
+from coxswain.service.bus.process import BUFFER
+from coxswain.service.logs import get_logger
 
 STOCK = ("fcfs", "priority")
 OURS = ("quiet", "on")
@@ -81,7 +85,7 @@ class Side:
 
     Args:
         name: `fcfs` or `priority`: stock vLLM; `quiet`: ours without a bus; `on`: ours with accounting, events
-            and frames, handed to a bus that throws them away.
+            and frames, encoded and sent to a process that throws them away.
         churn: requests have `LIFE` tokens, the first ones end at random; otherwise none ends.
         spare: slots beyond those that may run, for holds.
     """
@@ -118,10 +122,9 @@ class Side:
             self._spread()
 
     def _switch_on(self) -> None:
-        self.scheduler.bus = _Nobody()
         self.scheduler.core.emit = self.scheduler.journal.write
         self.scheduler.port.connected = True
-        self.scheduler.port.attach_bus(self.scheduler.port.collect)
+        self.scheduler.bus = _Sink(self.scheduler)
 
     def _spread(self) -> None:
         """Let virtual times stand apart, as they do after a while: here all began in the same moment."""
@@ -171,10 +174,37 @@ class Side:
         self.scheduler.shutdown()
 
 
-class _Nobody:
-    """A bus that is there and does nothing; what it is sent is collected on the engine's thread."""
+class _Sink:
+    """The engine's end of the bus, as it is, and behind the socket a process that throws away what it reads.
+
+    Args:
+        scheduler: ours.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        from coxswain.service.bus import wire
+        from coxswain.service.bus.outbox import Outbox
+
+        self._scheduler = scheduler
+        self._ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(["cat"], stdin=theirs, stdout=subprocess.DEVNULL)
+        self._ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+        self._ours.setblocking(False)
+        self.outbox = Outbox(scheduler.port, get_logger())
+        begin = wire.Begin(scheduler.settings, scheduler.incarnation, {}, 0, {}, scheduler.port.unix_offset)
+        self.outbox.open(self._ours, begin)
+        scheduler.port.attach_bus(self._send)
+
+    def _send(self) -> None:
+        outbox = self.outbox
+        while not outbox.send():  # as the bus's thread does, when the socket has room again
+            outbox.go_on()
+        outbox.settled(self._scheduler.journal.written)
 
     def stop(self, **_: float) -> bool:
+        self._ours.close()
+        self._process.wait()
         return True
 
 

@@ -19,16 +19,17 @@ class Journal:
 
     def __init__(self, port: Port) -> None:
         self._port = port
-        self._seq = 0
+        self.written = 0
+        """Events so far; the number of the latest."""
         self.dropped = 0
         """Events for which the queue had no room."""
 
     def write(self, now: float, record: Record | None, kind: type[Event], fields: dict[str, Any]) -> None:
         """Queue an event; `record` is the request that it concerns, if any."""
-        self._seq += 1
+        self.written += 1
         subject = (
             None if record is None
             else (record.request, record.child, record.account.name, record.class_, record.priority)
         )  # fmt: skip
-        if not self._port.put(EventOut(kind, self._seq, now, self._port.step, subject, fields)):
+        if not self._port.put(EventOut(kind, self.written, now, self._port.step, subject, fields)):
             self.dropped += 1
