@@ -5,6 +5,7 @@ nats-py's read loop). Nothing is buffered while disconnected: a stale command mu
 """
 
 import asyncio
+import logging
 import random
 import re
 from collections.abc import Awaitable, Callable
@@ -115,9 +116,15 @@ def _identity(connection: Connection) -> dict[str, Any]:
         options = connection.options()
         if context := connection.tls():
             options["tls"] = context
+            logging.getLogger("asyncio").addFilter(_worth_saying)
     except IdentityRefusedError as error:
         raise UnreachableError(str(error)) from error
     return options
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Not what every TLS connection of nats-py's says when it ends, and means nothing."""
+    return "eof_received()" not in record.getMessage()
 
 
 async def _connect(nc: Link, options: dict[str, Any]) -> None:

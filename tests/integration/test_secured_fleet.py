@@ -3,8 +3,10 @@
 import asyncio
 import datetime as dt
 import json
+import os
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import aclosing, suppress
 from ipaddress import ip_address
@@ -122,6 +124,17 @@ async def test_every_role_does_its_work_over_tls(tls: tuple[Secured, str]) -> No
         with suppress(asyncio.CancelledError):
             await leading
     assert VIOLATION not in server.nats.log.read_text()
+
+
+def test_cox_says_nothing_of_its_own_accord_over_tls(tls: tuple[Secured, str]) -> None:
+    """What asyncio has to say of the end of a TLS connection is not for people who asked for their tables."""
+    server, ca = tls
+    env = {**os.environ, **server.env("admin"), "COX_NATS_CA": ca}
+    done = subprocess.run(
+        [sys.executable, "-c", "from coxswain.control.cli import main; main()", "init"],
+        env=env, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done.stderr == ""
 
 
 async def test_tls_is_never_given_up(tls: tuple[Secured, str], plain: Secured, tmp_path: Path) -> None:
