@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from coxswain.schemas.commands import encode
 from coxswain.schemas.parts import ROWS
+from coxswain.schemas.policy import Epoch
 from coxswain.schemas.status import CommandStats, Frame
 
 _SLACK: Final = 64
@@ -37,6 +38,8 @@ class Frames:
         """Commands refused by the bus, by code."""
         self._seq = life * LIFE
         self._idle: tuple[Frame, float] | None = None
+        self._led: tuple[Epoch | None, float] = (None, 0.0)
+        """The epoch of the last heartbeat of a leader, and when it came."""
 
     def outgoing(self, frame: Frame, now: float, limit: int, *, idle: bool) -> list[bytes]:
         """A frame of the engine as payloads of at most `limit` bytes; an `idle` one is kept to repeat."""
@@ -47,15 +50,22 @@ class Frames:
         """Take note of a frame, also of one that cannot be sent: an idle one stays true until the next."""
         self._idle = (frame, now) if idle else None
 
+    def led(self, epoch: Epoch, now: float) -> None:
+        """A leader's heartbeat came. An idle engine says nothing of it while nothing changes by it."""
+        if self._led[0] is None or epoch >= self._led[0]:
+            self._led = (epoch, now)
+
     def heartbeat(self, now: float, limit: int) -> list[bytes]:
         """The idle frame again, as of now; nothing while the engine is awake."""
         if self._idle is None:
             return []
         frame, since = self._idle
         if frame.leader.age_s is not None:
-            frame = replace(
-                frame, leader=replace(frame.leader, age_s=frame.leader.age_s + max(0.0, now - since))
-            )
+            age_s = frame.leader.age_s + max(0.0, now - since)
+            epoch, led_at = self._led
+            if epoch == frame.leader.epoch:
+                age_s = min(age_s, max(0.0, now - led_at))
+            frame = replace(frame, leader=replace(frame.leader, age_s=age_s))
         return self._number(frame, now, limit)
 
     @property

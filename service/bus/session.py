@@ -274,6 +274,8 @@ class Session:
             )
         elif not self._port.offer(LeadIn(lead)):
             self._warn("lead.dropped", why="the queue for the engine is full")
+        else:
+            self._frames.led(lead.epoch, self._port.unix())
 
     async def _on_own_name(self, msg: Msg) -> None:
         try:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coxswain.schemas.status import CommandStats, Gone, decode_frame
+from coxswain.schemas.status import CommandStats, Gone, Leader, decode_frame
 from coxswain.service.bus.frames import ROWS, Frames, split
 from tests.support.engine import frame
 
@@ -63,6 +63,24 @@ def test_heartbeat_repeats_only_an_idle_frame() -> None:
     assert decode_frame(frames.heartbeat(13.0, 1 << 20)[0]).leader.age_s == pytest.approx(3.5)
     frames.outgoing(frame(), 14.0, 1 << 20, idle=False)
     assert frames.heartbeat(15.0, 1 << 20) == []
+
+
+def test_a_leader_that_an_idle_engine_hears_does_not_grow_old() -> None:
+    """Heartbeats of the leader that the frame names keep its age; those of another, whom it may not believe, do not."""
+    said = msgspec.structs.replace(frame(), leader=Leader(epoch=(1.0, 7), age_s=0.5))
+
+    def age_s(now: float) -> float | None:
+        return decode_frame(frames.heartbeat(now, 1 << 20)[0]).leader.age_s
+
+    frames = Frames()
+    frames.outgoing(said, 10.0, 1 << 20, idle=True)
+    frames.led((1.0, 7), 19.0)
+    assert age_s(20.0) == pytest.approx(1.0)
+    assert age_s(23.0) == pytest.approx(4.0)
+    frames.led((1.0, 6), 23.5)
+    assert age_s(24.0) == pytest.approx(5.0)
+    frames.led((1.0, 8), 24.5)
+    assert age_s(25.0) == pytest.approx(15.5), "the engine has not said yet that it obeys that one"
 
 
 def test_frame_that_was_not_sent_still_replaces_the_idle_one() -> None:
