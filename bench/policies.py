@@ -2,8 +2,10 @@
 
     python -m bench.policies [--json PATH] [--suite quality|deadlines|colocate ...] [--policies fcfs,andes] [--short]
                              [--seed 7] [--load 1.0]
+    python -m bench.policies --plot PNG --json PATH     # colocate's frontier from what was written there; matplotlib
 
-Three suites beside those of `cox lab`, which has none for these. Traffic is fixed by its seed; every request is done.
+Three suites beside those of `cox lab`, which has none for these. Traffic is fixed by its seed; every request is done,
+but for those that a token bucket per tenant (`bucket60`: as many a minute) turns away: n and done say how many.
 Parameters were chosen on the default seed and load (a factor on all rates): what others give is held out.
 
 * quality: a burst at twice what the engine can do, then a load that it can; users read 4.8 tokens per second and
@@ -92,16 +94,17 @@ def quality_case(traffic: Traffic) -> Case:
     )
     return Case(
         arrivals=tuple(arrivals), device=device(32, 60_000), tables=Tables(),
-        policies=("fcfs", "vtc", "andes"), report=_quality,
+        policies=("fcfs", "bucket600", "vtc", "andes"), report=_quality,
     )  # fmt: skip
 
 
 def _quality(lives: Sequence[Life]) -> dict[str, float]:
-    values = [quality(_tokens_at(life), ttft_s=TTFT_S, speed=READING) for life in lives]
+    # Who is turned away has no experience to speak of.
+    values = [quality(_tokens_at(life), ttft_s=TTFT_S, speed=READING) if life.done else 0.0 for life in lives]
     return {
         "mean_qoe": statistics.mean(values),
         "qoe_at_least_0.95": sum(value >= 0.95 for value in values) / len(values),
-        "ttft_p50_s": statistics.median(life.ttft_s or 0.0 for life in lives),
+        "ttft_p50_s": statistics.median(life.ttft_s or 0.0 for life in lives if life.done),
     }
 
 
@@ -139,7 +142,7 @@ def deadlines_case(traffic: Traffic) -> Case:
     tenants = {name: TenantPolicy(class_=name) for name in slos}
     return Case(
         arrivals=tuple(arrivals), device=device(32, 30_000), tables=Tables(classes, tenants),
-        policies=("fcfs", "strict", "edf"), report=_deadlines,
+        policies=("fcfs", "bucket60", "strict", "edf"), report=_deadlines,
     )  # fmt: skip
 
 
@@ -172,7 +175,8 @@ def colocate_case(traffic: Traffic, *, batch: bool = True) -> Case:
     tenants = {name: TenantPolicy(class_=name) for name in classes}
     return Case(
         arrivals=tuple(sorted(arrivals, key=lambda each: each.at_s)), device=device(32, 30_000),
-        tables=Tables(classes, tenants), policies=("fcfs", "strict", "colocate", "colocate:prefill_tokens=32"),
+        tables=Tables(classes, tenants),
+        policies=("fcfs", "bucket60", "strict", "colocate", "colocate:prefill_tokens=32"),
         report=lambda lives: _colocate(lives, 200 * traffic.scale),
     )  # fmt: skip
 
@@ -181,7 +185,7 @@ def _colocate(lives: Sequence[Life], until_s: float) -> dict[str, float]:
     chat = [
         life.ttft_s or 0.0
         for life in lives
-        if life.arrival.class_ == "chat" and life.arrival.at_s >= WARM_UP_S
+        if life.arrival.class_ == "chat" and life.arrival.at_s >= WARM_UP_S and life.done
     ]
     bulk = [
         life.arrival.cost
@@ -203,6 +207,34 @@ CASES: Final[Mapping[str, Callable[[Traffic], Case]]] = {
     "alone": alone_case,
     "colocate": colocate_case,
 }
+
+
+def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """First-token latency of the interactive requests against what batch was served meanwhile, per policy."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    (alone,) = results["alone"]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for key, colour, marker in (("ttft_p50_s", "tab:blue", "o"), ("ttft_p99_s", "tab:orange", "s")):
+        name = key.split("_")[1]
+        some = results["colocate"]
+        at = [row["batch_per_s"] for row in some]
+        axes.scatter(at, [1e3 * row[key] for row in some], color=colour, marker=marker, label=name)
+        axes.axhline(1e3 * alone[key], color=colour, linewidth=0.8, linestyle=":", label=f"{name} alone")
+    for row in results["colocate"]:
+        text = row["policy"].replace("prefill_tokens=", "")
+        axes.annotate(text, (row["batch_per_s"], 1e3 * row["ttft_p50_s"]), fontsize=7, rotation=30)
+    axes.axhline(
+        1.25e3 * alone["ttft_p50_s"], color="grey", linewidth=0.8, linestyle="--", label="1.25 × p50 alone"
+    )
+    axes.set_yscale("log")
+    axes.set_xlabel("batch served (weighted tokens per second)")
+    axes.set_ylabel("time to first token of interactive requests (ms)")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def measure(case: Case, policy: str) -> dict[str, Any]:
@@ -229,7 +261,11 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a quarter of the traffic")
     parser.add_argument("--seed", type=int, default=Traffic().seed)
     parser.add_argument("--load", type=float, default=Traffic().load)
+    parser.add_argument("--plot", type=Path, help="draw what is in --json instead of measuring")
     options = parser.parse_args()
+    if options.plot:
+        plot(json.loads(options.json.read_text()), options.plot)
+        return
     traffic = Traffic(0.25 if options.short else 1.0, options.seed, options.load)
     results: dict[str, list[dict[str, Any]]] = {}
     for suite in options.suite:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -20,10 +20,12 @@ from coxswain.lab.controller import Controller
 from coxswain.lab.engine import Build, Engine, public_id
 from coxswain.lab.life import Life
 from coxswain.lab.link import Link
-from coxswain.lab.setup import ORACLES, RPM, STOCK, Kind, Setup
+from coxswain.lab.setup import BUCKET, ORACLES, RPM, STOCK, Kind, Setup
 from coxswain.lab.trace import Arrival, TraceError
 
 RPM_WINDOW_S: Final = 60.0
+BURST_S: Final = 10.0
+"""Worth of requests that a token bucket holds."""
 LEAD_S: Final = 1.0
 """How long the controller is there before traffic begins: its tables are in force then."""
 LONGEST_S: Final = 7 * 86_400.0
@@ -146,7 +148,32 @@ class _Router:
         engine.submit(life, number)
 
 
-class _Limit:
+class _Limit(Protocol):
+    """What stands at the door."""
+
+    def accepts(self, life: Life) -> bool:
+        """Whether it may come in; the life says so if not."""
+
+
+class _Bucket:
+    """A token bucket per tenant, as proxies have: it fills by `per_minute` and holds what comes in `BURST_S`."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._per_s = per_minute / 60
+        self._most = max(1.0, self._per_s * BURST_S)
+        self._levels: dict[str, tuple[float, float]] = {}
+        """What was in it, and when."""
+
+    def accepts(self, life: Life) -> bool:
+        at_s, tenant = life.arrival.at_s, life.arrival.tenant
+        level, since_s = self._levels.get(tenant, (self._most, at_s))
+        level = min(self._most, level + (at_s - since_s) * self._per_s)
+        life.refused = level < 1.0
+        self._levels[tenant] = (level if life.refused else level - 1.0, at_s)
+        return not life.refused
+
+
+class _Rpm:
     """Requests per minute and tenant, as VTC's RPM baseline (VTC-artifact, lshare_req_queue.py)."""
 
     def __init__(self, most: int) -> None:
@@ -166,7 +193,8 @@ class _Limit:
 
 
 def _chosen(setup: Setup) -> tuple[MakePolicy | None, Kind, _Limit | None]:
-    name, settings, limit = setup.policy, setup.settings, None
+    name, settings = setup.policy, setup.settings
+    limit: _Limit | None = None
     if name in STOCK:
         if settings:
             raise PolicyError(f"{name} takes no settings")
@@ -174,7 +202,9 @@ def _chosen(setup: Setup) -> tuple[MakePolicy | None, Kind, _Limit | None]:
     if name in ORACLES:
         name = "vtc"
     if name.startswith(RPM) and (number := name.removeprefix(RPM)).isdigit():
-        name, limit = "fcfs", _Limit(int(number))
+        name, limit = "fcfs", _Rpm(int(number))
+    if name.startswith(BUCKET) and (number := name.removeprefix(BUCKET)).isdigit():
+        name, limit = "fcfs", _Bucket(int(number))
     policies.load(name, settings)  # a mistake shows now, not at the first step
     return lambda: policies.load(name, settings), "steered", limit
 

@@ -20,6 +20,8 @@ STOCK: Final[Mapping[str, Kind]] = {"stock-fcfs": "fcfs", "stock-priority": "pri
 RPM: Final = "rpm"
 """`rpm20`: as fcfs, but a tenant's request is refused when 20 of it were accepted in the last 60 s."""
 
+BUCKET: Final = "bucket"
+"""`bucket60`: as fcfs, but each tenant has a token bucket of 60 requests a minute that holds ten seconds' worth."""
 
 ORACLES: Final[Mapping[str, float]] = {"vtc-oracle": 0.0, "vtc-oracle50": 0.5}
 """vtc that is told how long outputs will be, and how far off that may be: 0.5 is ± 50 %, evenly."""
@@ -36,7 +38,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that decides a run but its traffic. Times in seconds."""
 
     policy: str = "vtc"
-    """A policy's name, or one of `STOCK`, or `rpm` with a number."""
+    """A policy's name, or one of `STOCK`, or `rpm` or `bucket` with a number."""
     settings: tuple[str, ...] = ()
     """`key=value` for the policy."""
     device: Device = DEVICES["a10g-7b"]

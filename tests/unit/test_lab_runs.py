@@ -132,6 +132,23 @@ def test_a_rate_limit_refuses_what_is_over_it_and_says_so():
     assert [life.done for life in lives] == [not life.refused for life in lives]
 
 
+def test_a_token_bucket_holds_ten_seconds_worth_and_fills_again():
+    """bucket12: two at once, and one more after each five seconds, for every tenant on its own."""
+    times = {"a": [0.0, 0.1, 0.2, 5.1, 5.2, 10.1, 40.0, 40.1, 40.2], "b": [0.3]}
+    arrivals = sorted(
+        (
+            Arrival(at_s=at, tenant=name, prompt_tokens=8, output_tokens=2)
+            for name, some in times.items()
+            for at in some
+        ),
+        key=lambda each: each.at_s,
+    )
+    lives = run(arrivals, Setup(policy="bucket12")).lives
+    refused = [(each.arrival.tenant, each.arrival.at_s) for each in lives if each.refused]
+    assert refused == [("a", 0.2), ("a", 5.2), ("a", 40.2)]
+    assert all(each.done != each.refused for each in lives)
+
+
 @pytest.mark.parametrize(
     ("setup", "error", "says"),
     [
