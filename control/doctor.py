@@ -248,7 +248,7 @@ def _worker(facts: Facts, seen: Seen) -> Iterable[Finding]:
     if abs(seen.skew_s) - seen.unsure_s > MAX_SKEW_S:
         yield Finding(
             check=check, level="fail", found=f"its clock is {seen.skew_s:+.1f} s off ours",
-            mend="set both clocks by NTP: deadlines of commands are judged by the worker's",
+            mend="set both clocks by NTP: deadlines are judged by the worker's, which is its machine's at its start",
         )  # fmt: skip
     if seen.frame.events_dropped_total:
         yield Finding(

@@ -68,6 +68,29 @@ def table(verdicts: list[Verdict]) -> Table:
     return shown
 
 
+def markdown(verdicts: list[Verdict]) -> str:
+    """The same for a document, with what was done in words."""
+    lines = [
+        (
+            "| fault | injected | requests | longest wait | tokens/s | command | frame | table | leader silent "
+            "| events dropped |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in verdicts:
+        ends = ", ".join(
+            f"{count} {what}"
+            for count, what in ((one.ended, "ended"), (one.failed, "told of the failure"), (one.left, "left"))
+            if count
+        )
+        recovery = " | ".join(f"{each:.1f}" for each in (one.command_s, one.frame_s, one.table_s))
+        lines.append(
+            f"| `{one.fault}` | {FAULTS[one.fault].what} | {ends} | {one.gap_s:.1f} | {one.tokens_per_s:.0f} "
+            f"| {recovery} | {one.leader_age_s:.1f} | {one.dropped} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Play faults; the exit code."""
     parser = argparse.ArgumentParser(
@@ -80,6 +103,9 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--markdown", type=Path, metavar="JSON", help="print the table of an earlier run and end"
+    )
     parser.add_argument("--list", action="store_true", help="name the faults and end")
     options = parser.parse_args()
     console = Console()
@@ -89,11 +115,15 @@ def main() -> int:
                 f"{fault.name:20} {'short' if fault.short else '     '}  {fault.what}", highlight=False
             )
         return 0
+    if options.markdown:
+        earlier = msgspec.json.decode(options.markdown.read_bytes())["faults"]
+        sys.stdout.write(markdown(msgspec.convert(earlier, list[Verdict], strict=False)) + "\n")
+        return 0
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="cox-soak-"))
     names = list(FAULTS) if options.only is None else options.only
     verdicts = asyncio.run(soak(names, options.seconds, options.seed, folder, console)) if names else []
-    runs = steer(options.steps, options.seed, console)
+    runs = steer(options.steps, options.seed, console) if options.steps else []
     if verdicts:
         console.print(table(verdicts))
     if runs:

@@ -5,6 +5,7 @@ its docstring says it in the tables. To add one, write it here; all else (load, 
 """
 
 import asyncio
+import os
 import shutil
 import signal
 import sys
@@ -111,6 +112,40 @@ async def jetstream_full(hands: Hands) -> AsyncGenerator[float, None]:
             await js.publish("filler", bytes(1 << 10), timeout=2)
     yield 3.0
     await js.delete_stream("FILLER")
+
+
+@fault(forgets=True)
+async def disk_full(hands: Hands) -> AsyncGenerator[float, None]:
+    """NATS's disk itself full for 3 s (8 MB, a real ENOSPC; needs root), then more room, and NATS started again."""
+    nats = hands.fleet.nats
+    nats.kill()
+    shutil.rmtree(nats.store)
+    nats.store.mkdir()
+    await mount("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(nats.store))
+    try:
+        nats.start()
+        with suppress(TimeoutError):  # `init` asks for more than there is, which NATS cannot know
+            async with asyncio.timeout(STEERED_S):
+                await hands.fleet.init()
+        (nats.store / "filler").write_bytes(bytes(free_bytes(nats.store)))
+        yield 3.0
+    finally:
+        nats.kill()
+        await mount("umount", str(nats.store))
+    nats.start()
+    await hands.fleet.init()
+
+
+async def mount(*words: str) -> None:
+    """Run `mount` or `umount`."""
+    process = await asyncio.create_subprocess_exec(*words)
+    assert await process.wait() == 0, " ".join(words)
+
+
+def free_bytes(folder: Path) -> int:
+    """Room left where a folder is."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
 
 
 @fault()

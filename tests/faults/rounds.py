@@ -151,7 +151,7 @@ class Rig:
         problems += checks.leases(log, checks.LATE_S + fault.freezes_s)
         problems += checks.totals(asked, before.frames, after.frames, log, lives, complete=complete)
         problems += checks.grown(before, after)
-        problems += self._logs.faults()
+        problems += self._logs.faults(fault.kills)
         problems += self.watch.problems
         self.watch.problems.clear()
         verdict.grown_mib = {

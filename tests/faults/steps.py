@@ -5,16 +5,16 @@ one that fails says which.
 """
 
 import itertools
+import multiprocessing
+import os
 import tempfile
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 from rich.console import Console
-
-from tests.support.random_run import Run, cases, undisturbed
-from tests.support.simulated import engine
 
 REQUESTS: Final = 1_000
 """In one run."""
@@ -36,22 +36,35 @@ class Taken(msgspec.Struct, kw_only=True):
 
 
 def steer(steps: int, seed: int, console: Console) -> list[Taken]:
-    """Take at least so many steps; every run checks everything.
+    """Take at least so many steps, on all cores; every run checks everything.
 
     Raises:
-        AssertionError: something did not hold; the note says which run.
+        AssertionError: something did not hold; the text before it says which run.
     """
     runs: list[Taken] = []
-    modes = itertools.cycle(MODES)
-    while sum(run.steps for run in runs) < steps:
-        taken = one(seed + len(runs), next(modes))
-        runs.append(taken)
-        console.print(f"seed {taken.seed} {taken.mode}: {taken.steps} steps, all held", highlight=False)
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "COX_LOG_LEVEL": "error"}
+    cores = len(os.sched_getaffinity(0))
+    coming = zip(itertools.count(seed), itertools.cycle(MODES), strict=False)
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
+        under_way = {pool.submit(one, *next(coming)) for _ in range(cores)}
+        while under_way:
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            for run in done:
+                taken = run.result()
+                runs.append(taken)
+                console.print(
+                    f"seed {taken.seed} {taken.mode}: {taken.steps} steps, all held", highlight=False
+                )
+                if sum(run.steps for run in runs) < steps:
+                    under_way.add(pool.submit(one, *next(coming)))
     return runs
 
 
 def one(seed: int, mode: dict[str, Any]) -> Taken:
     """One run: the same requests undisturbed on stock vLLM, then steered at random on ours."""
+    from tests.support.random_run import Run, cases, undisturbed
+    from tests.support.simulated import engine
+
     began = time.monotonic()
     wanted = cases(seed, REQUESTS)
     try:
@@ -63,7 +76,7 @@ def one(seed: int, mode: dict[str, Any]) -> Taken:
                 run.play()
                 run.check(expected)
     except BaseException as error:
-        error.add_note(f"see it again: python -m tests.faults --only --steps 1 --seed {seed}, in mode {mode}")
+        error.add_note(f"seed {seed}, mode {mode}, {REQUESTS} requests")
         raise
     return Taken(
         seed=seed, mode=mode, steps=steered.steps, commands=sum(run.done.values()), requests=len(wanted),
