@@ -9,6 +9,7 @@ one once, as long as the repetition falls into the stream's `duplicate_window`. 
 import asyncio
 import time
 from collections import deque
+from math import inf
 from typing import Any, Final
 
 import msgspec
@@ -32,6 +33,9 @@ BACKOFF_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 NO_STREAM_GRACE_S: Final = 5.0
 """How long "no stream" may be an election. After that events are dropped, one a second probes."""
 PROBE_S: Final = 1.0
+FULL: Final = 503
+"""The code by which JetStream says that it has no room: its disk is full, or a stream that refuses what is new."""
+MAX_FULL_PAUSE_S: Final = 2.0
 
 
 class _Error(msgspec.Struct):
@@ -71,6 +75,8 @@ class EventLog:
         self._hold_off_until = 0.0
         self._failures = 0
         self._no_stream_since: float | None = None
+        self._given_up = False
+        """Whether there is no stream for so long that events are dropped, but for those that probe."""
         self._troubles: set[str] = set()
         self._news = asyncio.Event()
         self._newest = 0
@@ -94,7 +100,7 @@ class EventLog:
     def add(self, event: Event) -> None:
         """Take an event; when there is no room the oldest in the backlog is dropped for it."""
         self._newest = event.seq
-        if self._no_stream and time.monotonic() < self._hold_off_until:
+        if self._given_up and time.monotonic() < self._hold_off_until:
             self._drop(1)
             return
         if self.waiting >= MAX_BACKLOG:
@@ -109,6 +115,7 @@ class EventLog:
         inbox = client.new_inbox()
         self._hold_off_until = 0.0
         self._no_stream_since = None
+        self._given_up = False
         try:
             await client.subscribe(f"{inbox}.*", cb=self._on_ack, pending_msgs_limit=4 * WINDOW)
             # Asked of the connection, not left to cancellation: nats-py swallows CancelledError in publish.
@@ -160,48 +167,52 @@ class EventLog:
         if msg.headers and msg.headers.get("Status") == "503":
             self._nobody_listens()
             return
-        del self._flight[number]
         try:
             error = _decode_ack(msg.data).error
         except UNREADABLE:
             error = _Error(description="acknowledgement is not JSON")
+        if error is not None and error.code == FULL:
+            self._say(
+                "full", f"{error.description}: events wait until there is room", err_code=error.err_code
+            )
+            self._again(MAX_FULL_PAUSE_S)
+            return
+        del self._flight[number]
         if error is None:
             self._accepted()
         else:
-            # The stream is there and does not want it (full, too large): sending again would change nothing.
+            # The stream is there and does not want it (too large): sending again would change nothing.
             self._drop(1)
             self._say("refused", error.description, err_code=error.err_code)
 
     def _accepted(self) -> None:
         self._failures = 0
         self._no_stream_since = None
+        self._given_up = False
         if self._troubles:
             self._log.info(
                 "events.resumed", after=sorted(self._troubles), dropped_total=self._port.events_dropped
             )
             self._troubles.clear()
 
-    @property
-    def _no_stream(self) -> bool:
-        since = self._no_stream_since
-        return since is not None and time.monotonic() - since >= NO_STREAM_GRACE_S
-
     def _nobody_listens(self) -> None:
+        now = time.monotonic()
         if self._no_stream_since is None:
-            self._no_stream_since = time.monotonic()
-        self._again()
-        if self._no_stream:
+            self._no_stream_since = now
+        self._again(PROBE_S)
+        if now - self._no_stream_since >= NO_STREAM_GRACE_S:
+            self._given_up = True
             self._drop(len(self._backlog))
             self._backlog.clear()
-            self._hold_off_until = time.monotonic() + PROBE_S
+            self._hold_off_until = now + PROBE_S
             self._say(
                 "no_stream", f"stream {self._subjects.stream} does not exist, events are lost: run `cox init`"
             )
 
-    def _again(self) -> None:
+    def _again(self, most_s: float = inf) -> None:
         """Send everything in flight again, in order, after a pause."""
         self._take_back()
-        pause_s = BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
+        pause_s = min(most_s, BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)])
         self._failures += 1
         self._hold_off_until = time.monotonic() + pause_s
 

@@ -108,7 +108,7 @@ def main() -> int:
     )
     parser.add_argument("--list", action="store_true", help="name the faults and end")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)
     if options.list:
         for fault in FAULTS.values():
             console.print(

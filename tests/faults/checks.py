@@ -90,7 +90,11 @@ def once(asked: list[Asked], log: Log, lives: Mapping[str, int], *, complete: bo
 def leases(log: Log, slack_s: float) -> Iterator[str]:
     """By the log, no hold of an operator or controller went on after its lease."""
     due: dict[tuple[str, int | None], float] = {}
+    last = 0
     for event in sorted(log.events, key=lambda event: (event.incarnation, event.seq)):
+        if event.seq != last + 1:  # an end may be among what is missing
+            due.clear()
+        last = event.seq
         key = (event.request or "", event.child)
         if isinstance(event, ev.Held):
             # It goes on when the last of all holds ends; the engine's own, which makes room with it, has no lease.

@@ -48,7 +48,7 @@ async def nats_killed(hands: Hands) -> AsyncGenerator[float, None]:
     hands.fleet.nats.start()
 
 
-@fault(forgets=True)
+@fault()
 async def nats_killed_long(hands: Hands) -> AsyncGenerator[float, None]:
     """NATS killed for 12 s: longer than any lease of a leader."""
     hands.fleet.nats.kill()
@@ -99,7 +99,7 @@ async def link_cut(hands: Hands) -> AsyncGenerator[float, None]:
     await hands.fleet.proxy.mend()
 
 
-@fault(short=True, forgets=True)
+@fault(short=True)
 async def jetstream_full(hands: Hands) -> AsyncGenerator[float, None]:
     """JetStream's disk full for 3 s: somebody else's stream takes all that the server may store."""
     js = hands.fleet.cox.js
@@ -150,7 +150,7 @@ def free_bytes(folder: Path) -> int:
 
 @fault()
 async def event_stream_full(hands: Hands) -> AsyncGenerator[float, None]:
-    """The event stream full for 4 s and set to refuse what is new: every event is refused."""
+    """The event stream full for 4 s and set to refuse what is new: events wait."""
     js, name = hands.fleet.cox.js, hands.fleet.cox.subjects.stream
     info = await js.stream_info(name)
     config = info.config

@@ -152,6 +152,8 @@ class Rig:
         problems += checks.totals(asked, before.frames, after.frames, log, lives, complete=complete)
         problems += checks.grown(before, after)
         problems += self._logs.faults(fault.kills)
+        if verdict.dropped and not fault.forgets:
+            problems.append(f"{verdict.dropped} events dropped")
         problems += self.watch.problems
         self.watch.problems.clear()
         verdict.grown_mib = {

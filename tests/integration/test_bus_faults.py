@@ -6,7 +6,7 @@ import time
 
 import nats
 import pytest
-from nats.js.api import StreamConfig
+from nats.js.api import DiscardPolicy, StreamConfig
 
 from coxswain.schemas.commands import decode_reply, encode
 from coxswain.schemas.status import decode_frame
@@ -233,6 +233,26 @@ async def test_stream_that_refuses(nats_server: NatsServer) -> None:
         worker.engine.send_events(20)
         await eventually(lambda: worker.port.events_dropped == 20)
         assert len(worker.logged("events.refused")) == 1
+
+
+async def test_full_stream_keeps_events_waiting(nats_server: NatsServer) -> None:
+    """While a stream has no room events wait, said once; when it has, all are stored, once and in order."""
+    await add_stream(nats_server.url)
+    async with await nats.connect(nats_server.url) as client:
+        stream = client.jetstream()
+        config = (await stream.stream_info(SUBJECTS.stream)).config
+        await stream.update_stream(config.evolve(max_msgs=5, discard=DiscardPolicy.NEW))
+        with Worker(nats_server.url, COX_BUS="thread") as worker:
+            await worker.connected()
+            worker.engine.send_events(20)
+            await eventually(lambda: worker.logged("events.full"))
+            await asyncio.sleep(0.5)
+            worker.engine.send_events(20)
+            await stream.update_stream(config)
+            await eventually(lambda: worker.bus.bus._events.waiting == 0)
+            assert worker.port.events_dropped == 0
+            assert len(worker.logged("events.full")) == 1
+    assert await stored(nats_server.url) == list(range(1, 41))
 
 
 async def test_slow_consumer_does_not_hurt(nats_server: NatsServer) -> None:
