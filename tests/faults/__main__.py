@@ -83,9 +83,10 @@ def markdown(verdicts: list[Verdict]) -> str:
             for count, what in ((one.ended, "ended"), (one.failed, "told of the failure"), (one.left, "left"))
             if count
         )
+        tokens = f"{one.tokens_per_s:.0f}" if one.seconds >= 1 else "–"
         recovery = " | ".join(f"{each:.1f}" for each in (one.command_s, one.frame_s, one.table_s))
         lines.append(
-            f"| `{one.fault}` | {FAULTS[one.fault].what} | {ends} | {one.gap_s:.1f} | {one.tokens_per_s:.0f} "
+            f"| `{one.fault}` | {FAULTS[one.fault].what} | {ends} | {one.gap_s:.1f} | {tokens} "
             f"| {recovery} | {one.leader_age_s:.1f} | {one.dropped} |"
         )
     return "\n".join(lines)
