@@ -124,6 +124,7 @@ class ClassGroup(Group):
         self._since.append(record.queued_since)
         if len(self._joined) > 2 * self.queued + 64:
             self._rebuild()
+            self.reordered = True  # others that were only looked at may be out at the moment
 
     def left(self) -> None:
         """One of its requests waits no more."""

@@ -252,9 +252,12 @@ class SteeredScheduler(AsyncScheduler):
         return bool(super()._handle_blocked_waiting_request(request)) and not self._kept_back(request)
 
     def _kept_back(self, request: Any) -> bool:
-        """Whether only its caps keep it back, and it waits with KV of its own: outside our queue, which knows them."""
+        """Whether only its caps keep it back, and it waits with KV of its own: outside our queue, which knows them.
+
+        A session between two turns has a slot as well, which vLLM counts no more when its next turn has come.
+        """
         record = request.steering
-        outside = record.state is State.QUEUED and record not in self.core.queue
+        outside = record.state is State.QUEUED and record not in self.core.queue and not request.resumable
         return outside and compat.may_run(request) and not self.core.limits.room(record)
 
     def _handle_invalid_blocks(self, invalid: Any, scheduled: Any) -> Any:

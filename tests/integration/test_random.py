@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from coxswain.schemas import events as ev
-from tests.support.random_run import Run, cases, undisturbed
+from coxswain.service.tiny import make_model
+from tests.support.random_cases import Case, cases, kinds, undisturbed
+from tests.support.random_run import Run
 from tests.support.simulated import engine
 
 pytestmark = pytest.mark.vllm
@@ -87,9 +89,20 @@ def test_kv_offloading(tmp_path: Path, v2: bool, asynchronous: bool, caching: bo
     assert any(account.restored_tokens for account in accounts) == caching
 
 
-def check(tmp_path: Path, **options: Any) -> Run:
+@pytest.mark.timeout(120 + REQUESTS)
+@pytest.mark.parametrize(("v2", "asynchronous"), [(False, False), (True, True)], ids=["v1-sync", "v2-async"])
+def test_all_kinds_of_requests(tmp_path: Path, v2: bool, asynchronous: bool) -> None:
+    """Adapters (two, with room for one), grammars, children and sessions together: what is refused does nothing."""
+    model = str(make_model(tmp_path / "model"))
+    loras = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "lora_dtype": "bfloat16"}
+    options = {"v2": v2, "asynchronous": asynchronous, "enable_prefix_caching": True}
+    run = check(tmp_path, kinds(SEED, REQUESTS // 2), model=model, **loras, **options)
+    assert any(reply.code == 422 and "session" in (reply.error or "") for reply in run.engine.replies)
+
+
+def check(tmp_path: Path, wanted: list[Case] | None = None, **options: Any) -> Run:
     """Run everything undisturbed on stock vLLM and disturbed on ours."""
-    wanted = cases(SEED, REQUESTS)
+    wanted = cases(SEED, REQUESTS) if wanted is None else wanted
     plain = {name: value for name, value in options.items() if name != "kv_transfer_config"}
     with engine(tmp_path, scheduler=None, num_gpu_blocks_override=400, **plain) as stock:
         expected = undisturbed(stock, wanted)
@@ -97,12 +110,12 @@ def check(tmp_path: Path, **options: Any) -> Run:
         run = Run(steered, wanted, SEED)
         run.play()
         run.check(expected)
-    assert steered.steps > 2 * REQUESTS
-    assert run.ledger.preempted_total > REQUESTS / 4
-    assert run.ledger.recomputed_total > 5 * REQUESTS
+    assert steered.steps > 2 * len(wanted)
+    assert run.ledger.preempted_total > len(wanted) / 4
+    assert run.ledger.recomputed_total > 5 * len(wanted)
     assert min(run.done.values()) > 0
     kinds = {kind for _, kind, _ in run.events}
     assert ev.Dropped in kinds
     assert (ev.Parked in kinds) == steered.scheduler.mechanism.parks
-    assert 0 < len(run.gone) < REQUESTS / 3
+    assert 0 < len(run.gone) < len(wanted) / 3
     return run

@@ -8,16 +8,14 @@ import random
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from ulid import ULID
-from vllm import SamplingParams
-
 from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Targets
 from coxswain.schemas.policy import ClassPolicy, Lead, TenantPolicy, TenantRank
 from coxswain.schemas.subjects import CONTROLLER, ENGINE, OPERATOR
 from coxswain.service.port import LeadIn
-from coxswain.service.request_id import make
-from tests.support.simulated import KEY, Engine
+from coxswain.service.scheduler.states import State
+from tests.support.random_cases import TENANTS, Case, send
+from tests.support.simulated import Engine
 
 STEP_S: Final = 0.01
 LIVE: Final = 14
@@ -27,7 +25,6 @@ PATIENCE: Final = 700
 end before it."""
 EVERY: Final = 64
 """Steps between two looks at everything."""
-TENANTS: Final = ("acme", "globex", "initech")
 TABLES: Final[tuple[dict[str, Any], ...]] = (
     {},
     {
@@ -60,46 +57,6 @@ TABLES: Final[tuple[dict[str, Any], ...]] = (
 )
 
 
-class Case(NamedTuple):
-    """One request of a run."""
-
-    id: str
-    """The engine's."""
-    public: str
-    """What commands name: several children of one client's request have the same."""
-    prompt: list[int]
-    params: SamplingParams
-    priority: int
-
-
-def cases(seed: int, count: int) -> list[Case]:
-    """Requests: half of them share a long prefix, a quarter stops at a token of its own, some have two children."""
-    dice = random.Random(seed)
-    prefixes = [[dice.randrange(4_000) for _ in range(64)] for _ in range(2)]
-    made: list[Case] = []
-    while len(made) < count:
-        own = [dice.randrange(4_000) for _ in range(dice.randrange(1, 120))]
-        prompt = dice.choice(prefixes) + own if dice.random() < 0.5 else own
-        # Any of 400 tokens stops it: after some ten, or never.
-        stop = dice.sample(range(2_000, 4_000), 200) if dice.random() < 0.25 else []
-        params = SamplingParams(max_tokens=dice.randrange(1, 80), ignore_eos=True, stop_token_ids=stop)
-        ulid = str(ULID(dice.randbytes(16)))
-        public = make(bytes.fromhex(KEY), dice.choice(TENANTS), dice.choice(["", "chat", "batch"]), ulid)
-        tail = f"cmpl-{public}-0-{dice.randrange(2**32):08x}"
-        names = [tail] if dice.random() < 0.9 else [f"{child}_{tail}" for child in range(2)]
-        priority = dice.randrange(-3, 4)
-        made += [Case(name, public, prompt, params, priority) for name in names]
-    return made
-
-
-def undisturbed(engine: Engine, wanted: list[Case]) -> dict[str, list[int]]:
-    """What every request says when nobody does anything to it."""
-    for case in wanted:
-        engine.add(case.id, case.prompt, 0, params=case.params.clone())
-    engine.run()
-    return engine.outputs
-
-
 class Run:
     """One random run.
 
@@ -118,6 +75,8 @@ class Run:
         """Aborted by a command, or left by their client."""
         self.now = 1_000.0
         self.epoch = (1.0, 0)
+        self.turns: dict[str, list[list[int]]] = {}
+        """What sessions have yet to say."""
         self.idle: dict[str, int] = {}
         self.longest_idle = 0
         self.done = dict.fromkeys(ACTIONS, 0)
@@ -143,11 +102,21 @@ class Run:
 
     def arrive(self, case: Case) -> None:
         """Send a request."""
-        self.engine.add(
-            case.id, case.prompt, 0, params=case.params.clone(), priority=case.priority, arrival_time=self.now
-        )
+        send(self.engine, case, case.prompt, priority=case.priority, arrival_time=self.now)
         self.live[case.id] = case
+        if case.turns:
+            self.turns[case.id] = [*case.turns]
         self.now += 1e-6  # no two arrive at once
+
+    def go_on_talking(self) -> None:
+        """Sessions get their next turn, at some time, or their end."""
+        for name in [name for name in self.turns if self.dice.random() < 0.1]:
+            left = self.turns[name]
+            if left:
+                send(self.engine, self.live[name], left.pop(0))
+            else:
+                send(self.engine, self.live[name], [1], last=True)
+                del self.turns[name]
 
     def act(self, name: str) -> None:
         """Do one of `ACTIONS` to up to three requests, if there are any."""
@@ -162,23 +131,38 @@ class Run:
         self.engine.scheduled = {}
         if not self.engine.step():
             self.now += 10 * STEP_S  # an idle engine waits for a lease to end
-        for name in self.gone | self.engine.finished.keys():
+        self.go_on_talking()
+        ended = self.gone | self.engine.finished.keys()
+        for name, case in self.live.items():
+            if case.turns:  # each turn is finished, and the end of a session that waits is not told
+                here = name in self.engine.scheduler.requests
+                ended = ended - {name} if here else ended | {name}
+        for name in ended:
             self.live.pop(name, None)
             self.idle.pop(name, None)
+            self.turns.pop(name, None)
         records = self.engine.scheduler.core.roster.records
-        for name in self.live:
+        for name, case in self.live.items():
+            assert not (case.turns and records[name].holds), "sessions cannot be held"
             held = bool(
                 records[name].holds.keys() - {ENGINE}
             )  # what only the engine holds must go on by itself
+            held |= bool(case.turns)  # it waits for its client
             self.idle[name] = 0 if held or name in self.engine.scheduled else self.idle.get(name, 0) + 1
         self.check_caps()
         self.longest_idle = max(self.longest_idle, *self.idle.values(), 0)
 
     def check_caps(self) -> None:
-        """In every step: of nothing that may not borrow does more run than may."""
+        """In every step: of what may not borrow no more runs than may, but for sessions, which nobody stops."""
         core = self.engine.scheduler.core
         groups = (*core.roster.classes.values(), *core.tenants.accounts.values())
-        over = {group for group in groups if group.excess > group.borrowing}
+        over = [group for group in groups if group.excess > group.borrowing]
+        for name in self.live if over else ():
+            record = core.roster.records[name]
+            if self.live[name].turns and record.state is State.RUNNING:
+                over = [
+                    group for group in over if group not in (record.account, core.limits.group_of(record))
+                ]
         assert not over, over
 
     def command(self, verb: str, some: list[Case], **fields: Any) -> None:
@@ -226,7 +210,7 @@ class Run:
         for record, fields in ended.items():
             assert positions(fields) == self.engine.computed[record.id], (record, fields)
             assert min(fields[name] for name in COUNTED) >= 0, (record, fields)
-            if record.id not in self.gone:
+            if record.id not in self.gone and not record.earlier_turns:
                 assert fields["output_tokens"] == len(expected[record.id])
                 assert fields["discarded_tokens"] <= self.may_discard(fields["reason"]), (record, fields)
         core = self.engine.scheduler.core

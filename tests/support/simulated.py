@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ class Engine:
         )
         if request.use_structured_output:
             self.core.structured_output_manager.grammar_init(request)
+            futures.wait([request.structured_output_request._grammar])  # a seed does the same everywhere
         self.core.add_request(request)
 
     def command(
