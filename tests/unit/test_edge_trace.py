@@ -44,6 +44,7 @@ class Rig:
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge")
 
     async def _inside(self, scope: Any, _receive: Any, send: Any) -> None:
+        assert len({name for name, _ in scope["headers"]}) == len(scope["headers"]), "a header is there twice"
         self.seen = {name.decode(): value.decode() for name, value in scope["headers"]}
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"ok"})
@@ -129,6 +130,18 @@ async def test_phases_are_spans_of_the_clients_trace():
         "coxswain.class": "",
     }
     assert not rig.traces.open
+
+
+async def test_what_is_held_in_the_queue_goes_back_to_it():
+    """It had no KV to keep: continued, it waits again, and runs only when it is admitted."""
+    rig = Rig()
+    request = await rig.request()
+    rig.happen(
+        request, (1.0, *QUEUED), (2.0, *held("controller", kv="none")), (3.0, *continued("controller")),
+        (4.0, *ADMITTED), (5.0, *FINISHED),
+    )  # fmt: skip
+    assert times(rig.spans()["queue"]) == [(1.0, 2.0), (3.0, 4.0)]
+    assert times(rig.spans()["run"]) == [(4.0, 5.0)]
 
 
 async def test_vllm_is_handed_our_span_as_its_parent():
