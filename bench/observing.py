@@ -3,7 +3,7 @@
     python -m bench.observing [--json PATH] [--rounds 2]
 
 A worker on the simulated device behind its real HTTP server, 96 requests of 200 tokens on 32 slots; sides in turns,
-each in processes of its own: `off`, `metrics` (the page is fetched five times a second, a Prometheus does every 15 s) and
+each in processes of its own: `off`, `metrics` (the page is fetched five times a second) and
 `traces` (that, and a span for all that happens). The front's CPU is beside it: that is where the work is done.
 """
 
