@@ -19,6 +19,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from tests.faults import checks
 from tests.faults.faults import FAULTS
 from tests.faults.rounds import Verdict, rigged
 from tests.faults.steps import steer
@@ -33,12 +34,21 @@ async def soak(names: list[str], seconds: float, seed: int, folder: Path, consol
         console.print(
             f"a fleet runs after {time.monotonic() - began:.0f} s; its logs: {folder}", highlight=False
         )
+        began = time.monotonic()
         coming: list[str] = []
+        first: checks.Level | None = None
         while len(verdicts) < len(names) or time.monotonic() - began < seconds:
             if not coming:
                 coming = dice.sample(names, len(names)) if verdicts else names[::-1]
             verdict = await rig.play(FAULTS[coming.pop()])
             verdicts.append(verdict)
+            if len(verdicts) == len(names):
+                first = rig.level
+            elif (
+                len(verdicts) > len(names) and first and rig.level
+            ):  # what leaks slowly is seen against the first round
+                problems = [f"since the first round: {each}" for each in checks.grown(first, rig.level)]
+                verdict.problems += problems
             console.print(f"{verdict.fault}: {'; '.join(verdict.problems) or 'all held'}", highlight=False)
     return verdicts
 

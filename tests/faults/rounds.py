@@ -74,11 +74,12 @@ class Rig:
         self.watch = Watch(fleet)
         self.hands = Hands(fleet, self.load, self.watch)
         self._logs = checks.Logs([one.log for one in (*fleet.workers.values(), *fleet.leaders.values())])
-        self._level: checks.Level | None = None
+        self.level: checks.Level | None = None
+        """At rest, after the last fault."""
 
     async def play(self, fault: Fault) -> Verdict:
         """Do it, heal it, and look at everything."""
-        before = self._level or await checks.at_rest(self.fleet)
+        before = self.level or await checks.at_rest(self.fleet)
         self.load.forget()
         operator = self.operator
         operator.applied = operator.unanswered = 0
@@ -132,7 +133,7 @@ class Rig:
     async def _judge(self, fault: Fault, verdict: Verdict, before: checks.Level, started_at: float) -> None:
         fleet, asked = self.fleet, self.load.asked
         lives = {worker.name: worker.life for worker in fleet.workers.values()}
-        after = self._level = await checks.at_rest(fleet)
+        after = self.level = await checks.at_rest(fleet)
         verdict.dropped = sum(
             frame.events_dropped_total - _dropped(before.frames[name], frame)
             for name, frame in after.frames.items()
