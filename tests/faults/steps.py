@@ -60,13 +60,14 @@ def steer(steps: int, seed: int, console: Console) -> list[Taken]:
     return runs
 
 
-def one(seed: int, mode: dict[str, Any]) -> Taken:
+def one(seed: int, mode: dict[str, Any], requests: int = REQUESTS) -> Taken:
     """One run: the same requests undisturbed on stock vLLM, then steered at random on ours."""
-    from tests.support.random_run import Run, cases, undisturbed
+    from tests.support.random_cases import cases, undisturbed
+    from tests.support.random_run import Run
     from tests.support.simulated import engine
 
     began = time.monotonic()
-    wanted = cases(seed, REQUESTS)
+    wanted = cases(seed, requests)
     try:
         with tempfile.TemporaryDirectory() as folder:
             with engine(Path(folder), scheduler=None, num_gpu_blocks_override=400, **mode) as stock:
@@ -76,7 +77,7 @@ def one(seed: int, mode: dict[str, Any]) -> Taken:
                 run.play()
                 run.check(expected)
     except BaseException as error:
-        error.add_note(f"seed {seed}, mode {mode}, {REQUESTS} requests")
+        error.add_note(f"seed {seed}, mode {mode}, {requests} requests")
         raise
     return Taken(
         seed=seed, mode=mode, steps=steered.steps, commands=sum(run.done.values()), requests=len(wanted),

@@ -10,6 +10,7 @@ from coxswain.schemas import events as ev
 from coxswain.schemas.status import CommandStats
 from tests.faults import checks
 from tests.faults.load import Asked
+from tests.faults.steps import MODES, one
 from tests.faults.watch import Log
 from tests.support.frames import frame, row
 from tests.support.serving import Piece
@@ -93,6 +94,14 @@ def test_totals_that_are_not_what_clients_have_are_seen() -> None:
         after = {"w1": frame("w1", "01A", 2, row("acme", output_tokens_total=tokens, finished_total=count))}
         found = list(checks.totals([asked(WHOLE)], before, after, log(), {"w1": 1}, complete=True))
         assert (not found) == right
+
+
+@pytest.mark.vllm
+def test_random_steps_run() -> None:
+    """One short run of what the long form ends with."""
+    taken = one(1, MODES[-1], requests=30)
+    assert taken.steps > 60
+    assert taken.commands > 30
 
 
 def test_what_is_left_and_what_has_grown_is_seen() -> None:
