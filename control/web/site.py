@@ -24,6 +24,7 @@ FILES: Final = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
     "/rows.js": ("rows.js", "text/javascript"),
+    "/table.js": ("table.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 HEADERS: Final = {
