@@ -279,6 +279,8 @@ class Mechanism:
                 granted = min(granted, left)
             elif granted > left and left < self._whole[group]:
                 return 0  # a prompt that cannot be cut goes whole when it is the step's first
+        if not granted and tokens and request.lora_request and request.status == RequestStatus.RUNNING:
+            granted = 1  # else vLLM takes its adapter for free, admits another, and ends when both are to run
         for group in groups:
             self._left[group] = max(0, self._left[group] - granted)
         return granted
