@@ -159,7 +159,7 @@ async def event_stream_full(hands: Hands) -> AsyncGenerator[float, None]:
     await js.update_stream(config.evolve(discard=DiscardPolicy.OLD, max_msgs=-1))
 
 
-@fault()
+@fault(forgets=True)
 async def event_stream_gone(hands: Hands) -> AsyncGenerator[float, None]:
     """The event stream deleted for 4 s, and made again by `cox init`."""
     await hands.fleet.cox.js.delete_stream(hands.fleet.cox.subjects.stream)

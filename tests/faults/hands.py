@@ -52,7 +52,7 @@ class Fault(NamedTuple):
     kills: frozenset[str]
     """Workers whose requests may fail."""
     forgets: bool
-    """Whether the event log may lose what it had."""
+    """Whether the event log loses what it had, and may be away for so long that events are dropped."""
     freezes_s: float
     """For how long the engine cannot end a lease."""
 
