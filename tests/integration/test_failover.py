@@ -137,6 +137,20 @@ async def test_a_killed_leader_is_replaced_and_fairness_goes_on(
     assert abs(gap["a"] - gap["b"]) <= 2 * 160 * 2
 
 
+async def test_of_two_that_start_at_once_one_leads(
+    leaders: Leaders, workers: list[Working], client: Client
+) -> None:
+    """Two processes ask for the lease in the same moment: no worker ever obeys more than one of them."""
+    for name in ("one", "two"):
+        leaders.start(name)
+    first = await led(workers, "one", "two")
+    before = served(workers)
+    await until(lambda: min(served(workers).values()) > min(before.values()) + 200, 30.0)
+    assert len({each.epoch for worker in workers for each in worker.told}) == 1
+    assert {worker.leader for worker in workers} == {first}
+    assert all(process.poll() is None for process in leaders.processes.values())
+
+
 async def test_a_leader_that_slept_through_its_end_changes_nothing(
     leaders: Leaders, workers: list[Working], client: Client
 ) -> None:
