@@ -76,7 +76,7 @@ class Overview:
         views = sorted(self.fleet.workers.values(), key=lambda view: view.worker)
         live = [view for view in views if self.fleet.liveness(view) == "live"]
         span_s = self._recent.span_s(self.now)
-        service = sum(self._recent.sums.service.values())
+        service = sum(max(0.0, served) for served in self._recent.sums.service.values())
         tenants = self._tenants(live, service, span_s)
         return Picture(
             fleet=self.name,
@@ -156,7 +156,7 @@ class Overview:
         of_class: defaultdict[str, float] = defaultdict(float)
         weights: defaultdict[str, float] = defaultdict(float)
         for name, each in rows.items():
-            served = self._recent.sums.service.get(name, 0.0)
+            served = max(0.0, self._recent.sums.service.get(name, 0.0))
             of_class[each[0].class_] += served
             if served > 0 or any(row.queued or row.running or row.held for row in each):
                 weights[each[0].class_] += max(row.weight for row in each)
@@ -173,7 +173,10 @@ class Overview:
         weights: dict[str, float],
         span_s: float,
     ) -> TenantRow:
-        served, class_ = self._recent.sums.service.get(name, 0.0), rows[0].class_
+        served = max(
+            0.0, self._recent.sums.service.get(name, 0.0)
+        )  # what was charged ahead may be given back
+        class_ = rows[0].class_
         weight = max(row.weight for row in rows)
         queued, running, held = (
             sum(getattr(row, field) for row in rows) for field in ("queued", "running", "held")

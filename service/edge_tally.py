@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from coxswain.schemas import metrics as names
 from coxswain.schemas.metrics import OTHER, Metric
@@ -147,10 +148,12 @@ class Tally(msgspec.Struct):
                 self.classes.append(class_.class_)
         for row in frame.tenants:
             known = life.rows.get(row.tenant)
-            if row != known:
+            if known is None or row != known:
                 gain: dict[str, Number] = {}
                 _add(gain, _tenant_counts(row), _tenant_counts(known) if known else {})
-                life.rows[row.tenant] = row
+                # What was charged ahead and did not come is given back: charged again, it is not counted again.
+                most = max(row.charged, known.charged) if known else row.charged
+                life.rows[row.tenant] = replace(row, charged=most)
                 yield life, row.tenant, gain
 
     def _credit(self, life: Life, tenant: str, gain: dict[str, Number]) -> None:

@@ -185,3 +185,11 @@ def test_classes_have_a_bounded_number_of_names(count):
     tally.take([(1.0, frame("w1", classes=tuple(rows)))], 1.0)
     labels = {tally.class_label(name) for name in names_given}
     assert len(labels) == min(count, MAX_CLASSES + 1)
+
+
+def test_what_was_charged_ahead_and_given_back_is_not_counted_twice():
+    """Virtual time falls when expected output did not come; charged again up to where it was, it is no news."""
+    tally, charged = Tally(5), names.TENANT_CHARGED.name
+    for seq, so_far in enumerate((0.0, 100.0, 40.0, 90.0, 130.0), 1):
+        tally.take([(1_000.0 + seq, frame("w1", "010001", seq, row("acme", charged=so_far)))], 1_000.0 + seq)
+    assert tally.workers["w1"].served["acme"][charged] == 130.0
