@@ -110,7 +110,7 @@ class Run:
 
     def go_on_talking(self) -> None:
         """Sessions get their next turn, at some time, or their end."""
-        for name in [name for name in self.turns if self.dice.random() < 0.1]:
+        for name in [name for name in self.turns if name not in self.gone and self.dice.random() < 0.1]:
             left = self.turns[name]
             if left:
                 send(self.engine, self.live[name], left.pop(0))
