@@ -86,7 +86,7 @@ class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
 
-class TenantRank(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class TenantRank(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """What a `rank` says of one tenant on one worker."""
 
     base: Finite = 0.0
