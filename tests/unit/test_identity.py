@@ -396,6 +396,7 @@ OTHER = request_id.make(KEY, "victim", "gold", str(ULID()))
         OTHER,
         "",
     ],
+    ids=["chat", "completion", "response", "response-of-another", "two", "another", "nothing"],
 )
 def test_hook_makes_every_request_the_tickets(internal: str) -> None:
     """Whatever id vLLM or the body made, the scheduler finds the ticket's identity in it."""
