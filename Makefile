@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 FUZZ ?= 60
+# Test files that run at the same time: most of them wait for processes that start.
+JOBS ?= 2
 SOAK ?= 600
 STEPS ?= 20000
 # Where torch's CPU build comes from when the package sources that pip is configured with lack it.
@@ -26,7 +28,7 @@ help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_INDEX=$(TORCH_INDEX)"
-	@echo "             DEMO_REPORT=file for demo, TESTS=paths and ARGS=options for test"
+	@echo "             DEMO_REPORT=file for demo, TESTS=paths, ARGS=options and JOBS=$(JOBS) for test"
 
 install: $(INSTALLED) ## make .venv from the pinned locks (once; again when they change)
 
@@ -48,7 +50,7 @@ demo: install ## see a running engine being steered, under 4 minutes; DEMO_REPOR
 	@$(BIN)/cox demo
 
 test: install ## the whole test suite; TESTS=tests/unit for a part, ARGS=-x for pytest
-	$(BIN)/pytest $(TESTS) $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
 check: lint drift links wheel test ## what CI runs: everything below down to wheel, then the tests
 

@@ -36,7 +36,8 @@ def url(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def _cox(*arguments: str, **more: Any) -> Result:
-    return CliRunner().invoke(app, arguments, **more)
+    # As when piped, whatever width the tests' own terminal has.
+    return CliRunner(env={"COLUMNS": None}).invoke(app, arguments, **more)
 
 
 def _json(*arguments: str, code: Exit = Exit.DONE) -> Any:
