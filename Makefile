@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 FUZZ ?= 60
-# Test files that run at the same time: most of them wait for processes that start.
+# Test files that run at the same time, for most wait for processes that start. Acceptance has the machine to itself.
 JOBS ?= 2
 SOAK ?= 600
 STEPS ?= 20000
@@ -50,7 +50,12 @@ demo: install ## see a running engine being steered, under 4 minutes; DEMO_REPOR
 	@$(BIN)/cox demo
 
 test: install ## the whole test suite; TESTS=tests/unit for a part, ARGS=-x for pytest
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
+ifdef TESTS
+	$(BIN)/pytest $(TESTS) $(ARGS)
+else
+	$(BIN)/pytest tests/acceptance $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/acceptance $(ARGS)
+endif
 
 check: lint drift links wheel test ## what CI runs: everything below down to wheel, then the tests
 
