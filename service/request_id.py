@@ -97,7 +97,7 @@ def parse(key: bytes | None, internal_id: str) -> Parsed:
     """Turn vLLM's internal request id into the public id and the identity.
 
     Never raises, whatever the text. Without a key nothing is proven and every identity is None. Only the last
-    mark counts: text that a client chose (a body's `request_id`) can only stand before it.
+    id counts: text that a client chose (a body's `request_id`) can only stand before it.
 
     Args:
         key: the signing key, or None if this process has none.
@@ -141,9 +141,17 @@ def insert(internal_id: str, public: str) -> str:
 
 
 def _last_mark(text: str) -> re.Match[str] | None:
-    # The mark cannot occur inside a signed id (a tenant's dots are %2E), so the last one starts the last id.
-    at = text.rfind(MARK)
-    return None if at < 0 else _SIGNED.match(text, at)
+    # A signed id shows the mark up to three times: at its start, and where a tenant's or class's name ends in
+    # "cox". From such an end too few parts follow to be an id, so the first match from the right is the last id.
+    at = len(text)
+    for _ in range(3):
+        at = text.rfind(MARK, 0, at)
+        if at < 0:
+            return None
+        match = _SIGNED.match(text, at)
+        if match is not None:
+            return match
+    return None
 
 
 def _strip(internal_id: str) -> str:

@@ -18,6 +18,9 @@ tenants = st.text(min_size=1, max_size=128).filter(
     lambda text: not any(0xD800 <= ord(letter) <= 0xDFFF for letter in text) and len(text.encode()) <= 128,
 )
 classes = st.text(alphabet=string.ascii_lowercase + string.digits + "_-", max_size=64)
+# Names that look like the mark's own word, wherever a separator may follow them.
+tenants |= st.sampled_from(("cox", "cox.", "my-cox", "cox.cox.", "%cox", "cox.a.cox"))
+classes |= st.sampled_from(("cox", "a-cox", "cox_cox"))
 # Every form that vLLM 0.32 makes of an id, with and without its random suffix.
 FORMS = (
     "chatcmpl-{}",
@@ -64,10 +67,14 @@ def test_another_key_is_not_believed() -> None:
     assert parse(None, internal) == Parsed(ACME, None)
 
 
-def test_only_the_last_mark_counts() -> None:
+def test_only_the_last_id_counts() -> None:
     """Somebody else's signed id in a client-chosen part of the id is not taken for the request's own."""
     mine = make(KEY, "mallory", "", ULID)
     assert parse(KEY, insert(f"{ACME}_0-1a2b3c4d", mine)).identity == Identity("mallory", "", mine)
+    named_like_it = make(KEY, "cox", "cox", ULID)
+    assert parse(KEY, insert(f"{ACME}_0-1a2b3c4d", named_like_it)).identity == Identity(
+        "cox", "cox", named_like_it
+    )
     forged_last = f"chatcmpl-{mine}-cox.acme..{ULID}.0123456789abcdef-1a2b3c4d"
     assert parse(KEY, forged_last).identity is None
 
