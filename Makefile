@@ -22,7 +22,7 @@ endif
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint format schema states drift links wheel browser audit fuzz soak lock clean
+.PHONY: help install demo test check lint format generate drift links wheel browser audit fuzz soak lock clean
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,15 +63,11 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy scripts
+	$(BIN)/mypy -p scripts
 
-drift: install ## what is generated into docs/ and the README is what the code says
+drift: install ## what is generated into docs/, deploy/ and the README is what the code says
 	$(BIN)/cox schema --check docs/schema.json
-	$(BIN)/python scripts/protocol_examples.py --check
-	$(BIN)/python scripts/event_pages.py --check
-	$(BIN)/python scripts/states.py --check
-	$(BIN)/python scripts/permissions.py --check
-	$(BIN)/python scripts/dashboards.py --check
+	$(BIN)/python -m scripts.generated
 
 links: install ## links and paths in the documents resolve
 	$(BIN)/python scripts/doc_links.py
@@ -89,14 +85,9 @@ format: install ## let ruff format the code and sort its imports
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-schema: states ## renew what is generated: docs/schema.json, the documents' examples, docs/states.md
+generate: install ## renew what is generated into docs/, deploy/ and the README
 	$(BIN)/cox schema --output docs/schema.json
-	$(BIN)/python scripts/protocol_examples.py --write
-	$(BIN)/python scripts/event_pages.py --write
-	$(BIN)/python scripts/permissions.py
-
-states: install ## renew docs/states.md alone, after a change of the table of states
-	$(BIN)/python scripts/states.py
+	$(BIN)/python -m scripts.generated --write
 
 audit: ## known vulnerabilities of what the locks pin, by pip-audit (needs the network; not part of check)
 	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
@@ -106,7 +97,7 @@ audit: ## known vulnerabilities of what the locks pin, by pip-audit (needs the n
 		-r $(VENV)-audit/torch.lock -r requirements/cpu.lock -r requirements/dev.lock
 
 fuzz: install ## fuzz every decoder, guided by coverage; FUZZ=60 seconds, ARGS for libFuzzer
-	$(BIN)/python scripts/fuzz.py -max_total_time=$(FUZZ) $(ARGS)
+	$(BIN)/python -m scripts.fuzz -max_total_time=$(FUZZ) $(ARGS)
 
 soak: install ## faults in rounds, then random steering; SOAK=600 seconds, STEPS=20000, ARGS="--only NAME --json FILE"
 	$(BIN)/python -m tests.faults --seconds $(SOAK) --steps $(STEPS) $(ARGS)

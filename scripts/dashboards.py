@@ -1,12 +1,10 @@
 """Grafana's dashboards, `deploy/grafana/dashboards/*.json`, written from the short lists below.
 
-`--write` renews them; with `--check`, or nothing, a difference is named and the exit code is 1. The tests call it too,
-and hold every query to `schemas/metrics.py`. In Grafana they are read-only: change them here.
+`generated.py` compares or renews them; the tests hold every query to `schemas/metrics.py`. In Grafana they are read-only:
+change them here.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -242,25 +240,3 @@ def _variable(name: str) -> dict[str, Any]:
 def texts() -> dict[Path, str]:
     """Every file and what it should say."""
     return {FOLDER / f"{name}.json": json.dumps(dashboard(name), indent=2) + "\n" for name in ROWS}
-
-
-def main() -> int:
-    """Write the dashboards, or compare."""
-    parser = argparse.ArgumentParser(description="write Grafana's dashboards")
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing (the default)")
-    parser.add_argument("--write", action="store_true")
-    write = parser.parse_args().write
-    stale = [path for path, text in texts().items() if not path.exists() or path.read_text() != text]
-    for path in stale:
-        if write:
-            path.write_text(texts()[path])
-        else:
-            print(
-                f"{path.relative_to(ROOT)} is not what scripts/dashboards.py says: run it with --write",
-                file=sys.stderr,
-            )
-    return int(bool(stale) and not write)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

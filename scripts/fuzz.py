@@ -1,6 +1,6 @@
 """Fuzz everything that reads what strangers send, guided by coverage (libFuzzer by way of atheris).
 
-    python scripts/fuzz.py -max_total_time=20
+    python -m scripts.fuzz -max_total_time=20
 
 Options are libFuzzer's; a crash is written to a file, which as an argument is run again. The targets, with what
 must hold, are in `tests/support/fuzz.py`; hypothesis runs the same ones in `tests/unit/test_fuzz.py`.
@@ -13,11 +13,9 @@ from pathlib import Path
 import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import msgspec
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 with atheris.instrument_imports(include=["coxswain"]):
-    from protocol_examples import EXAMPLES
-
     from coxswain.schemas.subjects import VERBS
+    from scripts.protocol_examples import EXAMPLES
     from tests.support.fuzz import TARGETS
 
 ORDER = list(TARGETS.values())

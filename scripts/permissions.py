@@ -1,15 +1,10 @@
-"""Write the table of rights into `docs/security.md`, from `schemas/permissions.py`.
+"""The table of rights in `docs/security.md`, from `schemas/permissions.py`; `generated.py` compares or renews it."""
 
-`--check` exits with 1 if the page says something else; without it the page is written (`make schema`).
-"""
-
-import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Final
 
-from coxswain.schemas.permissions import INBOX, ROLES, rights, streams
+from coxswain.schemas.permissions import ROLES, rights, streams
 from coxswain.schemas.subjects import Subjects
 
 PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "security.md"
@@ -44,29 +39,7 @@ def _cell(subjects: list[str] | tuple[str, ...]) -> str:
     return ", ".join(shown) or "nothing"
 
 
-def page(text: str) -> str:
+def texts() -> dict[Path, str]:
     """The page with the table as it must be."""
-    before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + table() + END + rest.partition(END)[2]
-
-
-def main() -> int:
-    """Write the page, or compare it with the code."""
-    parser = argparse.ArgumentParser(
-        description=f"write the rights of roles into docs/security.md ({INBOX} aside)"
-    )
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
-    found = PAGE.read_text()
-    wanted = page(found)
-    if not parser.parse_args().check:
-        PAGE.write_text(wanted)
-        return 0
-    if found != wanted:
-        print(
-            "docs/security.md does not give the rights that the code does: run `make schema`", file=sys.stderr
-        )
-    return int(found != wanted)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    return {PAGE: before + BEGIN + table() + END + rest.partition(END)[2]}

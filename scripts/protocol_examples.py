@@ -2,15 +2,11 @@
 
 The JSON in `docs/protocol.md` is what the contract's own encoders write, between `<!-- example: NAME -->` and
 `<!-- end -->`. Programs are files of `examples/`, between `<!-- program: PATH -->` and `<!-- end -->`.
-`--write` renews both; with `--check`, or nothing, a difference is shown and the exit code is 1. The tests
-call it too.
+`generated.py` compares or renews both.
 """
 
-import argparse
-import difflib
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -227,35 +223,6 @@ def quoted_in(text: str) -> set[str]:
     return {match[2] for pattern in (_EXAMPLE, _PROGRAM) for match in pattern.finditer(text)}
 
 
-def stale(*, write: bool = False) -> str:
-    """What differs, as a diff over all documents, empty if nothing does; `write` renews them."""
-    found = ""
-    for name in DOCUMENTS:
-        text = (ROOT / name).read_text()
-        wanted = renewed(text)
-        found += "".join(
-            difflib.unified_diff(
-                text.splitlines(keepends=True), wanted.splitlines(keepends=True), name, "its source"
-            )
-        )
-        if write and text != wanted:
-            (ROOT / name).write_text(wanted)
-    return found
-
-
-def main() -> int:
-    """Compare the documents with their sources, or renew them."""
-    parser = argparse.ArgumentParser(description="keep what the documents quote equal to its source")
-    parser.add_argument("--write", action="store_true", help="renew the documents")
-    parser.add_argument("--check", action="store_true", help="exit 1 if one differs (the default)")
-    write = parser.parse_args().write
-    found = stale(write=write)
-    if write or not found:
-        return 0
-    print(found)
-    print("run `python scripts/protocol_examples.py --write` and commit the documents", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def texts() -> dict[Path, str]:
+    """Every document as it should be."""
+    return {ROOT / name: renewed((ROOT / name).read_text()) for name in DOCUMENTS}

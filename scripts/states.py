@@ -1,11 +1,5 @@
-"""Draw `docs/states.md` from the table in `service/scheduler/states.py`.
+"""Draw `docs/states.md` from the table in `service/scheduler/states.py`; `generated.py` compares or renews it."""
 
-`--check` shows a difference and exits with 1; without it the page is written (`make states`).
-"""
-
-import argparse
-import difflib
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +10,7 @@ PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "states.md"
 INTRODUCTION: Final = """\
 # The life of a request
 
-Drawn by `make states` from the table in `service/scheduler/states.py`; do not edit. A transition that is not in
+Drawn by `make generate` from the table in `service/scheduler/states.py`; do not edit. A transition that is not in
 the table for a state is illegal there: it raises and changes nothing. A request can *finish* in every state.
 """
 
@@ -50,24 +44,6 @@ def names() -> list[str]:
     return lines
 
 
-def main() -> int:
-    """Write the page, or compare it with the table."""
-    parser = argparse.ArgumentParser(description="draw docs/states.md from the table of states")
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
-    wanted = page()
-    if not parser.parse_args().check:
-        PAGE.write_text(wanted)
-        return 0
-    found = PAGE.read_text() if PAGE.exists() else ""
-    if found == wanted:
-        return 0
-    difference = difflib.unified_diff(
-        found.splitlines(), wanted.splitlines(), "docs/states.md", "the table", lineterm=""
-    )
-    print("\n".join(difference))
-    print("docs/states.md is not what the table says: run `make states` and commit it", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def texts() -> dict[Path, str]:
+    """The page."""
+    return {PAGE: page()}

@@ -16,7 +16,7 @@ from coxswain.control.policy import params_of
 from coxswain.schemas import commands, events, status, subjects
 from coxswain.schemas.errors import Code
 from examples.half_life import HalfLife
-from scripts import event_pages, protocol_examples
+from scripts import generated, protocol_examples
 from tests.support.frames import frame, row
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -51,14 +51,27 @@ def test_nobody_is_told_to_install_us_by_name() -> None:
 # Quotations
 
 
-def test_what_the_documents_quote_is_what_its_source_says() -> None:
-    """JSON examples are what the encoders write, programs are the files that they name."""
-    assert protocol_examples.stale() == ""
+def test_what_is_generated_is_what_its_source_says() -> None:
+    """Quoted examples and programs, pages on events, the states, the rights of roles and the dashboards."""
+    assert generated.drift() == ""
 
 
-def test_every_kind_of_event_has_a_page_that_is_as_its_source() -> None:
-    """Fields, types and meanings are those of the struct; the guide links each."""
-    assert event_pages.stale() == ""
+def test_drift_is_shown_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was changed, one that is missing and one too many are in the difference until they are renewed."""
+    changed, missing, extra = (tmp_path / "docs" / name for name in ("changed.md", "missing.md", "extra.md"))
+    changed.parent.mkdir()
+    changed.write_text("by hand\n")
+    extra.write_text("of old\n")
+    monkeypatch.setattr(generated, "ROOT", tmp_path)
+    monkeypatch.setattr(generated, "texts", lambda: {changed: "as it is\n", missing: "new\n", extra: ""})
+    found = generated.drift()
+    assert all(line in found for line in ("-by hand", "+as it is", "+new", "-of old"))
+    generated.renew()
+    assert (changed.read_text(), missing.read_text(), extra.exists()) == ("as it is\n", "new\n", False)
+
+
+def test_every_kind_of_event_has_a_page() -> None:
+    """The guide links each."""
     guide = (ROOT / "docs" / "events.md").read_text()
     assert all(f"(events/{kind}.md)" in guide for kind in events.KINDS)
 

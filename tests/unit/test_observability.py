@@ -5,7 +5,6 @@ That live processes export the names of the contract, `tests/integration/test_me
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -172,10 +171,3 @@ def test_what_compose_mounts_is_here_and_asks_the_services_that_are_there() -> N
         if "job" in selector.equal
     }
     assert asked <= jobs.keys()
-
-
-def test_dashboards_pass_the_check_of_make_drift() -> None:
-    """What `make drift` runs."""
-    script = ROOT / "scripts" / "dashboards.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
