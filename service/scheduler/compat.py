@@ -207,7 +207,9 @@ def _cannot_resume(connector: Any) -> bool:
     worker dies of the file that is not there, of vLLM's own preemptions too.
     """
     parts = getattr(connector, "_connectors", ())
-    return type(connector).__name__ == "ExampleConnector" or any(map(_cannot_resume, parts))
+    return any(kind.__name__ == "ExampleConnector" for kind in type(connector).__mro__) or any(
+        map(_cannot_resume, parts)
+    )
 
 
 def rejected_drafts(requests: Mapping[str, Any], scheduled: Any, result: Any) -> Iterator[tuple[Any, int]]:

@@ -1,6 +1,6 @@
 """KV tiers: what a dropped request had computed comes back from host memory, and is counted as what it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ __all__ = ["start"]
 
 pytestmark = pytest.mark.vllm
 
+LONG = list(range(1_000, 1_200))
+
 
 @MODES
 def test_dropped_kv_is_reloaded(start: Start, mode: dict[str, bool]) -> None:
@@ -45,56 +47,74 @@ def test_dropped_kv_is_reloaded(start: Start, mode: dict[str, bool]) -> None:
     steered.check_empty()
 
 
-def test_what_loads_cannot_be_held(tmp_path: Path) -> None:
+@pytest.fixture
+def offloading(tmp_path: Path) -> Iterator[Engine]:
+    """An engine that offloads at 20,000 blocks a second: some 2 ms for what is loaded here."""
+    modes: dict[str, Any] = {"v2": True, "asynchronous": True, "enable_prefix_caching": False}
+    with engine(tmp_path, **modes, kv_transfer_config=OFFLOAD, preset="h200-8b") as steered:
+        yield steered
+
+
+def loads(steered: Engine) -> Any:
+    """Request `r`, dropped in the middle and continued, at the moment when its KV is being loaded."""
+    steered.add("r", LONG, 60)
+    steered.until_said("r", 20)
+    steered.told("preempt", "r", kv="drop")
+    few_steps(steered)
+    steered.command("continue", "r")
+    loading = steered.scheduler.requests["r"]
+    steered.until(lambda: loading.status.name == "WAITING_FOR_REMOTE_KVS")
+    return loading
+
+
+def test_what_loads_cannot_be_held(offloading: Engine) -> None:
     """While its KV is being loaded a request refuses to be held, in words; then it can be."""
-    # 20,000 blocks a second: some 2 ms for what is loaded here.
-    with engine(
-        tmp_path,
-        v2=True,
-        asynchronous=True,
-        enable_prefix_caching=False,
-        kv_transfer_config=OFFLOAD,
-        preset="h200-8b",
-    ) as steered:
-        steered.add("r", list(range(1_000, 1_200)), 60)
-        steered.until_said("r", 20)
-        steered.told("preempt", "r", kv="drop")
-        few_steps(steered)
-        steered.told("continue", "r")
-        loading = steered.scheduler.requests["r"]
-        steered.until(lambda: loading.status.name == "WAITING_FOR_REMOTE_KVS")
-        reply = steered.told("preempt", "r")
-        assert (reply.code, "being loaded" in reply.error) == (422, True)
-        steered.until_said("r", 30)
-        assert steered.told("preempt", "r").outcome == "applied"
-        steered.command("continue", "r")
-        steered.run()
-        assert steered.outputs["r"] == words(list(range(1_000, 1_200)), 60)
-        steered.check_empty()
+    loads(offloading)
+    reply = offloading.told("preempt", "r")
+    assert (reply.code, "being loaded" in reply.error) == (422, True)
+    offloading.until_said("r", 30)
+    assert offloading.told("preempt", "r").outcome == "applied"
+    offloading.command("continue", "r")
+    offloading.run()
+    assert offloading.outputs["r"] == words(LONG, 60)
+    offloading.check_empty()
 
 
-def test_what_has_loaded_and_may_not_run_costs_no_steps(tmp_path: Path) -> None:
+def test_what_has_loaded_and_may_not_run_costs_no_steps(offloading: Engine) -> None:
     """Capped to none while its KV came, a request waits with it: the engine sleeps until the cap is lifted."""
-    with engine(
-        tmp_path, v2=True, asynchronous=True, enable_prefix_caching=False, kv_transfer_config=OFFLOAD
-    ) as steered:
-        steered.add("r", list(range(1_000, 1_200)), 60)
-        steered.until_said("r", 20)
-        steered.told("preempt", "r", kv="drop")
-        few_steps(steered)
-        steered.command("continue", "r")
-        loading = steered.scheduler.requests["r"]
-        steered.until(lambda: loading.status.name == "WAITING_FOR_REMOTE_KVS")
-        said = steered.said("r")
-        everybody = Targets(classes=("default",))
-        steered.command("limit", targets=everybody, max_running=0)
-        steered.run(most=200)
-        assert loading.status.name == "PREEMPTED", "it has loaded"
-        assert steered.said("r") == said
-        steered.command("limit", targets=everybody, max_running=None)
-        steered.run()
-        assert steered.outputs["r"] == words(list(range(1_000, 1_200)), 60)
-        steered.check_empty()
+    loading = loads(offloading)
+    said = offloading.said("r")
+    everybody = Targets(classes=("default",))
+    offloading.command("limit", targets=everybody, max_running=0)
+    offloading.run(most=200)
+    assert loading.status.name == "PREEMPTED", "it has loaded"
+    assert offloading.said("r") == said
+    offloading.command("limit", targets=everybody, max_running=None)
+    offloading.run()
+    assert offloading.outputs["r"] == words(LONG, 60)
+    offloading.check_empty()
+
+
+def test_a_held_request_goes_back_to_what_could_be_loaded(offloading: Engine) -> None:
+    """Held with a step under way whose load then fails, it goes back as a running one would; nothing else changes."""
+    offloading.scheduler.recompute_kv_load_failures = True
+    offloading.add("r", LONG, 60)
+    offloading.add("other", PROMPT, 60)
+    offloading.until_said("r", 20)
+    offloading.told("preempt", "r")
+    few_steps(offloading)
+    scheduler, held = offloading.scheduler, offloading.scheduler.requests["r"]
+    (blocks,) = scheduler.kv_cache_manager.get_block_ids("r")
+    running, computed = list(scheduler.running), held.num_computed_tokens
+    assert held not in running
+    assert scheduler._handle_invalid_blocks({blocks[2]}, {"r": 1}) == {"r"}
+    assert (held.num_computed_tokens, scheduler.running) == (2 * 16, running)
+    account = scheduler.core.roster.records["r"]
+    assert (account.discarded_tokens, account.lost_mark) == (1, computed - 1)
+    for name in ("r", "other"):
+        offloading.command("abort", name)
+    offloading.run()
+    offloading.check_empty()
 
 
 @pytest.mark.parametrize("part", ["all", "some"])
