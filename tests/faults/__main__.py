@@ -13,6 +13,7 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,7 @@ from rich.table import Table
 from tests.faults import checks
 from tests.faults.faults import FAULTS
 from tests.faults.rounds import Verdict, rigged
-from tests.faults.steps import steer
+from tests.faults.steps import Taken, steer
 
 
 async def soak(names: list[str], seconds: float, seed: int, folder: Path, console: Console) -> list[Verdict]:
@@ -102,6 +103,19 @@ def markdown(verdicts: list[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def write(path: Path | None, began: float, verdicts: list[Verdict], runs: list[Taken]) -> None:
+    """Write what is known so far, so that a run that is stopped or fails has not been for nothing."""
+    if path is None:
+        return
+    result = {
+        "python": platform.python_version(), "cores": len(os.sched_getaffinity(0)),
+        "load": [round(each, 1) for each in os.getloadavg()], "seconds": round(time.monotonic() - began),
+        "faults": msgspec.to_builtins(verdicts, str_keys=True),
+        "steps_total": sum(run.steps for run in runs), "steps": msgspec.to_builtins(runs),
+    }  # fmt: skip
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> int:
     """Play faults; the exit code."""
     parser = argparse.ArgumentParser(
@@ -113,7 +127,8 @@ def main() -> int:
         "--steps", type=int, default=0, help="random steering steps on the checked device afterwards"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--cores", type=int, default=0, help="for the random steps; without it all")
+    parser.add_argument("--json", type=Path, help="written after the faults, and after each run of steps")
     parser.add_argument(
         "--markdown", type=Path, metavar="JSON", help="print the table of an earlier run and end"
     )
@@ -134,18 +149,15 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="cox-soak-"))
     names = list(FAULTS) if options.only is None else options.only
     verdicts = asyncio.run(soak(names, options.seconds, options.seed, folder, console)) if names else []
-    runs = steer(options.steps, options.seed, console) if options.steps else []
+    report = partial(write, options.json, began, verdicts)
+    report([])
+    runs = []
+    if options.steps:
+        runs = steer(options.steps, options.seed, console, cores=options.cores, told=report)
     if verdicts:
         console.print(table(verdicts))
     if runs:
         console.print(f"{sum(run.steps for run in runs):,} random steps in {len(runs)} runs, all held")
-    if options.json:
-        result = {
-            "python": platform.python_version(), "cores": len(os.sched_getaffinity(0)),
-            "load": [round(each, 1) for each in os.getloadavg()], "seconds": round(time.monotonic() - began),
-            "faults": msgspec.to_builtins(verdicts, str_keys=True), "steps": msgspec.to_builtins(runs),
-        }  # fmt: skip
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
     return int(any(verdict.problems for verdict in verdicts))
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from coxswain.schemas import events as ev
 from coxswain.service.tiny import make_model
+from tests.support.modes import DRAFTS, LORAS, OFFLOAD
 from tests.support.random_cases import Case, cases, kinds, undisturbed
 from tests.support.random_run import Run
 from tests.support.simulated import engine
@@ -56,14 +57,10 @@ def test_disturbed_requests_say_what_undisturbed_ones_say(
 )
 def test_speculative_decoding(tmp_path: Path, v2: bool, asynchronous: bool) -> None:
     """The same with drafts, of which a quarter is wrong: what was computed for them is counted too."""
-    drafts = {
-        "method": "ngram_gpu" if asynchronous else "ngram",
-        "num_speculative_tokens": 3,
-        "prompt_lookup_max": 3,
-    }
     run = check(
-        tmp_path, v2=v2, asynchronous=asynchronous, enable_prefix_caching=True, speculative_config=drafts
-    )
+        tmp_path, v2=v2, asynchronous=asynchronous, enable_prefix_caching=True,
+        speculative_config=DRAFTS[asynchronous],
+    )  # fmt: skip
     accounts = run.engine.scheduler.core.tenants.accounts.values()
     assert sum(account.discarded_tokens for account in accounts) > REQUESTS
 
@@ -76,13 +73,8 @@ def test_speculative_decoding(tmp_path: Path, v2: bool, asynchronous: bool) -> N
 )
 def test_kv_offloading(tmp_path: Path, v2: bool, asynchronous: bool, caching: bool) -> None:
     """With KV offloading what was dropped is mostly loaded, not computed again: each is counted as what it was."""
-    offload = {
-        "kv_connector": "OffloadingConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"cpu_bytes_to_use": 20_000_000, "offload_prompt_only": False},
-    }
     options = {"v2": v2, "asynchronous": asynchronous, "enable_prefix_caching": caching}
-    run = check(tmp_path, kv_transfer_config=offload, **options)
+    run = check(tmp_path, kv_transfer_config=OFFLOAD, **options)
     accounts = run.engine.scheduler.core.tenants.accounts.values()
     assert sum(account.reloaded_tokens for account in accounts) > 2 * run.ledger.recomputed_total
     assert sum(account.external_input_tokens for account in accounts) > 0
@@ -94,9 +86,8 @@ def test_kv_offloading(tmp_path: Path, v2: bool, asynchronous: bool, caching: bo
 def test_all_kinds_of_requests(tmp_path: Path, v2: bool, asynchronous: bool) -> None:
     """Adapters (two, with room for one), grammars, children and sessions together: what is refused does nothing."""
     model = str(make_model(tmp_path / "model"))
-    loras = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "lora_dtype": "bfloat16"}
     options = {"v2": v2, "asynchronous": asynchronous, "enable_prefix_caching": True}
-    run = check(tmp_path, kinds(SEED, REQUESTS // 2), model=model, **loras, **options)
+    run = check(tmp_path, kinds(SEED, REQUESTS // 2), model=model, **LORAS, **options)
     assert any(reply.code == 422 and "session" in (reply.error or "") for reply in run.engine.replies)
 
 

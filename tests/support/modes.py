@@ -22,6 +22,15 @@ OFFLOAD = {
     "kv_role": "kv_both",
     "kv_connector_extra_config": {"cpu_bytes_to_use": 20_000_000, "offload_prompt_only": False},
 }
+DRAFTS: dict[bool, dict[str, Any]] = {
+    asynchronous: {"method": method, "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    for asynchronous, method in ((False, "ngram"), (True, "ngram_gpu"))
+}
+"""Speculative decoding without and with asynchronous scheduling."""
+LORAS: dict[str, Any] = {
+    "enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "lora_dtype": "bfloat16"
+}  # fmt: skip
+"""Two adapters, with room for one."""
 
 
 Start = Callable[..., Engine]

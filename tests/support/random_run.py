@@ -132,13 +132,8 @@ class Run:
         if not self.engine.step():
             self.now += 10 * STEP_S  # an idle engine waits for a lease to end
         self.go_on_talking()
-        ended = self.gone | self.engine.finished.keys()
-        for name, case in self.live.items():
-            if case.turns:  # each turn is finished, and the end of a session that waits is not told
-                here = name in self.engine.scheduler.requests
-                ended = ended - {name} if here else ended | {name}
-        for name in ended:
-            self.live.pop(name, None)
+        for name in [name for name, case in self.live.items() if self.over(name, case)]:
+            del self.live[name]
             self.idle.pop(name, None)
             self.turns.pop(name, None)
         records = self.engine.scheduler.core.roster.records
@@ -151,6 +146,12 @@ class Run:
             self.idle[name] = 0 if held or name in self.engine.scheduled else self.idle.get(name, 0) + 1
         self.check_caps()
         self.longest_idle = max(self.longest_idle, *self.idle.values(), 0)
+
+    def over(self, name: str, case: Case) -> bool:
+        """Whether it has ended. Each turn of a session is finished, and the end of one that waits is not told."""
+        if case.turns:
+            return name not in self.engine.scheduler.requests
+        return name in self.gone or name in self.engine.finished
 
     def check_caps(self) -> None:
         """In every step: of what may not borrow no more runs than may, but for sessions, which nobody stops."""
