@@ -15,6 +15,8 @@ from coxswain.schemas.status import Config, Frame
 Level = Literal["ok", "warn", "fail", "skip"]
 MAX_SKEW_S: Final = 1.0
 """Clocks that differ by more make deadlines and leases mean something else than intended."""
+MAX_EVENT_AGE_S: Final = 30.0
+"""How long an event may wait for the log; the alert has the same bound."""
 FULL: Final = 0.9
 """Of the event log's disk: beyond it the oldest events go soon."""
 LEADER_SILENT_S: Final = 5.0
@@ -244,16 +246,23 @@ def _workers(facts: Facts) -> Iterable[Finding]:
 
 
 def _worker(facts: Facts, seen: Seen) -> Iterable[Finding]:
-    check = f"worker {seen.frame.worker}"
+    frame = seen.frame
+    check = f"worker {frame.worker}"
     if abs(seen.skew_s) - seen.unsure_s > MAX_SKEW_S:
         yield Finding(
             check=check, level="fail", found=f"its clock is {seen.skew_s:+.1f} s off ours",
             mend="set both clocks by NTP: deadlines are judged by the worker's, which is its machine's at its start",
         )  # fmt: skip
-    if seen.frame.events_dropped_total:
+    if frame.events_dropped_total:
         yield Finding(
-            check=check, level="warn", found=f"{seen.frame.events_dropped_total} events lost since it started",
+            check=check, level="warn", found=f"{frame.events_dropped_total} events lost since it started",
             mend="its log says why (`events.`): no stream, a full one, or NATS away for long",
+        )  # fmt: skip
+    if frame.events_waiting_s > MAX_EVENT_AGE_S:
+        yield Finding(
+            check=check, level="warn",
+            found=f"{frame.events_waiting} events wait for the log, the oldest for {frame.events_waiting_s:.0f} s",
+            mend="its log says why (`events.full`): make room on NATS's disk, or `cox init --max-bytes` for the stream",
         )  # fmt: skip
     if seen.config is None:
         yield Finding(

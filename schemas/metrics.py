@@ -89,17 +89,23 @@ WORKER_PREEMPTIONS: Final = Metric(
     "Preemptions by vLLM itself and by dropped holds.",
     _WORKER,
 )
-WORKER_APPLIED: Final = Metric(
-    "coxswain_worker_commands_applied_total", "counter", "Commands applied, whole or in part.", _WORKER
-)
-WORKER_REFUSED: Final = Metric(
-    "coxswain_worker_commands_refused_total", "counter", "Commands refused, by code.", (*_WORKER, "code")
+WORKER_COMMANDS: Final = Metric(
+    "coxswain_worker_commands_total",
+    "counter",
+    "Commands answered: `applied`, `partial`, or the code of the refusal.",
+    (*_WORKER, "verb", "outcome"),
 )
 WORKER_QUEUED_COMMANDS: Final = Metric(
     "coxswain_worker_queued_commands", "gauge", "Commands that wait for the next step.", _WORKER
 )
 WORKER_EVENTS_DROPPED: Final = Metric(
     "coxswain_worker_events_dropped_total", "counter", "Events that the log will never have.", _WORKER
+)
+WORKER_WAITING_EVENTS: Final = Metric(
+    "coxswain_worker_waiting_events", "gauge", "Events that the log has not stored yet.", _WORKER
+)
+WORKER_OLDEST_EVENT: Final = Metric(
+    "coxswain_worker_oldest_event_seconds", "gauge", "How long the oldest of them has waited.", _WORKER
 )
 WORKER_LEADER_AGE: Final = Metric(
     "coxswain_worker_leader_age_seconds",

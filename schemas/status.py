@@ -40,6 +40,9 @@ class CommandStats(msgspec.Struct, frozen=True, kw_only=True):
     applied_total: int = 0
     rejected_total: dict[str, int] = {}
     """By refusal code, as text."""
+    outcomes_total: dict[str, dict[str, int]] = {}
+    """The same by verb, then by outcome: `applied`, `partial`, or the refusal's code. A verb that there is not is
+    `other`."""
     queue_depth: int = 0
 
 
@@ -159,6 +162,10 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     config: str
     """Digest of the tables in force."""
     events_dropped_total: int
+    events_waiting: int = 0
+    """Events that the log has not acknowledged yet."""
+    events_waiting_s: float = 0.0
+    """How long the oldest of them has waited."""
     revision: int = 0
     """Grows by one with every delta. A full frame has that of the last delta, which it repeats in all its rows but for
     ages: whoever merged every revision up to it knows them. 0: nothing is promised."""

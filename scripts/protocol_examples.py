@@ -63,7 +63,10 @@ FRAME: Final = st.Frame(
     slots=st.Slots(active=16, total=24, running=0, held=1),
     kv_blocks=st.KvBlocks(total=512, used=28, held=28), step_s=0.018, queued=1, running=0, held=1,
     preempted_total=0, recomputed_tokens_total=0,
-    commands=st.CommandStats(applied_total=3, rejected_total={"410": 1}, queue_depth=0), leader=LEADER,
+    commands=st.CommandStats(
+        applied_total=3, rejected_total={"410": 1}, queue_depth=0,
+        outcomes_total={"preempt": {"applied": 2}, "prioritize": {"applied": 1, "410": 1}},
+    ), leader=LEADER,
     config=p.digest({"chat": CHAT}, {"acme": ACME}), events_dropped_total=0,
     tenants=(TENANT,), classes=(CLASS,), requests=(ROW, WAITING),
 )  # fmt: skip

@@ -172,8 +172,8 @@ def _counters(put: Any, worker: str, life: Life) -> None:
     put(names.WORKER_RESTARTS, life.restarts, worker)
     for name, value in life.counts.items():
         put(names.ALL[name], value, worker)
-    for code, count in sorted(life.refused.items()):
-        put(names.WORKER_REFUSED, count, worker, code)
+    for (verb, outcome), count in sorted(life.commands.items()):
+        put(names.WORKER_COMMANDS, count, worker, verb, outcome)
     for label, served in sorted(life.served.items()):
         for metric in TENANT_FIELDS:
             put(metric, served.get(metric.name, 0), worker, label)
@@ -191,6 +191,12 @@ def _levels(put: Any, worker: str, frame: Frame, age_s: float) -> None:
     put(names.WORKER_KV_BLOCKS, frame.kv_blocks.total, worker)
     put(names.WORKER_USED_KV_BLOCKS, frame.kv_blocks.used, worker)
     put(names.WORKER_HELD_KV_BLOCKS, frame.kv_blocks.held, worker)
+    put(names.WORKER_WAITING_EVENTS, frame.events_waiting, worker)
+    put(
+        names.WORKER_OLDEST_EVENT,
+        frame.events_waiting_s + max(0.0, age_s) * bool(frame.events_waiting),
+        worker,
+    )
     put(names.WORKER_QUEUED_COMMANDS, frame.commands.queue_depth, worker)
     for state in ("queued", "running", "held"):
         put(names.WORKER_REQUESTS, getattr(frame, state), worker, state)

@@ -15,14 +15,16 @@ server processes can share it as bytes.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
 from coxswain.schemas import metrics as names
+from coxswain.schemas.errors import Code
 from coxswain.schemas.metrics import OTHER, Metric
 from coxswain.schemas.status import Frame, TenantStatus
+from coxswain.schemas.subjects import VERBS
 
 MARGIN: Final = 1.5
 TENURE_S: Final = 300.0
@@ -34,8 +36,12 @@ OUTPUT_PRICE: Final = 2.0
 MAX_CLASSES: Final = 32
 """Classes with a series of their own, first come: a client may be free to name any."""
 
+OUTCOMES: Final = frozenset(("applied", "partial", *(str(int(code)) for code in Code)))
+"""Of a command."""
+
 Number = int | float
 """Whole numbers stay whole: what frames count in integers is summed in integers."""
+Key = TypeVar("Key")
 Served = dict[str, dict[str, Number]]
 """By label, then by family: what was credited."""
 
@@ -60,8 +66,8 @@ class Life(msgspec.Struct):
     restarts: int = 0
     counts: dict[str, Number] = {}
     """By family."""
-    refused: dict[str, Number] = {}
-    """Commands, by code."""
+    commands: dict[tuple[str, str], Number] = {}
+    """By verb and outcome."""
     served: Served = {}
     rows: dict[str, TenantStatus] = {}
     """Of this incarnation, by tenant: a tenant that is listed no more keeps what it was served."""
@@ -138,7 +144,7 @@ class Tally(msgspec.Struct):
             life.rows = {}
         life.frame, life.heard_at = frame, heard_at
         _add(life.counts, _worker_counts(frame), _worker_counts(old) if old else {})
-        _add(life.refused, frame.commands.rejected_total, old.commands.rejected_total if old else {})
+        _add(life.commands, _command_counts(frame), _command_counts(old) if old else {})
         for class_ in frame.classes:
             if (
                 len(self.classes) < MAX_CLASSES
@@ -213,7 +219,7 @@ class Tally(msgspec.Struct):
         }
 
 
-def _add(where: dict[str, Number], new: Mapping[str, Number], old: Mapping[str, Number]) -> None:
+def _add(where: dict[Key, Number], new: Mapping[Key, Number], old: Mapping[Key, Number]) -> None:
     """Add what `new` has more than `old`; totals never shrink, so less is nothing."""
     for name, value in new.items():
         where[name] = where.get(name, 0) + max(0, value - old.get(name, 0))
@@ -227,9 +233,18 @@ def _worker_counts(frame: Frame) -> dict[str, Number]:
     return {
         names.WORKER_STEPS.name: frame.step,
         names.WORKER_PREEMPTIONS.name: frame.preempted_total,
-        names.WORKER_APPLIED.name: frame.commands.applied_total,
         names.WORKER_EVENTS_DROPPED.name: frame.events_dropped_total,
     }
+
+
+def _command_counts(frame: Frame) -> dict[tuple[str, str], Number]:
+    """Commands by verb and outcome: those that there are, and `other`."""
+    counts: dict[tuple[str, str], Number] = {}
+    for verb, outcomes in frame.commands.outcomes_total.items():
+        for outcome, count in outcomes.items():
+            key = verb if verb in VERBS else OTHER, outcome if outcome in OUTCOMES else OTHER
+            counts[key] = counts.get(key, 0) + count
+    return counts
 
 
 def _service(gain: dict[str, Number]) -> float:

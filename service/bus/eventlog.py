@@ -84,8 +84,17 @@ class EventLog:
     @property
     def settled(self) -> int:
         """Every event up to this `seq` is stored or given up: nobody need keep it for us."""
-        oldest = next(iter(self._flight.values()), None) or (self._backlog[0] if self._backlog else None)
+        oldest = self._oldest
         return self._newest if oldest is None else oldest.seq - 1
+
+    @property
+    def _oldest(self) -> Event | None:
+        return next(iter(self._flight.values()), None) or (self._backlog[0] if self._backlog else None)
+
+    def age(self, now: float) -> tuple[int, float]:
+        """How many events JetStream has not acknowledged, and for how long the oldest has waited at `now` (Unix s)."""
+        oldest = self._oldest
+        return (0, 0.0) if oldest is None else (self.waiting, max(0.0, now - oldest.at))
 
     @property
     def waiting(self) -> int:

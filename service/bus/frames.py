@@ -4,16 +4,19 @@ Pure: structs and a clock's reading in, payloads out. Called by `session.py` and
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 from msgspec.structs import replace
 
 from coxswain.schemas.commands import encode
+from coxswain.schemas.errors import Code
+from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.parts import ROWS
 from coxswain.schemas.policy import Epoch
 from coxswain.schemas.status import CommandStats, Frame
+from coxswain.schemas.subjects import VERBS
 
 _SLACK: Final = 64
 """Bytes by which `seq`, `part` and `parts` may grow when they are filled in."""
@@ -31,11 +34,17 @@ class Frames:
     Args:
         life: how many buses sent this incarnation's frames before; numbers go on above theirs.
         refused: what they had refused.
+        waiting: by a clock's reading, how many events wait for the log and for how long the oldest has.
     """
 
-    def __init__(self, life: int = 0, refused: Mapping[str, int] | None = None) -> None:
-        self.refused: Counter[str] = Counter(refused)
-        """Commands refused by the bus, by code."""
+    def __init__(
+        self,
+        life: int = 0,
+        refused: Mapping[str, Mapping[str, int]] | None = None,
+        waiting: Callable[[float], tuple[int, float]] = lambda _now: (0, 0.0),
+    ) -> None:
+        self._refused = {verb: Counter(codes) for verb, codes in (refused or {}).items()}
+        self._waiting = waiting
         self._seq = life * LIFE
         self._idle: tuple[Frame, float] | None = None
         self._led: tuple[Epoch | None, float] = (None, 0.0)
@@ -77,19 +86,34 @@ class Frames:
         """A frame as the answer to `query status`: as of the last number given."""
         return self._stamp(frame, now)
 
+    def refuse(self, verb: str, code: Code) -> None:
+        """The bus refused a command. Whatever a stranger calls its verb, there are few."""
+        self._refused.setdefault(verb if verb in VERBS else OTHER, Counter())[str(int(code))] += 1
+
+    @property
+    def refused(self) -> dict[str, dict[str, int]]:
+        """Commands refused by the bus, by verb and code."""
+        return {verb: dict(codes) for verb, codes in self._refused.items()}
+
     def _number(self, frame: Frame, now: float, limit: int) -> list[bytes]:
         self._seq += 1
         return split(self._stamp(frame, now), limit)
 
     def _stamp(self, frame: Frame, now: float) -> Frame:
+        events, oldest_s = self._waiting(now)
         return replace(
-            frame, seq=self._seq, sent_at=now, part=0, parts=1, commands=self._count(frame.commands)
-        )
+            frame, seq=self._seq, sent_at=now, part=0, parts=1, commands=self._count(frame.commands),
+            events_waiting=events, events_waiting_s=oldest_s,
+        )  # fmt: skip
 
     def _count(self, stats: CommandStats) -> CommandStats:
-        if not self.refused:
+        if not self._refused:
             return stats
-        return replace(stats, rejected_total=dict(self.refused + Counter(stats.rejected_total)))
+        rejected, outcomes = Counter(stats.rejected_total), dict(stats.outcomes_total)
+        for verb, codes in self._refused.items():
+            rejected += codes
+            outcomes[verb] = dict(codes + Counter(outcomes.get(verb)))
+        return replace(stats, rejected_total=dict(rejected), outcomes_total=outcomes)
 
 
 def split(frame: Frame, limit: int) -> list[bytes]:

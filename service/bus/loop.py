@@ -40,7 +40,7 @@ class Bus:
         incarnation: a ULID, new with every start of the worker.
         hello: what service discovery shows of this worker (model, versions).
         life: how many buses this incarnation had before this one.
-        refused: commands that they had refused, by code.
+        refused: commands that they had refused, by verb and code.
         log: a structlog logger; our own by default.
     """
 
@@ -52,7 +52,7 @@ class Bus:
         incarnation: str,
         hello: dict[str, str],
         life: int = 0,
-        refused: Mapping[str, int] | None = None,
+        refused: Mapping[str, Mapping[str, int]] | None = None,
         log: Any = None,
     ) -> None:
         fleet = settings.connection.fleet
@@ -61,8 +61,8 @@ class Bus:
         self._incarnation = incarnation
         self._hello = hello
         self._log = log or get_logger(fleet=fleet, worker=settings.worker)
-        self._frames = Frames(life, refused)
         self._events = EventLog(Subjects(fleet), settings.worker, port, self._log)
+        self._frames = Frames(life, refused, self._events.age)
         self._throttle = Throttle(LOG_PERIOD_S)
         self._session: Session | None = None
         self._reachable: bool | None = None
@@ -105,9 +105,9 @@ class Bus:
         return self._events.settled
 
     @property
-    def refused(self) -> dict[str, int]:
-        """Commands refused without the engine, by code, also by the buses before this one."""
-        return dict(self._frames.refused)
+    def refused(self) -> dict[str, dict[str, int]]:
+        """Commands refused without the engine, by verb and code, also by the buses before this one."""
+        return self._frames.refused
 
     async def _farewell(self) -> None:
         await self._move()

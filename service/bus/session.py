@@ -242,7 +242,7 @@ class Session:
     async def _refuse(
         self, subject: str, token: str, payload: bytes, error: RefusedError, now: float
     ) -> None:
-        self._frames.refused[str(int(error.code))] += 1
+        self._frames.refuse(self._subjects.parse_command(subject).verb, error.code)
         self._warn("command.refused", key=str(int(error.code)), subject=subject, error=error.message)
         reply = intake.refusal(
             error,

@@ -45,7 +45,7 @@ class Begin(_Message, tag="begin"):
     hello: dict[str, str]
     life: int
     """How many buses this worker had before."""
-    refused: dict[str, int]
+    refused: dict[str, dict[str, int]]
     unix_offset: float
     """The worker's clock: see `Port.unix`."""
 
@@ -128,7 +128,8 @@ class State(_Message, tag="state"):
     settled: int
     """Events up to this `seq` are stored or given up."""
     events_dropped: int
-    refused: dict[str, int]
+    refused: dict[str, dict[str, int]]
+    """Commands that it refused itself, by verb and code."""
 
 
 Up = ReplyUp | AnswerUp | FrameUp | EventUp | FullUp | Begin | End

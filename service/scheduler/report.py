@@ -37,7 +37,6 @@ class Gauges(NamedTuple):
     used_blocks: int
     held_blocks: int
     step_s: float
-    queue_depth: int
     events_dropped: int
 
 
@@ -62,10 +61,9 @@ class Reporter:
         self,
         now: float,
         gauges: Gauges,
+        commands: st.CommandStats,
         *,
         full: bool,
-        applied: int,
-        rejected: dict[str, int],
         repeat: bool = False,
         peek: bool = False,
     ) -> Draft:
@@ -100,10 +98,7 @@ class Reporter:
             kv_blocks=st.KvBlocks(total=gauges.total_blocks, used=gauges.used_blocks, held=gauges.held_blocks),
             step_s=gauges.step_s, queued=queued, running=len(roster.running), held=len(roster.held),
             preempted_total=core.ledger.preempted_total, recomputed_tokens_total=core.ledger.recomputed_total,
-            commands=st.CommandStats(
-                applied_total=applied, rejected_total=dict(rejected), queue_depth=gauges.queue_depth,
-            ),
-            leader=self.leader(now), config=core.digest, events_dropped_total=gauges.events_dropped,
+            commands=commands, leader=self.leader(now), config=core.digest, events_dropped_total=gauges.events_dropped,
             revision=0 if peek else self._revision, classes=classes, gone=gone,
         )  # fmt: skip
         return Draft(frame, requests, tenants)

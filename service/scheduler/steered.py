@@ -365,11 +365,8 @@ class SteeredScheduler(AsyncScheduler):
         self._frame_at = now + max(self.settings.status_interval_s, rest_s)
 
     def _frame(self, now: float, *, full: bool = True, repeat: bool = False, peek: bool = False) -> Draft:
-        commands = self.commands
-        return self.reporter.frame(
-            now, self._gauges(), full=full, repeat=repeat, peek=peek,
-            applied=commands.applied_total, rejected=commands.rejected_total,
-        )  # fmt: skip
+        commands = self.commands.stats(self.port.pending())
+        return self.reporter.frame(now, self._gauges(), commands, full=full, repeat=repeat, peek=peek)
 
     def _gauges(self) -> Gauges:
         pool = self.kv_cache_manager.block_pool
@@ -382,5 +379,5 @@ class SteeredScheduler(AsyncScheduler):
             # Block 0 is vLLM's null block: never free, never used.
             total_blocks=pool.num_gpu_blocks - 1, used_blocks=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
             held_blocks=held_blocks, step_s=median(self._step_times) if self._step_times else 0.0,
-            queue_depth=self.port.pending(), events_dropped=self.journal.dropped + self.port.events_dropped,
+            events_dropped=self.journal.dropped + self.port.events_dropped,
         )  # fmt: skip

@@ -14,6 +14,7 @@ from coxswain.schemas import commands as c
 from coxswain.schemas import events as ev
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.names import RESERVED
+from coxswain.schemas.status import CommandStats
 from coxswain.schemas.subjects import CONTROLLER, ENGINE, OPERATOR
 from coxswain.service.request_id import normalise
 from coxswain.service.scheduler.core import SteeringCore
@@ -47,6 +48,7 @@ class Commands:
         self.incarnation = incarnation
         self.applied_total = 0
         self.rejected_total: dict[str, int] = {}
+        self.outcomes_total: dict[str, dict[str, int]] = {}
         self._answered: OrderedDict[str, tuple[float, c.Reply]] = OrderedDict()
         self._results = 0
         """Results in all of them."""
@@ -75,6 +77,7 @@ class Commands:
             return self._refused(now, role, verb, command, refusal, ignored)
         reply = self._reply(now, command, results, ignored)
         self.applied_total += 1
+        self._count(verb, reply.outcome)
         self._remember(now, command, reply)
         self.core.roster.changed = True
         # A rank comes many times a second: the log of commands is for what people and programs decide.
@@ -89,6 +92,13 @@ class Commands:
         """The answer to a command that this worker broke on."""
         text = "this worker failed on it, and perhaps half way: its log says how; ask for the request's state"
         return self._rejection(now, command, RefusedError(Code.NOT_POSSIBLE, text), ())
+
+    def stats(self, queue_depth: int) -> CommandStats:
+        """What became of commands so far, and how many wait."""
+        return CommandStats(
+            applied_total=self.applied_total, rejected_total=dict(self.rejected_total), queue_depth=queue_depth,
+            outcomes_total={verb: dict(counts) for verb, counts in self.outcomes_total.items()},
+        )  # fmt: skip
 
     # Checks
 
@@ -365,6 +375,7 @@ class Commands:
     ) -> c.Reply:
         code = str(int(refusal.code))
         self.rejected_total[code] = self.rejected_total.get(code, 0) + 1
+        self._count(verb, code)
         self.core.roster.changed = True
         if verb != "rank":
             self.core.tell(
@@ -372,6 +383,10 @@ class Commands:
                 outcome="rejected", code=int(refusal.code), error=refusal.message,
             )  # fmt: skip
         return self._rejection(now, command, refusal, ignored)
+
+    def _count(self, verb: str, outcome: str) -> None:
+        counts = self.outcomes_total.setdefault(verb, {})
+        counts[outcome] = counts.get(outcome, 0) + 1
 
     def _rejection(
         self, now: float, command: c.Command, refusal: RefusedError, ignored: tuple[str, ...]

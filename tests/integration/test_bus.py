@@ -309,3 +309,4 @@ async def test_flood_of_rubbish_does_not_stop_the_bus(client, worker: Worker) ->
     worker.engine.send_frame(frame())
     counted = decode_frame((await status.next_msg(timeout=3)).data)
     assert counted.commands.rejected_total == {"400": 3_000}
+    assert counted.commands.outcomes_total == {"abort": {"400": 3_000}}

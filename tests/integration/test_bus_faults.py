@@ -248,6 +248,13 @@ async def test_full_stream_keeps_events_waiting(nats_server: NatsServer) -> None
             await eventually(lambda: worker.logged("events.full"))
             await asyncio.sleep(0.5)
             worker.engine.send_events(20)
+            await eventually(lambda: worker.bus.bus._events.waiting == 35)
+            status = await client.subscribe(SUBJECTS.status(WORKER))
+            await client.flush()
+            worker.engine.send_frame(frame())
+            said = decode_frame((await status.next_msg(timeout=5)).data)
+            assert said.events_waiting == 35
+            assert said.events_waiting_s >= 0.5, "it says so while it can still be mended"
             await stream.update_stream(config)
             await eventually(lambda: worker.bus.bus._events.waiting == 0)
             assert worker.port.events_dropped == 0

@@ -60,6 +60,7 @@ async def test_killed_bus_is_started_again_and_loses_no_event(nats_server: NatsS
             before = frames[0]
             await eventually(lambda: frames[-1].seq > before.seq + 1_000)
             assert frames[-1].commands.rejected_total == before.commands.rejected_total == {"400": 1}
+            assert frames[-1].commands.outcomes_total == {"other": {"400": 1}}, "`fly` is no verb"
             await eventually(lambda: not worker.bus._outbox._kept)
             assert worker.port.events_dropped == 0
     assert await stored(nats_server.url) == list(range(1, 1_051))

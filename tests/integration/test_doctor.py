@@ -123,7 +123,13 @@ def test_everything_wrong(nats_server: NatsServer) -> None:
     asyncio.run(_spoil(url))
     skewed = FakeWorker(url, "late", ahead_s=-30.0)
     crowded = FakeWorker(
-        url, "full", events_dropped_total=7, config="1" * 16, leader=Leader(epoch=(1.0, 8), age_s=1.0)
+        url,
+        "full",
+        events_dropped_total=7,
+        events_waiting=900,
+        events_waiting_s=31.5,
+        config="1" * 16,
+        leader=Leader(epoch=(1.0, 8), age_s=1.0),
     )
     crowded.scheduler |= {"max_num_active_seqs": None, "signed_ids": False, "enable_prefix_caching": False}
     old = FakeWorker(url, "old", vllm_version="0.31.0")
@@ -141,6 +147,7 @@ def test_everything_wrong(nats_server: NatsServer) -> None:
     text = " ".join(done.stdout.split())
     for part in (
         "no spare slots: a held request keeps one of 20", "no signing key", "no prefix cache", "7 events lost",
+        "900 events wait for the log, the oldest for 32 s",
         "runs Coxswain 0.0.1", "vLLM versions differ: 0.31.0, 0.32.0", "different tables in force",
         "no controller leads", "mend: set both clocks by NTP",
     ):  # fmt: skip

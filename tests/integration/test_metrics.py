@@ -157,7 +157,7 @@ async def test_live_processes_export_every_name_of_the_contract_and_no_other(wat
         lambda seen: (
             value(seen, names.TENANT_OUTPUT, tenant="acme") == 30
             and value(seen, names.WORKER_LEADER_AGE) is not None
-            and value(seen, names.WORKER_REFUSED, code="404")
+            and value(seen, names.WORKER_COMMANDS, verb="preempt", outcome="404")
         ),
     )
     controller = eventually(

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coxswain.schemas.errors import Code
 from coxswain.schemas.status import CommandStats, Gone, Leader, decode_frame
 from coxswain.service.bus.frames import ROWS, Frames, split
 from tests.support.engine import frame
@@ -96,8 +97,26 @@ def test_frame_that_was_not_sent_still_replaces_the_idle_one() -> None:
 def test_refusals_of_the_bus_are_counted_with_the_engines() -> None:
     """A frame counts every refused command, whoever refused it."""
     frames = Frames()
-    frames.refused["400"] += 2
-    counted = msgspec.structs.replace(frame(), commands=CommandStats(rejected_total={"400": 1, "404": 3}))
+    for verb in ("abort", "fly", "swim", "abort"):
+        frames.refuse(verb, Code.MALFORMED)
+    engines = CommandStats(
+        applied_total=2, rejected_total={"400": 1, "404": 3},
+        outcomes_total={"abort": {"applied": 2, "400": 1}, "preempt": {"404": 3}},
+    )  # fmt: skip
+    counted = msgspec.structs.replace(frame(), commands=engines)
     sent = decode_frame(frames.outgoing(counted, 1.0, 1 << 20, idle=False)[0])
-    assert sent.commands.rejected_total == {"400": 3, "404": 3}
-    assert frames.answer(counted, 1.0).commands.rejected_total == {"400": 3, "404": 3}
+    assert sent.commands == frames.answer(counted, 1.0).commands
+    assert sent.commands.rejected_total == {"400": 5, "404": 3}
+    assert sent.commands.outcomes_total == {
+        "abort": {"applied": 2, "400": 3}, "preempt": {"404": 3}, "other": {"400": 2},
+    }  # fmt: skip
+    again = Frames(refused=frames.refused)
+    assert again.answer(counted, 1.0).commands == sent.commands, "the next bus goes on from there"
+
+
+def test_events_that_wait_are_those_of_when_the_frame_is_sent() -> None:
+    """A heartbeat repeats what the engine said last, but the log's backlog is the bus's own to tell."""
+    frames = Frames(waiting=lambda now: (int(now), now - 1.0))
+    frames.outgoing(frame(), 2.0, 1 << 20, idle=True)
+    beat = decode_frame(frames.heartbeat(7.0, 1 << 20)[0])
+    assert (beat.events_waiting, beat.events_waiting_s) == (7, 6.0)

@@ -37,7 +37,7 @@ class Fleet:
         """A worker's full frame as of now, and when."""
         self.seq += 1
         rows = [row(name, output_tokens_total=total) for name, total in self.here[worker].items()]
-        commands = CommandStats(applied_total=sum(self.here[worker].values()))
+        commands = CommandStats(outcomes_total={"rank": {"applied": sum(self.here[worker].values())}})
         return self.now, frame(worker, f"01{self.lives[worker]:04}", self.seq, *rows, commands=commands)
 
     def restart(self, worker: str) -> None:
@@ -91,8 +91,17 @@ def test_what_is_served_is_counted_once_and_nothing_is_taken_back(acts, limit):
                 before = series
                 # As another API server process would find it.
                 tally = _through_bytes(tally)
-    applied = sum(life.counts[names.WORKER_APPLIED.name] for life in tally.workers.values())
+    applied = sum(life.commands["rank", "applied"] for life in tally.workers.values())
     assert applied == fleet.truth.total()
+
+
+def test_verbs_and_outcomes_that_there_are_not_make_no_series() -> None:
+    """Labels are few whatever a worker says; all of them together still count everything."""
+    strange = {f"verb-{n}": {f"outcome-{n}": 1} for n in range(500)} | {"abort": {"404": 2, "999": 1}}
+    tally = Tally(1)
+    tally.take([(1.0, frame("w1", "01A", 1, commands=CommandStats(outcomes_total=strange)))], 1.0)
+    (life,) = tally.workers.values()
+    assert life.commands == {(OTHER, OTHER): 500, ("abort", "404"): 2, ("abort", OTHER): 1}
 
 
 def _through_bytes(tally: Tally) -> Tally:

@@ -10,10 +10,21 @@ from coxswain.schemas.metrics import Metric
 PARTS = ("worker", "class", "tenant", "edge", "controller")
 LABELS = {
     "fleet", "worker", "class", "tenant", "state", "code", "verb", "status", "model", "vllm_version", "controller",
-    "policy", "version", "liveness", "reason", "table",
+    "policy", "version", "liveness", "reason", "table", "outcome",
 }  # fmt: skip
 """Every label there is: none has a request, a client's id or an address in it."""
-UNITS = ("seconds", "tokens", "blocks", "slots", "requests", "commands", "workers", "tenants", "rows")
+UNITS = (
+    "seconds",
+    "tokens",
+    "blocks",
+    "slots",
+    "requests",
+    "commands",
+    "workers",
+    "tenants",
+    "rows",
+    "events",
+)
 
 ALL = pytest.mark.parametrize("metric", names.ALL.values(), ids=str)
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
-from coxswain.schemas.status import Frame, QueueQuery, RequestStatus, TenantStatus
+from coxswain.schemas.status import CommandStats, Frame, QueueQuery, RequestStatus, TenantStatus
 from coxswain.service.scheduler import rows as module
 from coxswain.service.scheduler.report import MAX_PAGE, Gauges, Identity, Reporter
 from coxswain.service.scheduler.rows import row, tenant_row
@@ -18,8 +18,16 @@ from tests.support.happenings import OPERATIONS, act, rank
 
 GAUGES = Gauges(
     state="serving", active_slots=4, total_slots=8, total_blocks=100, used_blocks=10, held_blocks=3,
-    step_s=0.02, queue_depth=1, events_dropped=2,
+    step_s=0.02, events_dropped=2,
 )  # fmt: skip
+
+
+COMMANDS = CommandStats(
+    applied_total=4,
+    rejected_total={"404": 1},
+    outcomes_total={"abort": {"applied": 4, "404": 1}},
+    queue_depth=1,
+)
 
 
 class Reported:
@@ -32,9 +40,7 @@ class Reported:
 
     def frame(self, *, full: bool = False, peek: bool = False) -> Frame:
         """The next frame."""
-        return self.reporter.frame(
-            self.engine.now, GAUGES, full=full, peek=peek, applied=4, rejected={"404": 1}
-        ).complete()
+        return self.reporter.frame(self.engine.now, GAUGES, COMMANDS, full=full, peek=peek).complete()
 
 
 class Listener:

@@ -273,6 +273,8 @@ def test_refusal_says_why_and_changes_nothing(steered: Steered, name: str) -> No
     assert text in str(reply.error)
     assert picture(steered.engine.core) == before
     assert steered.commands.rejected_total == {str(int(code)): 1}
+    (counts,) = steered.commands.stats(0).outcomes_total.values()
+    assert counts == {str(int(code)): 1}
     assert steered.commands.applied_total == 0
     told = steered.engine.seen(ev.CommandSeen)
     assert [each["code"] for each in told] == ([] if "incarnation" in text else [code])
