@@ -96,7 +96,8 @@ class WorkerView:
         self.beyond: dict[RequestKey, RequestStatus] = {}
         """What waits behind those that frames list, when its queue was last asked for."""
         self.left: list[RequestStatus] = []
-        """Requests that ran or were held and are listed no more, since `Fleet.settle`: ended, as a rule."""
+        """Requests that ran or were held and are listed no more, since `Fleet.settle`: ended, as a rule. With all
+        of their output, if no frame was lost."""
         self.waiting: set[str] = set()
         """Tenants with anything queued here."""
         self.busy: set[str] = set()
@@ -138,7 +139,7 @@ class WorkerView:
         self.requests.update(((row.request, row.child), row) for row in frame.requests)
         self._tidy(frame)
         for gone in frame.gone:
-            self._gone(self.requests.pop((gone.request, gone.child), None))
+            self._gone(self.requests.pop((gone.request, gone.child), None), gone.output_tokens)
 
     def _merge_full(self, frame: Frame, changed: Changed) -> None:
         old = self.tenants
@@ -204,8 +205,10 @@ class WorkerView:
         if self.counted:
             self._presence.note(where, name, self.worker, here=here)
 
-    def _gone(self, row: RequestStatus | None) -> None:
+    def _gone(self, row: RequestStatus | None, tokens: int = 0) -> None:
         if row is not None and row.state != "queued" and len(self.left) < MAX_LEFT:
+            if tokens > row.output_tokens:
+                row = msgspec.structs.replace(row, output_tokens=tokens)
             self.left.append(row)
 
 

@@ -130,6 +130,8 @@ class Gone(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False)
 
     request: str
     child: int
+    output_tokens: int = 0
+    """As many as it had been delivered: the last that was said of it is of the frame before."""
 
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True):

@@ -324,7 +324,7 @@ class SteeringCore:
         account = self.tenants.account(name)
         before = account.virtual_time
         account.weight = rank.weight
-        account.expected_output = rank.expected_output
+        self.ledger.learn(account, rank.expected_output)
         account.rebase(rank.base)
         self.roster.changed = True
         if account.virtual_time < before:

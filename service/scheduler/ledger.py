@@ -100,6 +100,20 @@ class Ledger:
         elif news:
             account.deliver(news, price)
 
+    def learn(self, account: Account, tokens: float) -> None:
+        """So many output tokens are expected of each request that the account has admitted from now on.
+
+        If nothing was until now, of those that run as well. They were admitted together, before any had ended; of
+        two tenants that learn one after the other, the second would be let in again and again until they ended.
+        """
+        first = account.expected_output == 0.0
+        account.expected_output = tokens
+        if first and tokens > 0.0:
+            expected = account.meter.expected
+            for record in account.meter.lists:
+                expected.setdefault(record, tokens)
+            self._settle_output(account)
+
     def _expect_no_more(self, record: Record) -> None:
         """It ended, or was not admitted after all: what was expected of it is given back when it is settled."""
         record.account.meter.expected.pop(record, None)

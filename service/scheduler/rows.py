@@ -95,7 +95,7 @@ class RequestRows:
 
     def _gone(self, dropped: Iterable[Record]) -> tuple[st.Gone, ...]:
         """Their names, without those that another listed request has by now."""
-        names = {(record.request, record.child) for record in dropped}
+        names = {(record.request, record.child): len(record.outputs) for record in dropped}
         families = self._core.roster.families
         again = {
             (record.request, record.child)
@@ -103,7 +103,11 @@ class RequestRows:
             for record in families.get(request)
             if record.row is not None
         }
-        return tuple(st.Gone(request=request, child=child) for request, child in names - again)
+        return tuple(
+            st.Gone(request=request, child=child, output_tokens=tokens)
+            for (request, child), tokens in names.items()
+            if (request, child) not in again
+        )
 
 
 class TenantRows:

@@ -91,8 +91,13 @@ def test_requests_come_and_go_with_deltas() -> None:
     fleet = Fleet()
     fleet.merge(frame(seq=1, requests=(request("r1"), request("r2"))), 0.0)
     fleet.merge(
-        frame(seq=2, full=False, requests=(request("r2", "held"),), gone=(Gone(request="r1", child=0),)), 0.1
-    )
+        frame(
+            seq=2, full=False, requests=(request("r2", "held"),),
+            gone=(Gone(request="r1", child=0, output_tokens=7),),
+        ),
+        0.1,
+    )  # fmt: skip
+    assert [(row.request, row.output_tokens) for row in fleet.workers["w1"].left] == [("r1", 7)]
     assert {key: each.state for key, each in fleet.workers["w1"].requests.items()} == {("r2", 0): "held"}
 
 

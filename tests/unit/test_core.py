@@ -170,6 +170,26 @@ def test_what_is_expected_counts_for_the_next_pick_of_the_same_step() -> None:
     assert [engine.admit().account.name for _ in range(5)] == ["long", "short", "short", "short", "long"]
 
 
+def test_an_expectation_that_is_the_first_is_of_what_runs_too() -> None:
+    """Charged late, they would let their tenant in again and again before its turn. A later one is for who comes."""
+    engine = FakeEngine()
+    first, over = engine.submit("a", prompt=10), engine.submit("a", prompt=10)
+    account = first.account
+    for _ in range(2):
+        engine.admit()
+    engine.deliver(first, 3)
+    engine.deliver(over, 9)
+    rank(engine, "a", expected_output=8)
+    assert account.charged == (10 + 8 * 2) + (10 + 9 * 2)
+    rank(engine, "a", expected_output=100)
+    assert account.charged == (10 + 8 * 2) + (10 + 9 * 2)
+    engine.finish(first)
+    engine.finish(over)
+    engine.core.ledger.settle_all()
+    assert account.charged == 2 * 10 + (3 + 9) * 2
+    engine.check()
+
+
 def test_a_skip_gives_back_what_was_expected() -> None:
     """A head that vLLM takes and puts back is charged nothing, and its tenant keeps its place."""
     engine = FakeEngine()

@@ -217,6 +217,18 @@ def test_request_that_ends_between_frames_leaves_nothing_behind() -> None:
     assert not engine.core.roster.touched
 
 
+def test_who_is_gone_is_said_to_have_had_all_of_its_output() -> None:
+    """Between the last frame that listed it and its end it was delivered more: nobody else would tell."""
+    reported = Reported()
+    record = reported.engine.submit()
+    reported.engine.admit()
+    reported.engine.deliver(record, 3)
+    assert [row.output_tokens for row in reported.frame().requests] == [3]
+    reported.engine.deliver(record, 2)
+    reported.engine.finish(record)
+    assert [(gone.request, gone.output_tokens) for gone in reported.frame().gone] == [(record.request, 5)]
+
+
 def test_delta_has_the_new_prompt_of_a_session() -> None:
     """A streaming session's next turn is news, though nothing of it was delivered yet."""
     reported = Reported()
