@@ -241,19 +241,19 @@ class Vtc:
         return Directives(prices=self.prices, ranks=_Ranks(self), holds=holds, caps=self._caps())
 
     def _caps(self) -> dict[str, dict[Group, Cap]]:
-        """Per worker and class, how many may run there beside those of other classes."""
-        caps: dict[str, dict[Group, Cap]] = {}
+        """Per worker, how many of each class may run."""
         if (crowd := self._crowd) is None:
-            return caps
+            return {}
+        caps: dict[str, dict[Group, Cap]] = {}
         for view in self._fleet.live():
-            if (most := crowd.cap(view)) is not None:
-                running = {name: row.running for name, row in view.classes.items()}
-                total = sum(running.values())
-                caps[view.worker] = {
-                    ("class", name): Cap(max_running=max(1, most - (total - mine)))
-                    for name, mine in running.items()
-                }
+            shares = crowd.shares(view, self._best_first(view))
+            caps[view.worker] = {("class", name): Cap(max_running=most) for name, most in shares.items()}
         return caps
+
+    def _best_first(self, view: WorkerView) -> list[str]:
+        """A worker's classes in the order in which they are admitted."""
+        table = self._tables.classes
+        return sorted(view.classes, key=lambda name: (table[name].position if name in table else 0, name))
 
     def above_floor(self) -> list[str]:
         """Tenants whom a worker's own lift would put too low if it had not heard of them."""

@@ -64,8 +64,115 @@ def test_at_least_one_may_run():
     assert crowd(output=10**6).cap(view(100)) == 1
 
 
-def test_vtc_caps_every_class_by_what_others_leave():
-    """30 run in one class and 20 in another, and 80 may in all: 60 and 50."""
+# Several classes
+
+
+class Shared:
+    """A worker whose classes share a cap of `most`, with what comes of it: frames and caps are a look late.
+
+    Every look an eighth of what runs ends, and the best class that waits and is under its cap gets free places.
+    """
+
+    def __init__(self, most: int, **queued: int) -> None:
+        self.most = most
+        self.queued = queued
+        self.running = dict.fromkeys(queued, 0)
+        self.held = dict.fromkeys(queued, 0)
+        self.seen = [self._frame()]
+        self.caps: list[dict[str, int]] = [dict.fromkeys(queued, most)]
+        self.holds = 0
+        self.crowd = crowd()
+        self.crowd.cap = lambda view: self.most  # type: ignore[method-assign]
+
+    def _frame(self):
+        return tuple(
+            ClassStatus(
+                class_=name,
+                queued=queued,
+                running=self.running[name],
+                held=self.held[name],
+                oldest_queued_s=0.0,
+            )
+            for name, queued in self.queued.items()
+        )
+
+    def look(self, times: int = 1) -> list[dict[str, int]]:
+        """Let the controller look so often; the caps that it gave."""
+        given = []
+        for _ in range(times):
+            for name, cap in self.caps[-1].items():
+                self.running[name] -= -(-self.running[name] // 8)
+                over = max(0, self.running[name] - cap)
+                self.holds += over
+                self.held[name] += over
+                self.running[name] -= over
+                for waiting in (self.held, self.queued):
+                    enter = min(waiting[name], cap - self.running[name])
+                    waiting[name] -= enter
+                    self.running[name] += enter
+            self.seen.append(self._frame())
+            fleet = Fleet()
+            fleet.merge(frame("w1", "01A", 1, classes=self.seen[-2]), 0.0)
+            given.append(self.crowd.shares(fleet.workers["w1"], list(self.queued)))
+            assert sum(given[-1].values()) <= self.most + len(self.queued)
+            self.caps.append(given[-1])
+        return given
+
+
+def test_a_single_class_has_the_whole_cap():
+    """Nothing is divided where there is nothing to divide, with or without the built-in class beside it."""
+    assert Shared(40, chat=10**6).look(50)[-1] == {"chat": 40}
+    assert Shared(40, chat=10**6, default=0).look(50)[-1] == {"chat": 40, "default": 1}
+
+
+def test_shares_do_not_chatter():
+    """Two classes that want all there is: after a while no cap changes, nobody is held, and every place is taken."""
+    worker = Shared(40, chat=10**6, bulk=10**6)
+    worker.look(100)
+    held = worker.holds
+    assert len({tuple(caps.items()) for caps in worker.look(200)}) == 1
+    assert worker.holds == held
+    assert sum(worker.running.values()) >= 40
+
+
+def test_who_waits_has_what_others_leave():
+    """A class that asks for little keeps a place for who comes; the other has the rest, and nobody is held for it."""
+    worker = Shared(40, chat=0, bulk=10**6)
+    for _ in range(200):
+        worker.queued["chat"] += 1
+        worker.look()
+    assert worker.running["bulk"] >= 40 - 2 * worker.running["chat"] - 2
+    settled = worker.holds
+    for _ in range(100):
+        worker.queued["chat"] += 1
+        worker.look()
+    assert worker.holds == settled
+
+
+def test_a_better_class_that_comes_back_takes_place_after_place():
+    """Otherwise it would wait for ever beside a worse one that has a queue: nothing would be left unused."""
+    worker = Shared(40, chat=0, bulk=10**6)
+    assert worker.look(50)[-1]["bulk"] >= 39
+    worker.queued["chat"] = 10**6
+    assert 8 <= worker.look(20)[-1]["chat"] <= 20
+    assert worker.look(80)[-1] == {"chat": 39, "bulk": 1}
+    worker.queued["chat"] = 0
+    assert worker.look(60)[-1]["bulk"] >= 38
+
+
+def test_a_smaller_pool_takes_what_is_unused_first():
+    """Then from the worst class; a larger one gives to who waits."""
+    worker = Shared(40, chat=10, bulk=10**6)
+    worker.look()
+    worker.most = 10
+    worker.look(5)
+    assert sum(worker.caps[-1].values()) == 10
+    worker.most = 60
+    assert worker.look(20)[-1]["bulk"] >= 50
+
+
+def test_vtc_caps_every_class_by_its_share():
+    """30 run in one class and 20 in another, and 80 may in all: nobody waits, so the larger has room to grow."""
     policy, fleet = Vtc(Vtc.Params(fill=1.0)), Fleet()
     assert policy.sees == "requests"
     classes = tuple(
@@ -92,5 +199,5 @@ def test_vtc_caps_every_class_by_what_others_leave():
     caps = policy.decide(0.0).caps["w1"]
     assert {group: cap.max_running for group, cap in caps.items()} == {
         ("class", "chat"): 60,
-        ("class", "bulk"): 50,
+        ("class", "bulk"): 20,
     }
