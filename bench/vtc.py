@@ -1,0 +1,160 @@
+"""VTC's evaluation on our scheduler: every suite, every policy, in virtual time.
+
+    COX_TRACES=FOLDER python -m bench.vtc --json PATH [--suite overload real ...] [--side vtc fill ...] [--devices 5]
+    python -m bench.vtc --table --json PATH      # Markdown from what is written there; measures nothing
+
+Suites and figures are those of `cox lab` (docs/lab.md): service differences as VTC's authors define them, beside what
+they published; and how far backlogged tenants came apart, beside the 2U of their theorem 4.4. The file has a row per
+run and is written after each; what is in it is not run again, so a run that was cut short goes on. Runs are the same
+each time, and so is the file, whatever the machine. `real` needs a trace file (docs/lab.md).
+
+`--devices 5` runs `real` on five devices, evenly between 2 % faster and 2 % slower: its figures move with small causes.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from coxswain.lab.bound import gap
+from coxswain.lab.command import seeded
+from coxswain.lab.devices import DEVICES
+from coxswain.lab.experiment import run
+from coxswain.lab.metrics import measure
+from coxswain.lab.published import peer
+from coxswain.lab.setup import Admission, Setup
+from coxswain.lab.suites import SUITES, Suite
+from coxswain.lab.trace import Arrival, tenants
+
+DIGITS: Final = 3
+
+
+class Side(NamedTuple):
+    """A policy and how requests enter."""
+
+    policy: str
+    admission: Admission | None = None
+    """None: the suite's own, which is `reserve` in all of VTC's."""
+
+
+SIDES: Final = {
+    "vtc": Side("vtc"),
+    "predict": Side("vtc:predict=average"),
+    "oracle": Side("vtc-oracle"),
+    "fcfs": Side("fcfs"),
+    "bucket": Side("bucket20"),
+    "vllm": Side("vtc", "vllm"),
+    "fill": Side("vtc:fill=0.95", "vllm"),
+    "preempt": Side("vtc:preempt_gap=2000", "vllm"),
+}
+SEEDED: Final = ("vtc", "vllm", "fill")
+"""What `--devices` repeats."""
+OF_FCFS: Final = ("overload-fcfs", "poisson_short_long_2-fcfs")
+"""Longer or shorter only because FCFS was published so: nothing else is run on them."""
+
+Row = dict[str, Any]
+
+
+def sides_of(suite: Suite, asked: Sequence[str]) -> list[str]:
+    """Those of the asked that say something on a suite."""
+    if suite.name in OF_FCFS:
+        return [name for name in asked if name == "fcfs"]
+    return [name for name in asked if SIDES[name].admission != suite.admission]
+
+
+def measured(suite: Suite, arrivals: Sequence[Arrival], name: str, number: int, devices: int) -> Row:
+    """One run."""
+    side = SIDES[name]
+    policy, *settings = side.policy.split(":")
+    setup = Setup(
+        policy=policy, settings=tuple(settings), device=DEVICES[suite.device], tables=suite.tables,
+        admission=side.admission or suite.admission,
+    )  # fmt: skip
+    if number:
+        setup = seeded(setup, number, devices)
+    outcome = run(arrivals, setup)
+    metrics, apart = measure(outcome.lives), gap(outcome.lives, setup)
+    theirs = peer(suite.name, side.policy) if side.admission is None else None
+    row = {
+        "suite": suite.name, "side": name, "policy": side.policy, "admission": setup.admission,
+        "device": suite.device, "pace": setup.device.pace, "tenants": len(tenants(arrivals)),
+        "metrics": metrics, "gap": apart, "commands": outcome.commands, "rejected": outcome.rejected,
+        "published": theirs and {"name": theirs[0], **theirs[1]._asdict()},
+    }  # fmt: skip
+    plain: Row = _rounded(msgspec.to_builtins(row))
+    return plain
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return round(value, DIGITS) if isinstance(value, float) else value
+
+
+def key(row: Row) -> tuple[str, str, float]:
+    """What makes a row another one."""
+    return row["suite"], row["side"], row["pace"]
+
+
+def wanted(suites: Iterable[str], sides: Sequence[str], devices: int) -> Iterable[tuple[Suite, str, int]]:
+    """Suite, side and number of the device of every run that is asked for."""
+    for name in suites:
+        suite = SUITES[name]
+        for side in sides_of(suite, sides):
+            again = devices if name == "real" and side in SEEDED else 1
+            for number in range(again):
+                yield suite, side, number
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown: a line per suite and side."""
+    lines = [
+        "| suite | | done | maximum | average | tokens/s | published | backlogged apart, most | of 2U |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        metrics, apart, theirs = row["metrics"], row["gap"], row["published"]
+        what = f"{row['policy']}, {row['admission']}" + ("" if row["pace"] == 1.0 else f" × {row['pace']}")
+        most, part = "–", "–"
+        if apart["between"] is not None:
+            most, part = f"{apart['most']:,.0f}", f"{apart['most'] / apart['bound']:.2f}"
+        published = f"{theirs['max_diff']:.1f} / {theirs['avg_diff']:.1f}" if theirs else "–"
+        lines.append(
+            f"| {row['suite']} | `{what}` | {metrics['done']:,} of {metrics['n']:,} | {metrics['max_diff']:.1f} | "
+            f"{metrics['avg_diff']:.1f} | {metrics['throughput']:.0f} | {published} | {most} | {part} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is not in the file yet."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--suite", nargs="*", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--side", nargs="*", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []
+    if options.table:
+        print(table(rows))
+        return
+    order = {name: place for place, name in enumerate([*SUITES, *SIDES])}
+    for suite, side, number in wanted(options.suite, options.side, options.devices):
+        pace = seeded(Setup(), number, options.devices).device.pace if number else 1.0
+        if (suite.name, side, round(pace, DIGITS)) in map(key, rows):
+            continue
+        row = measured(suite, suite.arrivals(), side, number, options.devices)
+        rows.append(row)
+        rows.sort(key=lambda each: (order[each["suite"]], order[each["side"]], abs(each["pace"] - 1.0)))
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        print(table([row]).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
