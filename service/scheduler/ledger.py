@@ -190,7 +190,7 @@ class Ledger:
         What was to be there from where the request stands now until `begin` stays counted as input or as reloaded,
         and is recomputed.
         """
-        self.reject(record, in_vain)
+        self._discard(record, in_vain)
         valid = record.payload.num_computed_tokens
         record.lost_mark = max(record.lost_mark, begin)
         record.resumed_at, record.settled_recompute = valid, 0
@@ -199,10 +199,25 @@ class Ledger:
 
     # What was computed for nothing, or never
 
-    def reject(self, record: Record, drafts: int) -> None:
-        """Drafts were computed and rejected: their positions are computed again."""
-        record.discarded_tokens += drafts
-        record.account.discarded_tokens += drafts
+    def reject_drafts(self, record: Record, drafts: int) -> None:
+        """Drafts were computed, and vLLM is about to take them off what the request has computed.
+
+        Where their positions had been computed before, with KV that was lost, they count as recomputed; once more when
+        they are computed once more, which may never be.
+        """
+        if record.lost_mark > record.resumed_at:
+            self._settle_recompute(record)
+        computed = record.payload.num_computed_tokens
+        stands = computed - drafts
+        again = max(0, min(computed, record.lost_mark) - stands)
+        if again:
+            record.resumed_at, record.settled_recompute = stands, 0
+            self._recomputing[record] = None
+        self._discard(record, drafts - again)
+
+    def _discard(self, record: Record, positions: int) -> None:
+        record.discarded_tokens += positions
+        record.account.discarded_tokens += positions
         record.account.touch()
 
     def _spare(self, record: Record, tokens: int) -> None:
@@ -216,7 +231,7 @@ class Ledger:
         self._recomputing.pop(record, None)
         if not record.has_kv:
             return
-        self.reject(record, in_flight)
+        self._discard(record, in_flight)
         record.lost_mark = min(record.lost_mark, record.payload.num_computed_tokens - in_flight)
         record.resumed_at = record.lost_mark
 
@@ -253,7 +268,7 @@ class Ledger:
         done = max(record.lost_mark, record.payload.num_computed_tokens if record.has_kv else 0)
         used = record.prompt_tokens + max(0, len(record.outputs) - 1)
         if done > used:
-            self.reject(record, done - used)
+            self._discard(record, done - used)
         elif done < used:
             self._spare(record, used - done)
             record.account.touch()

@@ -183,7 +183,7 @@ class SteeredScheduler(AsyncScheduler):
         core = self.core
         if self.num_spec_tokens:  # before: it takes them off, and cuts what was sampled behind a stop
             for request, drafts in compat.rejected_drafts(self.requests, *args, **kwargs):
-                core.ledger.reject(request.steering, drafts)
+                core.ledger.reject_drafts(request.steering, drafts)
         outputs = super().update_from_output(*args, **kwargs)
         if core.roster.awaiting_first:
             now = self.now()

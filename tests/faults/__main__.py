@@ -156,9 +156,11 @@ def main() -> int:
         runs = steer(options.steps, options.seed, console, cores=options.cores, told=report)
     if verdicts:
         console.print(table(verdicts))
+    failed = [run for run in runs if run.problem]
     if runs:
-        console.print(f"{sum(run.steps for run in runs):,} random steps in {len(runs)} runs, all held")
-    return int(any(verdict.problems for verdict in verdicts))
+        said = f"{len(failed)} failed" if failed else "all held"
+        console.print(f"{sum(run.steps for run in runs):,} random steps in {len(runs)} runs, {said}")
+    return int(bool(failed) or any(verdict.problems for verdict in verdicts))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -43,6 +44,8 @@ class Taken(msgspec.Struct, kw_only=True):
     commands: int
     requests: int
     seconds: float
+    problem: str = ""
+    """What did not hold; the run ended there."""
 
 
 Told = Callable[[list[Taken]], None]
@@ -59,9 +62,6 @@ def steer(
         console: has a line per run.
         cores: how many to use; 0 for all.
         told: hears all runs so far, after each.
-
-    Raises:
-        AssertionError: something did not hold; the text before it says which run.
     """
     runs: list[Taken] = []
     taken = 0
@@ -77,7 +77,7 @@ def steer(
                 runs.append(run)
                 taken += run.steps
                 console.print(
-                    f"seed {run.seed} {run.mode}: {run.steps} steps, all held; {taken:,} so far",
+                    f"seed {run.seed} {run.mode}: {run.steps} steps, {run.problem or 'all held'}; {taken:,} so far",
                     highlight=False,
                 )
                 told(runs)
@@ -92,7 +92,7 @@ def one(seed: int, mode: dict[str, Any], requests: int = REQUESTS) -> Taken:
     from tests.support.random_run import Run
     from tests.support.simulated import engine
 
-    began = time.monotonic()
+    began, run, problem = time.monotonic(), None, ""
     try:
         with tempfile.TemporaryDirectory() as folder:
             wanted, stock_options, options = prepared(Path(folder), seed, mode, requests)
@@ -102,12 +102,11 @@ def one(seed: int, mode: dict[str, Any], requests: int = REQUESTS) -> Taken:
                 run = Run(steered, wanted, seed)
                 run.play()
                 run.check(expected)
-    except BaseException as error:
-        error.add_note(f"seed {seed}, mode {mode}, {requests} requests")
-        raise
+    except Exception as error:  # noqa: BLE001 - whatever it was, it is told, and the next run begins
+        problem = "".join(traceback.format_exception_only(error)).strip()
     return Taken(
-        seed=seed, mode=mode, steps=steered.steps, commands=sum(run.done.values()), requests=len(wanted),
-        seconds=round(time.monotonic() - began, 1),
+        seed=seed, mode=mode, steps=run.engine.steps if run else 0, commands=sum(run.done.values()) if run else 0,
+        requests=requests, seconds=round(time.monotonic() - began, 1), problem=problem,
     )  # fmt: skip
 
 

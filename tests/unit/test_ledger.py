@@ -55,3 +55,48 @@ def test_request_that_fails_with_its_load_is_counted_too() -> None:
     (ended,) = engine.seen(ev.Finished)
     assert positions(ended) == engine.computed[record] == 8
     assert ended["discarded_tokens"] == 8
+
+
+def draft(engine: FakeEngine, record: Record, *, looked_at: bool) -> None:
+    """A step with three drafts, of which none is accepted; somebody may look at totals while it is under way."""
+    request, stood = record.payload, record.payload.num_computed_tokens
+    request.num_computed_tokens = stood + 4
+    engine.computed[record] += 4
+    if looked_at:
+        engine.core.ledger.settle_all()
+    engine.core.ledger.reject_drafts(record, 3)
+    request.num_computed_tokens = engine.kv[record] = engine.furthest[record] = stood + 1
+    engine.deliver(record)
+
+
+def lose_and_resume(engine: FakeEngine, record: Record) -> None:
+    """Its KV is lost and computed anew, up to its last token."""
+    engine.core.evict(engine.now, record, "test")
+    engine.admit()
+    engine.compute(record, record.prompt_tokens + len(record.outputs))
+
+
+@pytest.mark.parametrize("looked_at", [False, True], ids=["at-rest", "in-flight"])
+@pytest.mark.parametrize("end", ["at once", "later", "after another loss"])
+def test_drafts_that_are_rejected_where_kv_was_lost_are_counted_once(looked_at: bool, end: str) -> None:
+    """What a lost step had guessed is guessed again, wrongly, and computed again or never: all of it adds up."""
+    engine = FakeEngine()
+    record = engine.submit(prompt=16, tokens=100)
+    engine.admit()
+    engine.compute(record, 16)
+    record.payload.num_computed_tokens += 4  # a step with drafts is under way as its KV is lost
+    engine.computed[record] += 4
+    engine.core.evict(engine.now, record, "test")
+    engine.deliver(record)
+    engine.admit()
+    engine.compute(record, 18)
+    draft(engine, record, looked_at=looked_at)
+    if end == "after another loss":
+        lose_and_resume(engine, record)
+        draft(engine, record, looked_at=looked_at)
+    for _ in range(0 if end == "at once" else 5):
+        draft(engine, record, looked_at=looked_at)
+    engine.core.validate()
+    engine.finish(record, "length")
+    (ended,) = engine.seen(ev.Finished)
+    assert positions(ended) == engine.computed[record]
