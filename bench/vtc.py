@@ -50,7 +50,7 @@ SIDES: Final = {
     "fill": Side("vtc:fill=0.95", "vllm"),
     "preempt": Side("vtc:preempt_gap=2000", "vllm"),
 }
-SEEDED: Final = ("vtc", "vllm", "fill")
+SEEDED: Final = ("vtc", "predict", "vllm", "fill")
 """What `--devices` repeats."""
 OF_FCFS: Final = ("overload-fcfs", "poisson_short_long_2-fcfs")
 """Longer or shorter only because FCFS was published so: nothing else is run on them."""

@@ -83,6 +83,11 @@ class Account(Group):
         """What orders tenants."""
         return self.virtual_time, self.name
 
+    @property
+    def level(self) -> float:
+        """Virtual time without what is charged ahead: what it has been given. Lifts go by this."""
+        return self.virtual_time - self.ahead
+
     def charge(self, cost: float) -> None:
         """Add `cost` (tokens × price) at the weight in force now."""
         self.charged += cost / self.weight
@@ -103,9 +108,9 @@ class Account(Group):
         self._sum()
 
     def lift_to(self, floor: float) -> None:
-        """Raise the virtual time to `floor` if it is below."""
-        if self.virtual_time < floor:
-            self.lift += floor - self.virtual_time
+        """Raise its level to `floor` if it is below."""
+        if self.level < floor:
+            self.lift += floor - self.level
             self._sum()
 
     def _sum(self) -> None:
@@ -156,12 +161,14 @@ class Tenants:
             account.lift_to(floor)
 
     def floor(self) -> float | None:
-        """The least virtual time among those with anything queued that are not at their cap.
+        """The level of the tenant that is next: of those with anything queued that are not at their cap.
 
         With none, that of the tenant that left the queue last; None if there never was any.
+
+        Not its virtual time: what it is charged ahead it gets from now on, while who returns waits beside it.
         """
         least = self._open.least() or self._last_left
-        return least.virtual_time if least is not None else None
+        return least.level if least is not None else None
 
     def joined(self, account: Account, record: "Record") -> None:
         """One more of its requests waits."""

@@ -190,6 +190,37 @@ def test_an_expectation_that_is_the_first_is_of_what_runs_too() -> None:
     engine.check()
 
 
+def test_who_returns_does_not_pay_for_what_others_have_yet_to_be_given() -> None:
+    """It is lifted to what the next tenant was given: what that one is charged ahead it gets while this one waits."""
+    engine = FakeEngine()
+    for _ in range(3):
+        engine.submit("busy", prompt=10)
+    rank(engine, "busy", expected_output=50)
+    first = engine.admit()
+    engine.deliver(first, 20)
+    engine.core.ledger.settle_all()
+    assert first.account.virtual_time == 10 + 50 * 2
+    back = engine.submit("back", prompt=10)
+    assert back.account.virtual_time == 10 + 20 * 2
+    assert engine.admit() is back
+    engine.check()
+
+
+def test_who_returns_keeps_what_it_is_charged_ahead_itself() -> None:
+    """It has emptied its queue, not its place: what still runs of it counts beyond the level of the others."""
+    engine = FakeEngine()
+    engine.submit("back", prompt=10)
+    engine.submit("busy", prompt=10).account.charge(40)
+    rank(engine, "back", expected_output=50)
+    runs = engine.admit()
+    assert runs.account.virtual_time == 10 + 50 * 2
+    engine.deliver(runs, 5)
+    engine.core.ledger.settle_all()
+    engine.submit("back", prompt=10)
+    assert runs.account.virtual_time == 40 + 45 * 2
+    engine.check()
+
+
 def test_a_skip_gives_back_what_was_expected() -> None:
     """A head that vLLM takes and puts back is charged nothing, and its tenant keeps its place."""
     engine = FakeEngine()
