@@ -85,6 +85,8 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_def
     max_running: int | None = None
     max_queued: int | None = None
     """Caps in force, the strictest of the table's and every role's `limit`; null: none."""
+    classes: tuple[str, ...] = ()
+    """Classes that its requests may ask for beside `class`, as its row of the table says."""
     expected_output: float = 0.0
     """Output tokens that the leader expects of a request of it: charged when that is admitted."""
 

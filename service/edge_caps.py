@@ -42,6 +42,7 @@ class TenantSeen(msgspec.Struct, frozen=True):
     finished_total: int
     oldest_queued_s: float
     max_queued: int | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def arrived_total(self) -> int:
@@ -243,10 +244,14 @@ class EdgeCaps:
         return None
 
     def _class_of(self, views: list[View], tenant: str, asked: str) -> str:
-        """The class in which the engine will queue it, as far as the frames tell."""
-        if any(asked in view.classes for view in views):
-            return asked
-        return next((view.tenants[tenant].class_ for view in views if tenant in view.tenants), DEFAULT)
+        """The class in which the engine will queue it (`SteeringCore._class_for`), as far as the frames tell."""
+        for view in views:
+            row = view.tenants.get(tenant)
+            if row is not None:
+                wanted = asked if asked in row.classes and asked in view.classes else row.class_
+                return wanted if wanted in view.classes else DEFAULT
+        # Whoever never came has no row: what it may is not known here.
+        return asked if any(asked in view.classes for view in views) else DEFAULT
 
 
 def _load(rows: list[TenantSeen | None] | list[ClassSeen | None]) -> Load:

@@ -224,5 +224,5 @@ def tenant_row(now: float, account: Account) -> st.TenantStatus:
         uncomputed_input_tokens_total=account.uncomputed_input_tokens,
         restored_tokens_total=account.restored_tokens, reloaded_tokens_total=account.reloaded_tokens,
         discarded_tokens_total=account.discarded_tokens,
-        max_running=account.max_running, max_queued=account.max_queued,
+        max_running=account.max_running, max_queued=account.max_queued, classes=account.policy.classes,
     )  # fmt: skip
