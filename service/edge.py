@@ -57,6 +57,9 @@ ID_HEADER: Final = b"x-request-id"
 CLIENT_ID_HEADER: Final = b"x-client-request-id"
 MAX_CLIENT_ID: Final = 128
 """Characters of the client's own id that the response repeats."""
+FORWARDED: Final = "FORWARDED_ALLOW_IPS"
+"""uvicorn's: from whom X-Forwarded-For replaces the peer's address; loopback where it is not set, nobody where it is
+empty."""
 _LOOPBACK: Final = "127.0.0.0/8,::1/128"
 _INT: Final = re.compile(rb"[+-]?[0-9]{1,10}")
 _HEADER_NAME: Final = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,128}")
@@ -150,6 +153,11 @@ def _tenant_header(env: Mapping[str, str]) -> bytes | None:
     name = env.get("COX_TENANT_HEADER", "").strip().lower()
     if name and not _HEADER_NAME.fullmatch(name):
         raise SettingRefusedError(f"COX_TENANT_HEADER is {name!r}: not the name of an HTTP header")
+    if name and env.get(FORWARDED):
+        raise SettingRefusedError(
+            f"{FORWARDED} is {env[FORWARDED]!r}, and COX_TENANT_HEADER is set: X-Forwarded-For would say who connects, "
+            f"and so who is believed; unset {FORWARDED}, COX_TRUSTED_PROXIES alone says that",
+        )
     return name.encode() or None
 
 

@@ -13,7 +13,7 @@ from prometheus_client import Counter
 from coxswain.schemas.metrics import EDGE_REFUSALS
 from coxswain.service import edge_hook
 from coxswain.service.config import Settings
-from coxswain.service.edge import Edge, EdgeSettings
+from coxswain.service.edge import FORWARDED, Edge, EdgeSettings
 from coxswain.service.edge_asgi import App, EdgeMiddleware
 from coxswain.service.edge_status import listener
 from coxswain.service.keys import Keyring
@@ -25,6 +25,9 @@ _LISTEN: Final = listener(_WORKER, os.environ)
 # On vLLM's own page by itself, summed over API server processes by prometheus_client.
 _REFUSALS: Final = Counter(EDGE_REFUSALS.name, EDGE_REFUSALS.help, EDGE_REFUSALS.labels)
 
+if _SETTINGS.tenant_header:
+    # Who connects decides who is believed: uvicorn, which reads this later, must not take a header's word for it.
+    os.environ[FORWARDED] = ""
 edge_hook.install()
 
 

@@ -371,6 +371,7 @@ async def test_root_path_is_not_part_of_the_rule(file: Path) -> None:
         ({"COX_IDENTITY_KEY": ""}, "VLLM_PLUGINS"),
         ({"COX_IDENTITY_KEY": "abc"}, "COX_IDENTITY_KEY"),
         ({"COX_TENANT_HEADER": "no header"}, "COX_TENANT_HEADER"),
+        ({"COX_TENANT_HEADER": "x-tenant", "FORWARDED_ALLOW_IPS": "*"}, "FORWARDED_ALLOW_IPS"),
         ({"COX_TRUSTED_PROXIES": "10.0.0.0/33"}, "COX_TRUSTED_PROXIES"),
         ({"COX_TRUSTED_PROXIES": "everybody"}, "COX_TRUSTED_PROXIES"),
     ],
