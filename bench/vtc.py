@@ -13,7 +13,7 @@ each time, and so is the file, whatever the machine. `real` needs a trace file (
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -25,6 +25,7 @@ from coxswain.lab.devices import DEVICES
 from coxswain.lab.experiment import run
 from coxswain.lab.metrics import measure
 from coxswain.lab.published import peer
+from coxswain.lab.report import between
 from coxswain.lab.setup import Admission, Setup
 from coxswain.lab.suites import SUITES, Suite
 from coxswain.lab.trace import Arrival, tenants
@@ -111,23 +112,54 @@ def wanted(suites: Iterable[str], sides: Sequence[str], devices: int) -> Iterabl
                 yield suite, side, number
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Markdown: a line per suite and side."""
-    lines = [
-        "| suite | | done | maximum | average | tokens/s | published | backlogged apart, most | of 2U |",
-        "|---|---|---|---|---|---|---|---|---|",
+def tables(rows: Sequence[Row]) -> str:
+    """Markdown: a line per suite and a column per side, for each figure; then `real` over devices."""
+    plain = [row for row in rows if row["pace"] == 1.0]
+    parts = [
+        ("service difference, maximum / average, weighted tokens/s", _differences),
+        ("tokens/s; of how many done, if not all", _throughput),
+        ("backlogged tenants apart, most, as a part of 2U", _apart),
     ]
-    for row in rows:
-        metrics, apart, theirs = row["metrics"], row["gap"], row["published"]
-        what = f"{row['policy']}, {row['admission']}" + ("" if row["pace"] == 1.0 else f" × {row['pace']}")
-        most, part = "–", "–"
-        if apart["between"] is not None:
-            most, part = f"{apart['most']:,.0f}", f"{apart['most'] / apart['bound']:.2f}"
-        published = f"{theirs['max_diff']:.1f} / {theirs['avg_diff']:.1f}" if theirs else "–"
-        lines.append(
-            f"| {row['suite']} | `{what}` | {metrics['done']:,} of {metrics['n']:,} | {metrics['max_diff']:.1f} | "
-            f"{metrics['avg_diff']:.1f} | {metrics['throughput']:.0f} | {published} | {most} | {part} |"
-        )
+    text = [f"{title}\n\n{_matrix(plain, cell)}" for title, cell in parts]
+    return "\n\n".join([*text, f"real over devices\n\n{_over_devices(rows)}"])
+
+
+def _matrix(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+    sides = [name for name in SIDES if any(row["side"] == name for row in rows)]
+    lines = ["| suite | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
+    for suite in SUITES:
+        found = {row["side"]: row for row in rows if row["suite"] == suite}
+        if found:
+            cells = (cell(found[side]) if side in found else "" for side in sides)
+            lines.append(f"| {suite} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _differences(row: Row) -> str:
+    return f"{row['metrics']['max_diff']:.1f} / {row['metrics']['avg_diff']:.1f}"
+
+
+def _throughput(row: Row) -> str:
+    metrics = row["metrics"]
+    done = "" if metrics["done"] == metrics["n"] else f", {metrics['done']:,} of {metrics['n']:,}"
+    return f"{metrics['throughput']:.0f}{done}"
+
+
+def _apart(row: Row) -> str:
+    apart = row["gap"]
+    return "–" if apart["between"] is None else f"{apart['most'] / apart['bound']:.2f}"
+
+
+def _over_devices(rows: Sequence[Row]) -> str:
+    lines = ["| side | devices | maximum | average | tokens/s | lost their KV |", "|---|---|---|---|---|---|"]
+    for side in SEEDED:
+        some = [row["metrics"] for row in rows if (row["suite"], row["side"]) == ("real", side)]
+        if some:
+            cells = [
+                between([each[name] for each in some], digits)
+                for name, digits in (("max_diff", 0), ("avg_diff", 0), ("throughput", 0), ("preempted", 0))
+            ]
+            lines.append(f"| `{SIDES[side].policy}` ({side}) | {len(some)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -142,7 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []
     if options.table:
-        print(table(rows))
+        print(tables(rows))
         return
     order = {name: place for place, name in enumerate([*SUITES, *SIDES])}
     for suite, side, number in wanted(options.suite, options.side, options.devices):
@@ -153,7 +185,7 @@ def main() -> None:
         rows.append(row)
         rows.sort(key=lambda each: (order[each["suite"]], order[each["side"]], abs(each["pace"] - 1.0)))
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
-        print(table([row]).splitlines()[-1], flush=True)
+        print(suite.name, side, _differences(row), _throughput(row), _apart(row), flush=True)
 
 
 if __name__ == "__main__":

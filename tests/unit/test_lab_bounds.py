@@ -13,7 +13,7 @@ from coxswain.lab.metrics import measure
 from coxswain.lab.setup import Setup
 from coxswain.lab.suites import SUITES, adversary, steady
 from coxswain.lab.trace import Arrival, ordered
-from coxswain.schemas.policy import TenantPolicy
+from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 
 pytestmark = pytest.mark.vllm
 
@@ -151,3 +151,36 @@ def test_a_bounded_crowd_keeps_its_kv():
     assert free.preempted > 20
     assert bounded.preempted < free.preempted / 2
     assert bounded.throughput > 0.98 * free.throughput
+
+
+def test_a_bound_on_several_classes_holds_hardly_anybody():
+    """Chat and a batch share it: bounded by what the other runs at the moment, they are held in turns."""
+    names = ("chat", "bulk")
+    arrivals = [
+        Arrival(at_s=number / 6, tenant=tenant, class_=tenant, prompt_tokens=128, output_tokens=192)
+        for number in range(160)
+        for tenant in ((names[0],) if number % 3 == 0 else (names[1],) * (number % 3))
+    ]
+    tables = Tables(
+        {name: ClassPolicy(position=place) for place, name in enumerate(names)},
+        {name: TenantPolicy(class_=name) for name in names},
+    )
+    setup = Setup(policy="vtc", settings=("fill=0.95",), device=DEVICES["vtc-a10g"], tables=tables)
+    outcome = run(arrivals, setup)
+    assert all(life.done for life in outcome.lives)
+    assert sum(state == "held" for life in outcome.lives for _, _, state in life.spans()) < 10
+
+
+def test_prediction_costs_nobody_who_asks_for_less_than_its_share():
+    """It comes back again and again to a tenant that is charged ahead, and waits no longer for that than without."""
+    arrivals = ordered(steady((0.25, 1.0), 80)(np.random.RandomState(42)))
+    waits, apart = {}, {}
+    for settings in ((), ("predict=average",)):
+        setup = Setup(policy="vtc", settings=settings, admission="reserve", device=small(4_000))
+        lives = run(arrivals, setup).lives
+        assert all(each.done for each in lives)
+        waits[settings] = measure(lives).tenants["c0"].mean_s
+        apart[settings] = gap(lives, setup).most
+    plain, predicting = waits.values()
+    assert predicting < 1.1 * plain
+    assert apart["predict=average",] <= apart[()]
