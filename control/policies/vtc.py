@@ -16,7 +16,9 @@ last reported the two, so that its own order is that of V.
 
 `predict` is algorithm 3: output that is expected is charged at admission, what goes beyond it as it comes, and
 what does not come is given back at the end. Workers do that too, told what to expect of each tenant: so it is in
-the order of the very step, and `charged` has all of it. `preempt_gap` goes beyond the paper, whose engine cannot:
+the order of the very step, and `charged` has all of it. Unlike the paper's, their lifts leave out what is charged
+ahead: others get that from now on, while who returns waits beside them. V of several workers has it, so there who
+returns waits up to a request longer. `preempt_gap` goes beyond the paper, whose engine cannot:
 while the least counter of those that wait on a worker is more than that below a running request's, the request is
 held. `fill` bounds how many run, so that those that do keep their KV (`crowd`): vLLM's preemption strikes whoever
 came last, which with VTC is who waited least because its tenant asks least.
