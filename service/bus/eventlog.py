@@ -30,8 +30,10 @@ WINDOW: Final = 256
 ACK_TIMEOUT_S: Final = 2.0
 BACKOFF_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 """Waits before sending again, the last one for ever."""
-NO_STREAM_GRACE_S: Final = 5.0
-"""How long "no stream" may be an election. After that events are dropped, one a second probes."""
+NO_STREAM_SAID_S: Final = 5.0
+NO_STREAM_GRACE_S: Final = 30.0
+"""How long "no stream" may be an election: in a cluster that lost the stream's leader NATS waits up to 9 s before it
+even begins one. It is said after the first, and after the second events are dropped; one a second probes."""
 PROBE_S: Final = 1.0
 FULL: Final = 503
 """The code by which JetStream says that it has no room: its disk is full, or a stream that refuses what is new."""
@@ -209,14 +211,18 @@ class EventLog:
         if self._no_stream_since is None:
             self._no_stream_since = now
         self._again(PROBE_S)
-        if now - self._no_stream_since >= NO_STREAM_GRACE_S:
+        silent_s = now - self._no_stream_since
+        if silent_s >= NO_STREAM_SAID_S:
+            self._say(
+                "no_stream",
+                f"stream {self._subjects.stream} does not exist, or nobody leads it: run `cox init`; "
+                f"after {NO_STREAM_GRACE_S:g} s of this events are lost",
+            )
+        if silent_s >= NO_STREAM_GRACE_S:
             self._given_up = True
             self._drop(len(self._backlog))
             self._backlog.clear()
             self._hold_off_until = now + PROBE_S
-            self._say(
-                "no_stream", f"stream {self._subjects.stream} does not exist, events are lost: run `cox init`"
-            )
 
     def _again(self, most_s: float = inf) -> None:
         """Send everything in flight again, in order, after a pause."""

@@ -27,11 +27,26 @@ from tests.faults.steps import Taken, steer
 
 
 async def soak(names: list[str], seconds: float, seed: int, folder: Path, console: Console) -> list[Verdict]:
-    """Play these faults until the time is over; each once at least."""
+    """Play these faults until the time is over, each once at least; those of a cluster then, in a fleet on one."""
+    verdicts: list[Verdict] = []
+    for cluster in (False, True):
+        of = [name for name in names if FAULTS[name].cluster == cluster]
+        if of:
+            place = folder / ("cluster" if cluster else "server")
+            place.mkdir()
+            time_s = seconds * len(of) / len(names)
+            verdicts += await play(of, time_s, seed, place, console, cluster=cluster)
+    return verdicts
+
+
+async def play(
+    names: list[str], seconds: float, seed: int, folder: Path, console: Console, *, cluster: bool
+) -> list[Verdict]:
+    """Play faults of one kind."""
     dice = random.Random(seed)
     verdicts: list[Verdict] = []
     began = time.monotonic()
-    async with rigged(folder) as rig:
+    async with rigged(folder, cluster=cluster) as rig:
         console.print(
             f"a fleet runs after {time.monotonic() - began:.0f} s; its logs: {folder}", highlight=False
         )
@@ -91,7 +106,12 @@ def markdown(verdicts: list[Verdict]) -> str:
     for one in verdicts:
         ends = ", ".join(
             f"{count} {what}"
-            for count, what in ((one.ended, "ended"), (one.failed, "told of the failure"), (one.left, "left"))
+            for count, what in (
+                (one.ended, "ended"),
+                (one.failed, "told of the failure"),
+                (one.left, "left"),
+                (one.empty, "answered with nothing"),
+            )
             if count
         )
         tokens = f"{one.tokens_per_s:.0f}" if one.seconds >= 1 else "–"

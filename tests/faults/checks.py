@@ -54,9 +54,14 @@ async def at_rest(fleet: Fleet) -> Level:
     return Level(frames, sizes)
 
 
-def ended(asked: list[Asked], kills: frozenset[str]) -> Iterator[str]:
-    """Every request ended well, or its client was told, and that only where its worker was killed."""
+def ended(asked: list[Asked], kills: frozenset[str], *, drains: bool = False) -> Iterator[str]:
+    """Every request ended well, or its client was told, and that only where its worker was killed.
+
+    `drains`: it was told to end. What comes then vLLM answers with nothing, unless the HTTP edge has heard of it.
+    """
     for one in asked:
+        if one.verdict == "empty" and drains and one.worker in kills:
+            continue
         if one.verdict == "failed" and one.worker not in kills:
             yield f"{one.worker}: a request of {one.tenant} failed though its worker lived: {one.error}"
         elif one.verdict not in {"ok", "left", "failed"}:
@@ -149,7 +154,7 @@ def grown(before: Level, after: Level) -> Iterator[str]:
         was = before.sizes.get(name)
         if was is None:
             continue
-        if bytes_ - was[0] > (NATS_MORE_BYTES if name == "nats" else MORE_BYTES):
+        if bytes_ - was[0] > (NATS_MORE_BYTES if name.startswith("nats") else MORE_BYTES):
             yield f"{name}: {was[0] >> 20} MiB before, {bytes_ >> 20} MiB after"
         if files - was[1] > MORE_FILES:
             yield f"{name}: {was[1]} open files before, {files} after"

@@ -14,18 +14,20 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import psutil
+from msgspec.structs import replace
 
 from coxswain.control.client import Client
 from coxswain.control.errors import ControlError
 from coxswain.control.tables import Limits, init
 from coxswain.schemas.connection import Connection
 from coxswain.service.tiny import make_model
+from tests.support.cluster import NatsCluster
 from tests.support.nats import NatsServer, free_port
 from tests.support.proxy import Proxy
 
@@ -39,6 +41,8 @@ STORE: Final = 64 << 20
 """What JetStream may take on disk."""
 LOG_LIMITS: Final = Limits(max_bytes=16 << 20)
 UP_S: Final = 240.0
+DRAIN_S: Final = 30
+"""What a worker that is told to end has for its requests."""
 CLOCK: Final = Path(__file__).with_name("clock")
 COX: Final = "from coxswain.control.cli import main; main()"
 VLLM: Final = (
@@ -93,6 +97,7 @@ class Worker:
             str(self._model), "--device", "simulated", "--sim-preset", PRESET, "--sim-check",
             "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(self.port),
             "--max-num-seqs", str(SLOTS), "--max-model-len", "1024", "--uvicorn-log-level", "warning",
+            "--shutdown-timeout", str(DRAIN_S),
         ]  # fmt: skip
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(VLLM))
@@ -127,6 +132,18 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.join(10)
+
+    async def end(self, within_s: float) -> None:
+        """Tell its server to end (SIGTERM), and wait until all of it has."""
+        all_ = list(self.processes().values())
+        os.kill(self._process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + within_s
+        while left := [one.pid for one in all_ if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]:
+            assert time.monotonic() < deadline, (
+                f"{self.name} has not ended after {within_s} s: {left}\n{self.log.read_text()[-4_000:]}"
+            )
+            await asyncio.sleep(0.05)
+        self._process.join(1)
 
     def pause(self) -> None:
         """Freeze all of it."""
@@ -181,6 +198,12 @@ class Leader:
         assert self._process is not None, "not started"
         return psutil.Process(self._process.pid)
 
+    async def end(self, within_s: float) -> None:
+        """Tell it to end (SIGTERM), and wait until it has."""
+        assert self._process is not None, "not started"
+        self._process.terminate()
+        await asyncio.to_thread(self._process.wait, within_s)
+
     def kill(self) -> None:
         """End it without warning."""
         if self._process is not None:
@@ -191,21 +214,23 @@ class Leader:
 class Fleet:
     """Everything that runs, and one client's connection to it.
 
-    The second worker and the second controller reach NATS through `proxy`, so that their part of the network can be
-    slow or cut while the rest is not.
+    On one NATS server the second worker and the second controller reach it through `proxy`, so that their part of the
+    network can be slow or cut while the rest is not. On a cluster, `nats` is the first of its servers.
     """
 
-    def __init__(self, folder: Path, proxy: Proxy, nats: NatsServer) -> None:
+    def __init__(
+        self, folder: Path, proxy: Proxy, nats: NatsServer, cluster: NatsCluster | None = None
+    ) -> None:
         self.folder = folder
         self.nats = nats
         self.proxy = proxy
+        self.cluster = cluster
         self.model = make_model(folder / "model")
+        first, second = (cluster.url, cluster.url) if cluster else (nats.url, proxy.url)
         self.workers = {
-            name: Worker(name, folder, url, self.model) for name, url in (("w1", nats.url), ("w2", proxy.url))
+            name: Worker(name, folder, url, self.model) for name, url in (("w1", first), ("w2", second))
         }
-        self.leaders = {
-            name: Leader(name, folder, url) for name, url in (("c1", nats.url), ("c2", proxy.url))
-        }
+        self.leaders = {name: Leader(name, folder, url) for name, url in (("c1", first), ("c2", second))}
         self.cox: Client
 
     async def start(self) -> None:
@@ -220,14 +245,15 @@ class Fleet:
 
     def connection(self) -> Connection:
         """How to reach the bus."""
-        return Connection(urls=(self.nats.url,), fleet=FLEET)
+        return Connection(urls=self.cluster.urls if self.cluster else (self.nats.url,), fleet=FLEET)
 
     async def init(self) -> None:
         """`cox init`, until NATS is there for it."""
         deadline = time.monotonic() + UP_S
+        limits = replace(LOG_LIMITS, replicas=len(self.cluster.nodes) if self.cluster else 1)
         while True:
             try:
-                await init(self.cox.js, self.cox.subjects, LOG_LIMITS)
+                await init(self.cox.js, self.cox.subjects, limits)
             except ControlError:
                 if time.monotonic() > deadline:
                     raise
@@ -237,7 +263,8 @@ class Fleet:
 
     def processes(self) -> dict[str, psutil.Process]:
         """Every process by name."""
-        found = {"nats": psutil.Process(self.nats.pid)}
+        servers = self.cluster.nodes if self.cluster else {"": self.nats}
+        found = {f"nats {name}".strip(): psutil.Process(server.pid) for name, server in servers.items()}
         for leader in self.leaders.values():
             found[leader.name] = leader.process()
         for worker in self.workers.values():
@@ -254,19 +281,20 @@ class Fleet:
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[Fleet]:
-    """A fleet that serves, for as long as the block runs."""
-    nats = NatsServer(folder, jetstream=f"max_file_store: {STORE}").start()
-    try:
-        async with Proxy(nats.port) as proxy:
-            fleet = Fleet(folder, proxy, nats)
-            try:
-                await fleet.start()
-                yield fleet
-            finally:
-                await fleet.close()
-    finally:
-        nats.kill()
+async def running(folder: Path, *, cluster: bool = False) -> AsyncIterator[Fleet]:
+    """A fleet that serves, on one NATS server or on a cluster of them, for as long as the block runs."""
+    store = f"max_file_store: {STORE}"
+    async with AsyncExitStack() as stack:
+        several = await stack.enter_async_context(NatsCluster(folder, store)) if cluster else None
+        if several:
+            nats = next(iter(several.nodes.values()))
+        else:
+            nats = NatsServer(folder, jetstream=store).start()
+            stack.callback(nats.kill)
+        fleet = Fleet(folder, await stack.enter_async_context(Proxy(nats.port)), nats, several)
+        stack.push_async_callback(fleet.close)
+        await fleet.start()
+        yield fleet
 
 
 def _environment(folder: Path, url: str) -> dict[str, str]:

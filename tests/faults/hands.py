@@ -55,6 +55,10 @@ class Fault(NamedTuple):
     """Whether the event log loses what it had, and may be away for so long that events are dropped."""
     freezes_s: float
     """For how long the engine cannot end a lease."""
+    drains: bool
+    """Whether those workers are told to end, rather than killed."""
+    cluster: bool
+    """Whether it is one of a cluster of NATS servers."""
 
     @property
     def what(self) -> str:
@@ -66,13 +70,19 @@ FAULTS: Final[dict[str, Fault]] = {}
 
 
 def fault(
-    *, short: bool = False, kills: tuple[str, ...] = (), forgets: bool = False, freezes_s: float = 0.0
+    *,
+    short: bool = False,
+    kills: tuple[str, ...] = (),
+    forgets: bool = False,
+    freezes_s: float = 0.0,
+    drains: bool = False,
+    cluster: bool = False,
 ) -> Callable[[Deed], Deed]:
     """Add a function to the list of faults, under its name."""
 
     def add(do: Deed) -> Deed:
         name = do.__name__.replace("_", "-")
-        FAULTS[name] = Fault(name, do, short, frozenset(kills), forgets, freezes_s)
+        FAULTS[name] = Fault(name, do, short, frozenset(kills), forgets, freezes_s, drains, cluster)
         return do
 
     return add

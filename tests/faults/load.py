@@ -47,12 +47,14 @@ class Asked:
 
     @property
     def verdict(self) -> str:
-        """`ok`, `left`, `failed` (its client was told so), or what is wrong."""
+        """`ok`, `left`, `failed` (its client was told so), `empty` (an answer without a word), or what is wrong."""
         said, ends = self.stream.tokens, sum(piece.finish is not None for piece in self.stream.pieces)
         if said != self.expected[: len(said)]:
             return f"other tokens than undisturbed: {said} for {self.expected}"
         if self.left or self.error:
             return "left" if self.left else "failed"
+        if not said and not ends:
+            return "empty"
         if said != self.expected or ends != 1 or self.stream.finish != "length":
             return f"{len(said)} of {len(self.expected)} tokens, {ends} ends, finish {self.stream.finish}"
         return "ok"

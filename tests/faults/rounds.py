@@ -37,6 +37,8 @@ class Verdict(msgspec.Struct, kw_only=True):
     """Their clients were told so."""
     left: int = 0
     """Their clients went away."""
+    empty: int = 0
+    """Their clients got an answer without a word: see `checks.ended`."""
     gap_s: float = 0.0
     """The longest wait of any client for a token while it was there; holds are part of it."""
     tokens_per_s: float = 0.0
@@ -125,6 +127,7 @@ class Rig:
         ends = Counter(one.verdict for one in asked)
         verdict.requests = len(asked)
         verdict.ended, verdict.failed, verdict.left = ends["ok"], ends["failed"], ends["left"]
+        verdict.empty = ends["empty"]
         gaps = [gap for one in asked for gap in one.gaps() if gap[0] > began and gap[0] - gap[1] < over]
         verdict.gap_s = round(max((length for _, length in gaps), default=0.0), 2)
         pieces = [piece for one in asked for piece in one.stream.pieces if began < piece.at < over]
@@ -146,7 +149,7 @@ class Rig:
             else set(),
         )
         problems = verdict.problems
-        problems += checks.ended(asked, fault.kills)
+        problems += checks.ended(asked, fault.kills, drains=fault.drains)
         problems += checks.empty(after.frames)
         problems += checks.once(asked, log, lives, complete=complete)
         problems += checks.leases(log, checks.LATE_S + fault.freezes_s)
@@ -178,9 +181,9 @@ def _dropped(before: Frame, after: Frame) -> int:
 
 
 @asynccontextmanager
-async def rigged(folder: Path) -> AsyncIterator[Rig]:
+async def rigged(folder: Path, *, cluster: bool = False) -> AsyncIterator[Rig]:
     """A fleet under load that is led, for as long as the block runs."""
-    async with running(folder) as fleet:
+    async with running(folder, cluster=cluster) as fleet:
         rig = Rig(fleet)
         try:
             await rig.watch.begin()

@@ -10,8 +10,9 @@ from coxswain.schemas import events as ev
 from coxswain.schemas.status import CommandStats
 from tests.faults import checks
 from tests.faults.load import Asked
-from tests.faults.steps import MODES, one
+from tests.faults.steps import MODES, SPECIAL, one
 from tests.faults.watch import Log
+from tests.support import random_run
 from tests.support.frames import frame, row
 from tests.support.serving import Piece
 
@@ -97,11 +98,31 @@ def test_totals_that_are_not_what_clients_have_are_seen() -> None:
 
 
 @pytest.mark.vllm
-def test_random_steps_run() -> None:
-    """One short run of what the long form ends with."""
-    taken = one(1, MODES[-1], requests=30)
-    assert taken.steps > 60
-    assert taken.commands > 30
+@pytest.mark.parametrize("mode", [MODES[-1], SPECIAL[-1]], ids=["plain", "all-kinds"])
+def test_random_steps_run(mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One short run of what the long form ends with; one that fails says what did not hold."""
+    monkeypatch.setattr(random_run.Run, "look", broken)
+    failed = one(1, mode, requests=30)
+    assert failed.problem == "AssertionError: a block is lost"
+    monkeypatch.undo()
+    taken = one(1, mode, requests=30)
+    assert taken.problem == ""
+    assert taken.steps > 60 >= failed.steps
+    assert taken.commands > 15
+
+
+def broken(_: random_run.Run) -> None:
+    """Find fault."""
+    raise AssertionError("a block is lost")
+
+
+def test_an_answer_without_a_word_is_none() -> None:
+    """vLLM gives it while it drains; otherwise, and from who was not told to end, it is a fault."""
+    silent = asked()
+    assert silent.verdict == "empty"
+    assert not list(checks.ended([silent], frozenset({"w1"}), drains=True))
+    assert list(checks.ended([silent], frozenset({"w1"})))
+    assert list(checks.ended([silent], frozenset({"w2"}), drains=True))
 
 
 def test_what_is_left_and_what_has_grown_is_seen() -> None:

@@ -26,8 +26,13 @@ class Proxy:
         self._pumps: set[asyncio.Task[None]] = set()
 
     @property
-    def url(self) -> str:
+    def port(self) -> int:
         """Where clients connect to."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """The same as an address of NATS."""
         return f"nats://127.0.0.1:{self._port}"
 
     async def __aenter__(self) -> Self:
