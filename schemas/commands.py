@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
-from coxswain.schemas.names import NameRefusedError, TenantName, Token, check_tenant
+from coxswain.schemas.names import NameRefusedError, RequestId, TenantName, Token, check_tenant
 from coxswain.schemas.policy import (
     ClassPolicy,
     Count,
@@ -30,7 +30,6 @@ MAX_RESULTS: Final = 1_000
 MAX_ROWS: Final = 10_000
 """Tenants or classes in one `rank` or `configure`."""
 
-RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 CommandId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}(?!\n)$")]
 Lease = Annotated[float, msgspec.Meta(gt=0, le=86_400.0)]
 

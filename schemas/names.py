@@ -26,6 +26,11 @@ Token = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,64}(?!\n)$")]
 TenantName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TENANT_BYTES)]
 """A tenant: any UTF-8 of 1 to 128 bytes (a schema can only bound characters; `check_tenant` bounds bytes)."""
 
+RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+"""A request, as clients and commands name it."""
+Label = Annotated[str, msgspec.Meta(max_length=128)]
+"""What somebody calls itself, for people to read."""
+
 
 class NameRefusedError(ValueError):
     """A name that the contract does not allow; the text says which, why, and what is allowed."""

@@ -6,7 +6,7 @@ from typing import Final, Generic, Protocol, TypeVar
 
 import msgspec
 
-from coxswain.schemas.status import Frame
+from coxswain.schemas.status import MAX_PARTS, Frame
 
 ROWS: Final = ("tenants", "classes", "requests", "gone")
 """The fields of a frame that grow, and are shared out over its parts."""
@@ -36,7 +36,10 @@ P = TypeVar("P", bound=Part)
 
 
 class Assembler(Generic[P]):
-    """Collects the parts of one worker's full frame: the newest only, so memory is bounded by one frame."""
+    """Collects the parts of one worker's full frame: the newest only, so memory is bounded by one frame.
+
+    A part of a frame that cannot be (the third of two) is nobody's.
+    """
 
     def __init__(self) -> None:
         self._key: tuple[str, int] | None = None
@@ -44,7 +47,9 @@ class Assembler(Generic[P]):
 
     def add(self, frame: P) -> P | None:
         """The whole frame once its last missing part is in, else None. Repeated parts change nothing."""
-        if frame.parts <= 1:
+        if not 0 <= frame.part < frame.parts <= MAX_PARTS:
+            return None
+        if frame.parts == 1:
             return frame
         key = (frame.incarnation, frame.seq)
         if key != self._key:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from coxswain.schemas.names import DEFAULT, TenantName, Token
+from coxswain.schemas.names import DEFAULT, Label, TenantName, Token
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
@@ -111,8 +111,8 @@ class Lead(msgspec.Struct, frozen=True, kw_only=True):
     """The leader's heartbeat on `lead`."""
 
     epoch: Epoch
-    controller: str
-    policy: str
+    controller: Label
+    policy: Label
     at: float
     sees: Sight = Sight()
 
@@ -120,8 +120,8 @@ class Lead(msgspec.Struct, frozen=True, kw_only=True):
 class LeaseHolder(msgspec.Struct, frozen=True, kw_only=True):
     """The value of the lease key: who holds it."""
 
-    controller: str
-    policy: str
+    controller: Label
+    policy: Label
     since: float
     version: str = ""
     """Of Coxswain, on the controller."""

@@ -4,11 +4,15 @@ All values are absolute and totals are cumulative since `incarnation`, so a lost
 the next full frame repairs what a gap in `seq` left out.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
+from coxswain.schemas.names import RequestId
 from coxswain.schemas.policy import ClassPolicy, Count, Epoch, Prices, TenantPolicy
+
+MAX_PARTS: Final = 4_096
+"""Parts of one frame: what NATS takes in a message, as often, is 4 GiB."""
 
 ShortName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 State = Literal["serving", "draining", "paused"]
@@ -143,9 +147,9 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: ShortName
     seq: int
     full: bool
-    part: int
+    part: Annotated[int, msgspec.Meta(ge=0, le=MAX_PARTS - 1)]
     """From 0."""
-    parts: int
+    parts: Annotated[int, msgspec.Meta(ge=1, le=MAX_PARTS)]
     sent_at: float
     step: int
     model: str
@@ -191,7 +195,7 @@ class QueuePage(msgspec.Struct, frozen=True, kw_only=True):
 class QueueQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Payload of `query queue`; an empty payload asks for the first page."""
 
-    after: str | None = None
+    after: Annotated[str, msgspec.Meta(max_length=32)] | None = None
     """What the page before gave as `next`; null for the first page."""
     limit: int = 100
     """1 to 1000."""
@@ -200,7 +204,7 @@ class QueueQuery(msgspec.Struct, frozen=True, kw_only=True):
 class RequestQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Payload of `query request`."""
 
-    request: str
+    request: RequestId
 
 
 class StoryLine(msgspec.Struct, frozen=True, kw_only=True):

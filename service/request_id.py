@@ -38,6 +38,7 @@ _PROMPT = re.compile(r"-\d+\Z")
 _TURN = re.compile(r"_\d+\Z")
 # A chat's `_<prompt>` looks like the end of a client's own id (`job_7`): cut it only behind vLLM's uuid.
 _UUID_PROMPT = re.compile(r"(?<=[0-9a-f]{32})_\d+\Z")
+_UNPRINTABLE: Final = {code: f"\\x{code:02x}" for code in range(128) if not chr(code).isprintable()}
 
 
 class Identity(NamedTuple):
@@ -125,8 +126,7 @@ def normalise(text: str) -> str:
     if text.startswith(_PREFIX):
         text = _PREFIXES.sub("", text, count=1)
     if not (text.isascii() and text.isprintable()):
-        text = text.encode("ascii", "backslashreplace").decode()
-        text = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+        text = text.encode("ascii", "backslashreplace").decode().translate(_UNPRINTABLE)
     if len(text) <= MAX_CHARS:
         return text
     # A cut may bare a mark that more letters hid: look once more, so that the answer is a fixed point.

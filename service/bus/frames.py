@@ -5,7 +5,7 @@ Pure: structs and a clock's reading in, payloads out. Called by `session.py` and
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from coxswain.schemas.errors import Code
 from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.parts import ROWS
 from coxswain.schemas.policy import Epoch
-from coxswain.schemas.status import CommandStats, Frame
+from coxswain.schemas.status import ClassStatus, CommandStats, Frame, TenantStatus
 from coxswain.schemas.subjects import VERBS
 
 _SLACK: Final = 64
@@ -24,6 +24,7 @@ _SLACK: Final = 64
 LIFE: Final = 2**32
 """More frames than one bus can send; a JSON number holds two million lives exactly."""
 Rows = dict[str, tuple[Any, ...]]
+Queued = TypeVar("Queued", TenantStatus, ClassStatus)
 
 
 class Frames:
@@ -69,13 +70,17 @@ class Frames:
         if self._idle is None:
             return []
         frame, since = self._idle
-        if frame.leader.age_s is not None:
-            age_s = frame.leader.age_s + max(0.0, now - since)
+        passed = max(0.0, now - since)
+        leader = frame.leader
+        if leader.age_s is not None:
+            age_s = leader.age_s + passed
             epoch, led_at = self._led
-            if epoch == frame.leader.epoch:
+            if epoch == leader.epoch:
                 age_s = min(age_s, max(0.0, now - led_at))
-            frame = replace(frame, leader=replace(frame.leader, age_s=age_s))
-        return self._number(frame, now, limit)
+            leader = replace(leader, age_s=age_s)
+        # What waits while the engine sleeps is kept back by its caps, and waits on.
+        tenants, classes = _aged(frame.tenants, passed), _aged(frame.classes, passed)
+        return self._number(replace(frame, leader=leader, tenants=tenants, classes=classes), now, limit)
 
     @property
     def idle(self) -> bool:
@@ -114,6 +119,12 @@ class Frames:
             rejected += codes
             outcomes[verb] = dict(codes + Counter(outcomes.get(verb)))
         return replace(stats, rejected_total=dict(rejected), outcomes_total=outcomes)
+
+
+def _aged(rows: tuple[Queued, ...], passed: float) -> tuple[Queued, ...]:
+    return tuple(
+        replace(row, oldest_queued_s=row.oldest_queued_s + passed) if row.queued else row for row in rows
+    )
 
 
 def split(frame: Frame, limit: int) -> list[bytes]:

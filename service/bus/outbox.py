@@ -8,11 +8,15 @@ Called by `process.py` on the engine's thread and on its own.
 import contextlib
 import socket
 import threading
+import time
 from collections import deque
-from typing import Any
+from typing import Any, Final
 
 from coxswain.service.bus import wire
 from coxswain.service.port import EVENT_ROOM, EventOut, FrameOut, Outbound, Port
+
+BATCH: Final = 512
+"""Items encoded in one go, on a thread that is not the engine's: some milliseconds."""
 
 
 class Outbox:
@@ -61,12 +65,17 @@ class Outbox:
 
     def open(self, to: socket.socket, begin: wire.Begin) -> None:
         """Begin with a new bus, and tell it what the one before may have left undone."""
+        # Nothing is taken from the port yet, so that what was kept stays ahead of it; encoded without the lock and a
+        # little at a time, so that the engine's thread waits for neither lock nor interpreter.
+        again: list[Outbound] = [*self._kept, *([] if self._idle is None else [self._idle])]
+        data = bytearray(wire.pack_up(self._port.step, [begin]))
+        for first in range(0, len(again), BATCH):
+            data += self._packed(again[first : first + BATCH])
+            time.sleep(0)
         with self._lock:
             self._socket = to
-            self._unsent += wire.pack_up(self._port.step, [begin])
+            self._unsent += data
             self._flush()
-            kept, self._kept = self._kept, deque()
-            self._send([*kept, *([] if self._idle is None else [self._idle])])
         self.send()
 
     def close(self) -> None:
@@ -82,14 +91,7 @@ class Outbox:
                 self._kept.popleft()
 
     def _send(self, items: list[Outbound]) -> None:
-        try:
-            data = wire.pack_up(self._port.step, [wire.up(item) for item in items])
-        except Exception:  # noqa: BLE001 - our fault, for which the engine must not pay
-            self._log.exception("bus.not_encoded", items=len(items))
-            if len(items) > 1:
-                for item in items:
-                    self._send([item])
-            return
+        self._unsent += self._packed(items)
         for item in items:
             if isinstance(item, EventOut):
                 if len(self._kept) >= EVENT_ROOM:  # the bus drops its oldest too, and counts them
@@ -97,8 +99,15 @@ class Outbox:
                 self._kept.append(item)
             elif isinstance(item, FrameOut):
                 self._idle = item if item.idle else None
-        self._unsent += data
         self._flush()
+
+    def _packed(self, items: list[Outbound]) -> bytes:
+        """The items for the socket, but for those that cannot be encoded."""
+        try:
+            return wire.pack_up(self._port.step, [wire.up(item) for item in items])
+        except Exception:  # noqa: BLE001 - our fault, for which the engine must not pay
+            self._log.exception("bus.not_encoded", items=len(items))
+            return b"".join(self._packed([item]) for item in items) if len(items) > 1 else b""
 
     def _flush(self) -> None:
         if self._socket is not None and self._unsent:

@@ -24,7 +24,7 @@ from coxswain.schemas.status import Frame
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import intake
 from coxswain.service.bus.eventlog import EventLog
-from coxswain.service.bus.frames import Frames
+from coxswain.service.bus.frames import Frames, split
 from coxswain.service.bus.throttle import Throttle
 from coxswain.service.config import Settings
 from coxswain.service.port import AnswerOut, CommandIn, LeadIn, Port, QueryIn, ReplyOut
@@ -147,7 +147,9 @@ class Session:
             return
         answer = item.answer
         if isinstance(answer, Frame):
-            answer = self._frames.answer(answer, self._port.unix())
+            for part in split(self._frames.answer(answer, self._port.unix()), self._room):
+                await self._publish(item.token, part)
+            return
         if not isinstance(answer, RefusedError):
             payload = encode(answer)
             if not (too_large := self._too_large(payload)):

@@ -11,15 +11,17 @@ from vllm.v1.core.sched.request_queue import PriorityRequestQueue, RequestQueue
 
 from coxswain.service.scheduler.compat import expected_cached_tokens
 from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.mechanism import Mechanism
 from coxswain.service.scheduler.states import HELD, State
 
 
 class SteeredRequestQueue(RequestQueue):
     """What vLLM's scheduler sees as `waiting`. Every request in it carries its record as `request.steering`."""
 
-    def __init__(self, core: SteeringCore) -> None:
+    def __init__(self, core: SteeringCore, mechanism: Mechanism) -> None:
         self._core = core
         self._queue = core.queue
+        self._mechanism = mechanism
 
     def add_request(self, request: Any) -> None:
         """Queue a request in its class and tenant."""
@@ -33,6 +35,7 @@ class SteeredRequestQueue(RequestQueue):
         """Take it out and charge its input: the next pick in the same step must see the charge."""
         record = self._queue.pop()
         self._core.admitting(record, expected_cached_tokens(record.payload))
+        self._mechanism.popped(record)
         return record.payload
 
     def prepend_request(self, request: Any) -> None:

@@ -11,7 +11,7 @@ the scheduler's own state, on the engine's thread, between two of its steps or, 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any, Final
 
@@ -294,16 +294,36 @@ class Mechanism:
             wanted[request.steering.account] += tokens
             wanted[limits.group_of(request.steering)] += tokens
         self._busy = [group for group, tokens in left.items() if wanted[group] >= tokens]
-        self._mark_busy(busy=True)
+        self._mark_busy(self._busy, busy=True)
+
+    def popped(self, record: Record) -> None:
+        """A waiting request is admitted: of groups that it left nothing, none that waits is offered in this step.
+
+        Else the next of them would be granted nothing, and end the admission of everybody.
+        """
+        if not self._left:
+            return
+        spent = [
+            group
+            for group in (record.account, self.core.limits.group_of(record))
+            if not group.busy and self._is_spent(group)
+        ]
+        if spent:
+            self._busy += spent
+            self._mark_busy(spent, busy=True)
+
+    def _is_spent(self, group: Group) -> bool:
+        left = self._left.get(group)
+        return left is not None and (not left or (not self._chunks and left < self._whole[group]))
 
     def scheduled(self) -> None:
         """The step was scheduled: what was busy in it may offer what waits again."""
         if self._busy:
-            self._mark_busy(busy=False)
+            self._mark_busy(self._busy, busy=False)
             self._busy = []
 
-    def _mark_busy(self, *, busy: bool) -> None:
-        for group in self._busy:
+    def _mark_busy(self, groups: Iterable[Group], *, busy: bool) -> None:
+        for group in groups:
             group.busy = busy
             if isinstance(group, Account):
                 self.core.limits.counted(group)

@@ -128,6 +128,7 @@ class Reporter:
             raise RefusedError(Code.MALFORMED, f"after: {query.after!r} is not the `next` of a page")
         limit = min(query.limit, MAX_PAGE)
         total = len(self.core.queue)
+        skip = min(skip, total)  # what is beyond the end is an empty page
         records = list(islice(self.core.queue.walk(skip), limit))
         rows = tuple(row(self.core, record, place) for place, record in enumerate(records, skip))
         end = skip + len(rows)

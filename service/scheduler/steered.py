@@ -18,6 +18,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from coxswain import __version__
 from coxswain.schemas.commands import Reply
+from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.subjects import ENGINE
 from coxswain.service.bus import BUSES, BusProcess, BusThread
 from coxswain.service.config import Settings
@@ -29,12 +30,13 @@ from coxswain.service.port import (
     FrameOut,
     LeadIn,
     Port,
+    QueryIn,
     ReplyOut,
 )
 from coxswain.service.request_id import parse, read_key
 from coxswain.service.scheduler import compat
 from coxswain.service.scheduler.adapter import KvHoldingQueue, SteeredRequestQueue
-from coxswain.service.scheduler.answers import Answers
+from coxswain.service.scheduler.answers import Answer, Answers
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.journal import Journal
 from coxswain.service.scheduler.mechanism import Mechanism
@@ -92,7 +94,7 @@ class SteeredScheduler(AsyncScheduler):
         self.answers = Answers(self.reporter, partial(self._frame, peek=True), settings)
         # Order is the core's; victims of vLLM's own preemption follow class and priority whatever the flag says.
         self.policy = SchedulingPolicy.PRIORITY
-        self.waiting = SteeredRequestQueue(self.core)
+        self.waiting = SteeredRequestQueue(self.core, self.mechanism)
         self.kv_holding_waiting = KvHoldingQueue(self.core)
         self._loads = compat.watch_connector(self)
         # One clock for leases, charges and events: see `Port.unix`.
@@ -322,7 +324,7 @@ class SteeredScheduler(AsyncScheduler):
             elif isinstance(item, LeadIn):
                 self.core.heard(now, item.lead)
             else:
-                self.port.put(AnswerOut(item.token, self.answers.answer(now, item)))
+                self.port.put(AnswerOut(item.token, self._answer(now, item)))
             if time.monotonic() > enough:
                 break
         self._tick_at = self.core.deadline() or float("inf")
@@ -333,6 +335,13 @@ class SteeredScheduler(AsyncScheduler):
         except Exception:  # a fault of ours in one command must not end everybody's requests
             log.exception("command.failed", verb=item.verb, command=item.command.id, role=item.role)
             return self.commands.failed(now, item.command)
+
+    def _answer(self, now: float, item: QueryIn) -> Answer:
+        try:
+            return self.answers.answer(now, item)
+        except Exception:  # as above
+            log.exception("query.failed", what=item.what)
+            return RefusedError(Code.NOT_POSSIBLE, "this worker failed on it: its log says how")
 
     def _tick(self, now: float) -> None:
         self.core.tick(now)

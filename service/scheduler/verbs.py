@@ -6,7 +6,7 @@ unchanged; the same id within its horizon is applied once and answered again.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from msgspec import UNSET
 
@@ -27,10 +27,26 @@ from coxswain.service.scheduler.tenants import MAX_TENANTS
 MAX_REMEMBERED: Final = 65_536
 """Ids remembered so that a repeated command is answered, not applied; the oldest give way."""
 MAX_REMEMBERED_RESULTS: Final = 65_536
-"""Results in the replies remembered for them, all together (some 10 MB; a name may have 512 characters)."""
+"""Results and ignored fields in the replies remembered for them, all together (some 10 MB; a name may have 512
+characters)."""
 
 Outcome = tuple[c.Outcome, str, int]
 """(outcome, detail, tokens in flight) of one target."""
+
+
+class Known(NamedTuple):
+    """A command that was applied."""
+
+    until: float
+    """When it may be forgotten."""
+    role: str
+    verb: str
+    reply: c.Reply
+
+    @property
+    def size(self) -> int:
+        """What grows in it."""
+        return len(self.reply.results) + len(self.reply.ignored)
 
 
 class Commands:
@@ -49,9 +65,9 @@ class Commands:
         self.applied_total = 0
         self.rejected_total: dict[str, int] = {}
         self.outcomes_total: dict[str, dict[str, int]] = {}
-        self._answered: OrderedDict[str, tuple[float, c.Reply]] = OrderedDict()
+        self._answered: OrderedDict[str, Known] = OrderedDict()
         self._results = 0
-        """Results in all of them."""
+        """Results and ignored fields in all of them."""
         self._verbs: dict[str, Callable[[float, str, c.Command], list[tuple[Record | str, Outcome]]]] = {
             "prioritize": self._prioritize,
             "preempt": self._preempt,
@@ -67,10 +83,10 @@ class Commands:
         self, now: float, role: str, verb: str, command: c.Command, ignored: tuple[str, ...] = ()
     ) -> c.Reply:
         """Apply a command now; the reply says what became of it. Never raises for what a command contains."""
-        remembered = self._remembered(now, command.id)
-        if remembered is not None:
-            return remembered
         try:
+            remembered = self._remembered(now, role, verb, command)
+            if remembered is not None:
+                return remembered
             self._check(now, role, verb, command)
             results = self._verbs[verb](now, role, command)
         except RefusedError as refusal:
@@ -78,7 +94,7 @@ class Commands:
         reply = self._reply(now, command, results, ignored)
         self.applied_total += 1
         self._count(verb, reply.outcome)
-        self._remember(now, command, reply)
+        self._remember(now, role, verb, command, reply)
         self.core.roster.changed = True
         # A rank comes many times a second: the log of commands is for what people and programs decide.
         if verb != "rank":
@@ -131,17 +147,23 @@ class Commands:
 
     # Memory of ids
 
-    def _remembered(self, now: float, command_id: str) -> c.Reply | None:
-        known = self._answered.get(command_id)
-        return known[1] if known is not None and known[0] >= now else None
+    def _remembered(self, now: float, role: str, verb: str, command: c.Command) -> c.Reply | None:
+        known = self._answered.get(command.id)
+        if known is None or known.until < now:
+            return None
+        if (known.role, known.verb) != (role, verb):
+            text = f"id {command.id} was used for `{known.verb}` by {known.role}: every command needs its own"
+            raise RefusedError(Code.MALFORMED, text)
+        return known.reply
 
-    def _remember(self, now: float, command: c.Command, reply: c.Reply) -> None:
+    def _remember(self, now: float, role: str, verb: str, command: c.Command, reply: c.Reply) -> None:
         self._forget(command.id)
-        self._answered[command.id] = (command.expires_at or now + c.MAX_AHEAD_S, reply)
-        self._results += len(reply.results)
+        known = Known(command.expires_at or now + c.MAX_AHEAD_S, role, verb, reply)
+        self._answered[command.id] = known
+        self._results += known.size
         while self._answered:
             oldest = next(iter(self._answered))
-            if self._answered[oldest][0] >= now and not self._is_full():
+            if self._answered[oldest].until >= now and not self._is_full():
                 break
             self._forget(oldest)
 
@@ -150,7 +172,7 @@ class Commands:
 
     def _forget(self, command_id: str) -> None:
         if known := self._answered.pop(command_id, None):
-            self._results -= len(known[1].results)
+            self._results -= known.size
 
     # Targets
 

@@ -12,7 +12,9 @@ import nats
 import psutil
 import pytest
 
+from coxswain.control.client import Client
 from coxswain.schemas.commands import decode_reply
+from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER
 from coxswain.schemas.status import decode_config, decode_frame, decode_page, decode_report
 from coxswain.schemas.subjects import Subjects
@@ -251,6 +253,21 @@ async def test_large_frame_is_split(tmp_path) -> None:
         assert {part.seq for part in parts} == {1}
         assert sum(len(part.requests) for part in parts) == 200
         assert sum(len(part.tenants) for part in parts) == 20
+    finally:
+        server.kill()
+
+
+async def test_large_answer_to_a_status_query_is_split(tmp_path) -> None:
+    """What is published in parts is answered in parts, which a client puts together."""
+    server = NatsServer(tmp_path, "max_payload: 8192").start()
+    try:
+        with Worker(server.url) as worker:
+            await worker.connected()
+            worker.engine.status = frame(requests=200, tenants=20)
+            async with await Client.connect(Connection(urls=(server.url,), fleet=FLEET)) as asked:
+                (answer,) = await asked.query(WORKER, "status")
+        assert (answer.part, answer.parts) == (0, 1)
+        assert (len(answer.requests), len(answer.tenants)) == (200, 20)
     finally:
         server.kill()
 

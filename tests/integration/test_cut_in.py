@@ -9,7 +9,13 @@ from unittest.mock import patch
 import pytest
 
 from bench.rig import Rig, vllm_config
+from coxswain.schemas.commands import Drain
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+from coxswain.schemas.status import QueueQuery
+from coxswain.schemas.subjects import OPERATOR
+from coxswain.service.port import AnswerOut, CommandIn, QueryIn, ReplyOut
+from coxswain.service.scheduler.groups import Caps
+from coxswain.service.scheduler.limits import Target
 from coxswain.service.scheduler.states import State
 from tests.support.steered import KEY, engine_id, public_id
 
@@ -158,6 +164,20 @@ class TestStepBudget:
                 assert bulk not in made.step() or urgent in made.finished
             ended_well(made, **{urgent: 5, bulk: 5})
 
+    @pytest.mark.parametrize("depth", [1, 2], ids=["sync", "async"])
+    def test_a_spent_budget_of_a_better_class_lets_others_in(self, depth: int) -> None:
+        """What is admitted in a step spends its class's budget too; then the class waits, and nobody behind it."""
+        classes = {"urgent": ClassPolicy(position=-1), "default": ClassPolicy()}
+        with rig(classes, depth=depth, max_num_seqs=12, max_num_active_seqs=10) as made:
+            caps = Caps(max_prefill_tokens_per_step=40)
+            made.scheduler.core.limits.limit(0.0, OPERATOR, Target("class", "urgent"), caps)
+            urgent = [add(made, "chat", prompt=40, tokens=2) for _ in range(20)]
+            bulk = [add(made, "bulk", prompt=20, tokens=3) for _ in range(3)]
+            first = made.step()
+            assert sum(name in first for name in urgent) == 1
+            assert all(name in first for name in bulk)
+            ended_well(made, **dict.fromkeys(urgent, 2), **dict.fromkeys(bulk, 3))
+
     def test_a_budget_that_leaves_the_table_stops_bounding_at_once(self) -> None:
         """The table without its last budget comes while the budget is spent: prompts go on in the next step."""
         with rig({**self.CLASSES, "default": ClassPolicy(max_prefill_tokens_per_step=0)}) as made:
@@ -169,6 +189,27 @@ class TestStepBudget:
             )
             assert bulk in made.step()
             ended_well(made, **{urgent: 50, bulk: 5})
+
+
+def test_a_fault_of_ours_ends_nobodys_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command or a query on which this worker breaks is refused; the engine goes on."""
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with rig({"default": ClassPolicy()}) as made:
+        name = add(made, "bulk", prompt=20, tokens=5)
+        scheduler = made.scheduler
+        monkeypatch.setattr(scheduler.core.drain, "begin", broken)
+        monkeypatch.setattr(scheduler.reporter, "page", broken)
+        assert scheduler.port.offer(CommandIn(OPERATOR, "drain", Drain(id="c1", on=True), (), "a"))
+        assert scheduler.port.offer(QueryIn("queue", QueueQuery(), "b"))
+        said = []
+        while len(said) < 2 and made.step():  # logging a fault may take all the time that a step has for commands
+            said += scheduler.port.collect()
+        assert [item.reply.code for item in said if isinstance(item, ReplyOut)] == [422]
+        assert [item.answer.code for item in said if isinstance(item, AnswerOut)] == [422]
+        ended_well(made, **{name: 5})
 
 
 def test_the_token_budget_follows_priority_as_it_changes() -> None:

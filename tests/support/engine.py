@@ -42,6 +42,8 @@ class Engine:
         self.taken: list[Any] = []
         self.wakes = 0
         self.busy = busy
+        self.status = frame(full=True)
+        """What it says when asked."""
         self._events = 0
         self._woken = threading.Event()
         self._stopping = False
@@ -98,7 +100,7 @@ class Engine:
                 "queue": QueuePage(requests=(), next=None, total=0),
                 "request": RequestReport(request=getattr(item.query, "request", ""), children=()),
                 "config": _config(),
-                "status": frame(full=True),
+                "status": self.status,
             }
             self.port.put(AnswerOut(item.token, answers[item.what]))
 

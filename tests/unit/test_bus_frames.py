@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coxswain.schemas.errors import Code
-from coxswain.schemas.status import CommandStats, Gone, Leader, decode_frame
+from coxswain.schemas.status import ClassStatus, CommandStats, Gone, Leader, TenantStatus, decode_frame
 from coxswain.service.bus.frames import ROWS, Frames, split
 from tests.support.engine import frame
 
@@ -64,6 +64,22 @@ def test_heartbeat_repeats_only_an_idle_frame() -> None:
     assert decode_frame(frames.heartbeat(13.0, 1 << 20)[0]).leader.age_s == pytest.approx(3.5)
     frames.outgoing(frame(), 14.0, 1 << 20, idle=False)
     assert frames.heartbeat(15.0, 1 << 20) == []
+
+
+def test_what_waits_in_a_sleeping_engine_waits_on() -> None:
+    """Kept back by caps, requests wait while the engine sleeps: the age of the oldest grows in every repetition."""
+    waiting = TenantStatus(
+        **{**msgspec.structs.asdict(frame(tenants=1).tenants[0]), "queued": 2, "oldest_queued_s": 1.5}
+    )
+    nothing = msgspec.structs.replace(waiting, tenant="nobody", queued=0, oldest_queued_s=0.0)
+    classes = ClassStatus(class_="chat", queued=2, running=0, held=0, oldest_queued_s=1.5)
+    frames = Frames()
+    said = msgspec.structs.replace(frame(), tenants=(waiting, nothing), classes=(classes,))
+    frames.outgoing(said, 10.0, 1 << 20, idle=True)
+    for now in (12.0, 610.0):
+        beat = decode_frame(frames.heartbeat(now, 1 << 20)[0])
+        assert [row.oldest_queued_s for row in beat.tenants] == [pytest.approx(1.5 + now - 10.0), 0.0]
+        assert beat.classes[0].oldest_queued_s == pytest.approx(1.5 + now - 10.0)
 
 
 def test_a_leader_that_an_idle_engine_hears_does_not_grow_old() -> None:

@@ -1,10 +1,12 @@
 """The fleet's view of its workers, under a transport that loses, repeats, delays and reorders."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from coxswain.control.fleet import GONE_S, STALE_S, Fleet
+from coxswain.schemas.parts import Assembler
 from coxswain.schemas.status import Frame, Gone, RequestStatus
 from tests.support.frames import frame, row
 
@@ -67,6 +69,14 @@ def test_a_full_frame_in_parts_counts_once_the_last_part_is_in() -> None:
     assert fleet.totals("a").charged == 1.0
     fleet.merge(frame("w1", "01A", 2, row("b", charged=6.0), part=1, parts=2), 0.2)
     assert (fleet.totals("a").charged, fleet.totals("b").charged) == (5.0, 6.0)
+
+
+@pytest.mark.parametrize(("part", "parts"), [(2, 2), (-1, 2), (0, 0), (0, 10**9)])
+def test_a_part_that_cannot_be_is_nobodys(part: int, parts: int) -> None:
+    """It is kept by nobody, and completes nothing."""
+    assembler: Assembler[Frame] = Assembler()
+    assert assembler.add(frame("w1", "01A", 1, row("a"), part=part, parts=parts)) is None
+    assert not assembler._parts
 
 
 def test_a_delta_overtakes_a_full_frame_that_is_still_in_parts() -> None:

@@ -11,6 +11,7 @@ from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import CommandStats, Frame, QueueQuery, RequestStatus, TenantStatus
 from coxswain.service.scheduler import rows as module
+from coxswain.service.scheduler.lines import MAX_SKIPPED
 from coxswain.service.scheduler.report import MAX_PAGE, Gauges, Identity, Reporter
 from coxswain.service.scheduler.rows import row, tenant_row
 from tests.support.fake_engine import FakeEngine, picture
@@ -360,12 +361,35 @@ def test_page_after_nonsense_is_refused(after: str) -> None:
     assert refusal.value.code == Code.MALFORMED
 
 
-def test_page_after_the_end_is_empty() -> None:
-    """A queue that shrank meanwhile has nothing left to list."""
+@pytest.mark.parametrize("overdue", [False, True])
+@pytest.mark.parametrize("after", ["5", "9" * 20])
+def test_page_after_the_end_is_empty(after: str, overdue: bool) -> None:
+    """A queue that shrank meanwhile has nothing left to list, also while a class is overdue."""
     reported = Reported()
+    core = reported.engine.core
+    core.configure({"default": ClassPolicy(ageing_s=1.0 if overdue else None)}, {})
     reported.engine.submit()
-    page = reported.reporter.page(QueueQuery(after="5"))
+    for now in (0.0, 5.0):
+        core.queue.age(now)
+    assert bool(core.queue._aged_heads()) is overdue
+    page = reported.reporter.page(QueueQuery(after=after))
     assert (page.requests, page.next, page.total) == ((), None, 1)
+
+
+@pytest.mark.parametrize("order", ["fair", "priority"])
+def test_pages_deep_in_the_queue_are_as_cheap_as_its_order_allows(order: str) -> None:
+    """Far places are where they belong, in both orders, among requests that have left meanwhile."""
+    reported = Reported()
+    engine = reported.engine
+    engine.core.configure({"default": ClassPolicy(order=order)}, {})
+    submitted = [engine.submit("abc"[i % 3], priority=i * 7919 % 11) for i in range(3 * MAX_SKIPPED)]
+    for record in submitted[::3]:
+        engine.core.queue.remove(record)
+    in_order = [record.request for record in engine.core.queue.walk()]
+    assert len(in_order) == 2 * MAX_SKIPPED
+    for skip in (MAX_SKIPPED - 1, MAX_SKIPPED, MAX_SKIPPED + 1, len(in_order) - 1):
+        page = reported.reporter.page(QueueQuery(after=str(skip), limit=10))
+        assert [row.request for row in page.requests] == in_order[skip : skip + 10]
 
 
 def test_request_is_told_with_its_place_and_story() -> None:

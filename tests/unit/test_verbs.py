@@ -338,6 +338,16 @@ def test_same_id_is_applied_once_and_answered_again(steered: Steered) -> None:
     assert steered.commands.applied_total == 2
 
 
+@pytest.mark.parametrize(("verb", "role"), [("continue", "operator"), ("preempt", "engine")])
+def test_same_id_for_something_else_is_refused(steered: Steered, verb: str, role: str) -> None:
+    """An id that was used says nothing of another verb or role: it is not answered as if it had been applied."""
+    record = steered.engine.submit()
+    steered("preempt", record, id="once")
+    reply = steered(verb, record, id="once", role=role)
+    assert (reply.code, "used for `preempt` by operator" in reply.error) == (Code.MALFORMED, True)
+    assert record.holds
+
+
 def test_id_is_forgotten_after_its_horizon(steered: Steered) -> None:
     """60 s after a command without deadline its id is as good as new."""
     record = steered.engine.submit()
@@ -397,6 +407,18 @@ def test_results_in_remembered_replies_are_bounded(steered: Steered, monkeypatch
     assert len(steered.commands._answered) == 53
     steered("prioritize", record, *(f"missing{i}" for i in range(150)), priority=0, id="too long")
     assert not steered.commands._answered
+
+
+def test_ignored_fields_in_remembered_replies_are_bounded(
+    steered: Steered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a sender wrote beside the contract is remembered no longer than results are."""
+    monkeypatch.setattr(verbs, "MAX_REMEMBERED_RESULTS", 100)
+    record = steered.engine.submit()
+    unknown = tuple(f"field{i}" for i in range(40))
+    for i in range(10):
+        steered("prioritize", record, priority=i, id=f"c{i}", ignored=unknown)
+    assert list(steered.commands._answered) == ["c8", "c9"]
 
 
 def test_command_that_is_applied_is_told(steered: Steered) -> None:
