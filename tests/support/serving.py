@@ -112,6 +112,7 @@ def serving(folder: Path, *arguments: str, tenants: tuple[str, ...] = ()) -> Ite
             worker.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
         nats.kill()
 
 
