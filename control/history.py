@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo, DeliverPolicy
 
-from coxswain.control.errors import NotSetUpError
+from coxswain.control.errors import NotSetUpError, UnreachableError
 
 IDLE_S: Final = 60.0
 """The server forgets the consumer of a reader that vanished after this long."""
@@ -29,6 +29,8 @@ LOST_S: Final = 3 * HEARTBEAT_S
 """A consumer that said nothing for so long is made again."""
 AGAIN_S: Final = 0.5
 """Pause before that is tried again."""
+NO_MAJORITY: Final = 10_008
+"""By which JetStream says that its cluster cannot do it now."""
 STALLED: Final = "Nats-Consumer-Stalled"
 
 Start = float | Literal["all"]
@@ -48,6 +50,7 @@ async def replay(
 
     Raises:
         NotSetUpError: if the stream does not exist or JetStream is off.
+        UnreachableError: if JetStream's cluster cannot serve it now.
     """
     js, after = nc.jetstream(), None
     while True:
@@ -64,6 +67,10 @@ async def replay(
                 if not follow and not metadata.num_pending:
                     return
         except (nats.js.errors.NotFoundError, nats.js.errors.ServiceUnavailableError) as error:
+            if after is None and error.err_code == NO_MAJORITY:
+                raise UnreachableError(
+                    f"JetStream cannot read {stream} now ({error.description}): its cluster elects, or has lost its majority."
+                ) from error
             if after is None:
                 raise NotSetUpError(
                     f"the event log {stream} is missing (or JetStream is off): run `cox init` once per fleet.",

@@ -24,7 +24,7 @@ from coxswain.service.edge import (
     Ticket,
     client_id,
 )
-from coxswain.service.edge_caps import Passage
+from coxswain.service.edge_caps import DRAINING_RETRY_S, Passage
 from coxswain.service.edge_status import EdgeStatus
 from coxswain.service.keys import Keyring
 
@@ -38,6 +38,14 @@ ticket: Final[ContextVar[Ticket | None]] = ContextVar("coxswain_ticket", default
 """The request being handled; tasks that it starts (streams, background responses) inherit it."""
 
 
+ENDS: Final = Refusal(
+    503,
+    "ServiceUnavailableError",
+    "this server is shutting down: send new requests elsewhere",
+    DRAINING_RETRY_S,
+)
+
+
 class EdgeMiddleware:
     """Authenticate, name and bound every request before vLLM sees it.
 
@@ -47,6 +55,7 @@ class EdgeMiddleware:
         keyring: the keys that `edge` uses, to be kept fresh, or None.
         listen: makes what knows of the engines' queues, from the server's app, or None if nobody is to know.
         count: told the status of every refusal.
+        ends: whether the server's app was told to end.
     """
 
     def __init__(
@@ -56,12 +65,14 @@ class EdgeMiddleware:
         keyring: Keyring | None = None,
         listen: Callable[[Any], EdgeStatus] | None = None,
         count: Callable[[int], None] = lambda _: None,
+        ends: Callable[[Any], bool] = lambda _app: False,
     ) -> None:
         self._app = app
         self._edge = edge
         self._keyring = keyring
         self._listen = listen
         self._count = count
+        self._ends = ends
         self._status: EdgeStatus | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,7 +135,11 @@ class EdgeMiddleware:
     def _enter(self, scope: Scope, path: str, admitted: Admitted) -> Passage | Refusal | None:
         """Ask the counts about what an engine would have to do; None if they need not know of it."""
         websocket = scope["type"] == "websocket"
-        if self._status is None or not (websocket or self._edge.asks_engine(scope["method"], path)):
+        if not (websocket or self._edge.asks_engine(scope["method"], path)):
+            return None
+        if self._ends(scope.get("app")):
+            return ENDS
+        if self._status is None:
             return None
         passage = self._status.caps.enter(admitted.tenant, admitted.class_, time.monotonic())
         if websocket and isinstance(passage, Passage):

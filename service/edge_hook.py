@@ -1,4 +1,4 @@
-"""The edge's one hold on vLLM's inside: the last word on a request's id and priority.
+"""The edge's two holds on vLLM's inside: the last word on a request's id and priority, and whether the server ends.
 
 Headers are not enough: `/v1/responses` and others ignore X-Request-Id, and a body may name its own
 priority. vLLM gives every request its internal id in `InputProcessor.assign_request_id`
@@ -28,6 +28,17 @@ def apply(request: Any, held: Ticket) -> None:
     if held.passage is not None:
         sampling = getattr(request, "sampling_params", None)
         held.passage.sent(time.monotonic(), sampling.n if sampling is not None else 1)
+
+
+def ends(app: Any) -> bool:
+    """Whether vLLM's server was told to end, `app` being its FastAPI application.
+
+    With `--shutdown-timeout` it listens on until its engine is done, answers what comes with nothing, and what comes
+    late never: then it does not end at all. `MPClient.shutdown` (v1/engine/core_client.py) first detaches a finalizer.
+    """
+    client = getattr(getattr(app, "state", None), "engine_client", None)
+    finalizer = getattr(getattr(client, "engine_core", None), "_finalizer", None)
+    return finalizer is not None and not finalizer.alive
 
 
 def install() -> None:

@@ -39,7 +39,7 @@ class Identity(EdgeMiddleware):
     """
 
     def __init__(self, app: App) -> None:
-        super().__init__(app, Edge(_SETTINGS, _KEYRING), _KEYRING, _LISTEN, _refused)
+        super().__init__(app, Edge(_SETTINGS, _KEYRING), _KEYRING, _LISTEN, _refused, edge_hook.ends)
 
 
 def _refused(status: int) -> None:

@@ -6,10 +6,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from coxswain.control.errors import UnreachableError
 from coxswain.schemas import events as ev
 from coxswain.schemas.status import Frame, decode_frame
 from tests.faults.fleet import Fleet
 
+READABLE_S = 60.0
 OLD_S = 120.0
 """Nobody here waits for so long: a row that says so went by a clock that jumped."""
 
@@ -81,12 +83,20 @@ class Watch:
         return time.monotonic()
 
     async def log(self, start: float | None) -> "Log":
-        """The event log, from a Unix time on (None: all of it)."""
-        log = Log()
-        async for event in self._fleet.cox.events(start="all" if start is None else start, follow=False):
-            assert isinstance(event, ev.Event), event
-            log.add(event)
-        return log
+        """The event log, from a Unix time on (None: all of it), once JetStream has recovered."""
+        async with asyncio.timeout(READABLE_S):
+            while True:
+                log = Log()
+                try:
+                    async for event in self._fleet.cox.events(
+                        start="all" if start is None else start, follow=False
+                    ):
+                        assert isinstance(event, ev.Event), event
+                        log.add(event)
+                except UnreachableError:
+                    await asyncio.sleep(0.2)
+                else:
+                    return log
 
 
 class Log:
