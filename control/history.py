@@ -69,7 +69,7 @@ async def replay(
         except (nats.js.errors.NotFoundError, nats.js.errors.ServiceUnavailableError) as error:
             if after is None and error.err_code == NO_MAJORITY:
                 raise UnreachableError(
-                    f"JetStream cannot read {stream} now ({error.description}): its cluster elects, or has lost its majority."
+                    f"JetStream cannot read {stream} now, its cluster elects or has no majority: {error.description}"
                 ) from error
             if after is None:
                 raise NotSetUpError(
