@@ -96,14 +96,15 @@ class Child:
         )  # fmt: skip
 
     async def run(self) -> None:
-        """Serve until the engine says so, or is gone."""
-        tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
-        try:
-            await self._bus.run()
-        finally:
-            self._tell()
-            for task in tasks:
-                task.cancel()
+        """Serve until the engine says so or is gone. What fails here ends the process; the engine starts another."""
+        async with asyncio.TaskGroup() as group:
+            others = [group.create_task(self._listen()), group.create_task(self._beat())]
+            try:
+                await self._bus.run()
+            finally:
+                self._tell()
+                for task in others:
+                    task.cancel()
 
     async def _listen(self) -> None:
         try:

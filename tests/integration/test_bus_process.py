@@ -16,7 +16,7 @@ import pytest
 from coxswain.schemas.commands import decode_reply
 from coxswain.schemas.status import decode_frame
 from coxswain.schemas.subjects import Subjects
-from coxswain.service.bus import process
+from coxswain.service.bus import process, wire
 from coxswain.service.port import MAX_INBOUND, MAX_OUTBOUND
 from tests.support.bus import FLEET, Worker, add_stream, eventually, stored
 from tests.support.engine import WORKER, frame
@@ -64,6 +64,18 @@ async def test_killed_bus_is_started_again_and_loses_no_event(nats_server: NatsS
             await eventually(lambda: not worker.bus._outbox._kept)
             assert worker.port.events_dropped == 0
     assert await stored(nats_server.url) == list(range(1, 1_051))
+
+
+async def test_bus_that_does_not_understand_its_engine_is_replaced(nats_server: NatsServer) -> None:
+    """It does not live on with one ear: it ends, and its successor takes commands."""
+    with Worker(nats_server.url) as worker:
+        await worker.connected()
+        first = worker.bus.pid
+        worker.bus._outbox._socket.send((7).to_bytes(wire.LENGTH, "big") + b"garbage")
+        await eventually(lambda: worker.bus.pid not in {None, first} and worker.port.connected)
+        assert worker.logged("bus.lost")[0]["why"] == "it ended with 1"
+        async with await nats.connect(nats_server.url) as client:
+            assert (await abort(client, 1)).outcome == "applied"
 
 
 async def test_frozen_bus_costs_the_engine_nothing_and_is_replaced(

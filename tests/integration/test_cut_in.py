@@ -205,7 +205,9 @@ def test_a_fault_of_ours_ends_nobodys_request(monkeypatch: pytest.MonkeyPatch) -
         assert scheduler.port.offer(CommandIn(OPERATOR, "drain", Drain(id="c1", on=True), (), "a"))
         assert scheduler.port.offer(QueryIn("queue", QueueQuery(), "b"))
         said = []
-        while len(said) < 2 and made.step():  # logging a fault may take all the time that a step has for commands
+        while (
+            len(said) < 2 and made.step()
+        ):  # logging a fault may take all the time that a step has for commands
             said += scheduler.port.collect()
         assert [item.reply.code for item in said if isinstance(item, ReplyOut)] == [422]
         assert [item.answer.code for item in said if isinstance(item, AnswerOut)] == [422]
