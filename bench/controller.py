@@ -3,8 +3,8 @@
     python -m bench.controller [--json PATH] [--policy vtc] [--steps 150] [--grid | --workers 100 --tenants 1000 ...]
     python -m bench.controller --plot PNG --json PATH          # draws what --grid wrote there; needs matplotlib
 
-One step is what a controller does every 50 ms: read the frames that came, `ControlCore.step`, encode the commands.
-Between steps, and not measured, the workers obey and serve (`bench.herd`), in a process of their own. No NATS is here.
+One turn is what a controller does in 50 ms: read and merge each frame as it comes (`hear`), then, at once,
+`ControlCore.step` and encode the commands. Between turns, and not measured, the workers obey and serve (`bench.herd`), in a process of their own. No NATS is here.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def run(
     core = ControlCore(chosen, "bench", lambda: f"id{next(ids)}", cadence_s=CADENCE_S)
     read = Reader(core.fleet, requests=chosen.sees != "tenants").read
     answers: list[Answer] = []
-    spent: dict[str, list[float]] = {"decode": [], "step": [], "encode": [], "loop": [], "cpu": []}
+    spent: dict[str, list[float]] = {"hear": [], "step": [], "encode": [], "loop": [], "cpu": []}
     sums = dict.fromkeys(("bytes_in", "bytes_out", "commands", "rank_rows"), 0)
     now, obeyed = START, []
     gc.collect()
@@ -53,11 +53,10 @@ def run(
         pipe.send((now, obeyed))
         payloads = pipe.recv()
         began, cpu = time.perf_counter(), time.process_time()
-        frames = [read(name, payload) for name, payload in payloads]
-        decoded = time.perf_counter()
-        outgoing = core.step(
-            now, Inputs(frames=frames, classes={}, tenants=TENANTS, epoch=(1.0, 1), answers=answers)
-        )
+        for name, payload in payloads:
+            core.hear(now, read(name, payload))
+        heard = time.perf_counter()
+        outgoing = core.step(now, Inputs(classes={}, tenants=TENANTS, epoch=(1.0, 1), answers=answers))
         stepped = time.perf_counter()
         sent = [encode(each.command if isinstance(each, Send) else each.lead) for each in outgoing]
         ended, cpu = time.perf_counter(), time.process_time() - cpu
@@ -69,7 +68,7 @@ def run(
         if number < 0:
             continue
         for part, seconds in zip(
-            spent, (decoded - began, stepped - decoded, ended - stepped, ended - began, cpu), strict=True
+            spent, (heard - began, stepped - heard, ended - stepped, ended - began, cpu), strict=True
         ):
             spent[part].append(seconds * 1_000)
         sums["bytes_in"] += sum(len(payload) for _, payload in payloads)
@@ -160,12 +159,12 @@ def line(result: dict[str, Any]) -> str:
     """One result for people."""
     loop, p50 = (
         result["loop_ms"],
-        {part: result[f"{part}_ms"]["p50"] for part in ("decode", "step", "encode", "cpu")},
+        {part: result[f"{part}_ms"]["p50"] for part in ("hear", "step", "encode", "cpu")},
     )
     return (
         f"{result['workers']:4} workers {result['tenants']:6} tenants {result['active']:5} active "
         f"{result['running']:4} running: loop p50 {loop['p50']:7.2f} p99 {loop['p99']:7.2f} ms "
-        f"(decode {p50['decode']:.2f}, step {p50['step']:.2f}, encode {p50['encode']:.2f}; CPU {p50['cpu']:.2f}), "
+        f"(hear {p50['hear']:.2f}, step {p50['step']:.2f}, encode {p50['encode']:.2f}; CPU {p50['cpu']:.2f}), "
         f"in {result['bytes_in_per_s'] / 1e6:.1f} MB/s, out {result['bytes_out_per_s'] / 1e6:.1f} MB/s, "
         f"{result['commands_per_s']} commands/s, {result['rank_rows_per_s']} rows/s"
     )

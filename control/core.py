@@ -15,7 +15,7 @@ import msgspec
 from coxswain.control import requests
 from coxswain.control.fleet import Fleet, WorkerView
 from coxswain.control.policy import Directives, Policy, Tables, weight_of
-from coxswain.control.told import ECHO_S, Told
+from coxswain.control.told import ECHO_S, Said, Told
 from coxswain.schemas.commands import COMMANDS, Command
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import ClassPolicy, Epoch, Lead, Sight, TenantPolicy, TenantRank, digest
@@ -31,7 +31,7 @@ CLOSE: Final = 0.05
 """So is an expectation that is off by no more than this part of itself."""
 MAX_RANK_ROWS: Final = 2_000
 """Rows in one `rank`, well under NATS's default payload limit; the next one has the rest."""
-RANK_ROWS_PER_STEP: Final = 2_000
+RANK_ROWS_PER_STEP: Final = 1_500
 """Rows that one step compares. In large fleets workers take turns: a step's length is bounded, not a rank's age."""
 ASK_S: Final = 0.5
 """How often a worker is asked for the part of its queue that frames do not list."""
@@ -41,10 +41,8 @@ NOT_FAILURES: Final = frozenset({404, 422})
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """What the shell knows at a step."""
+    """What the shell knows at a step, beside the frames that it heard."""
 
-    frames: Sequence[Frame] = ()
-    """Status frames since the last step, as they came."""
     classes: Mapping[str, ClassPolicy] | None = None
     tenants: Mapping[str, TenantPolicy] | None = None
     """The tables, whole; None until they were read: nothing but heartbeats is sent before."""
@@ -123,10 +121,12 @@ class ControlCore:
         self._tables_of: tuple[Any, Any, int] = (None, None, 0)
         self._digest: tuple[Any, Any, str] = (None, None, "")
 
+    def hear(self, now: float, frame: Frame) -> None:
+        """Take a status frame as it comes; the next step sees what it says."""
+        self.fleet.merge(frame, now)
+
     def step(self, now: float, inputs: Inputs) -> list[Outgoing]:
         """Take what is new; return what to send, in order. `now` is Unix seconds, and never jumps."""
-        for frame in inputs.frames:
-            self.fleet.merge(frame, now)
         for listing in inputs.listings:
             self.fleet.list_queue(listing.worker, listing.rows)
         self.fleet.age(now)
@@ -242,7 +242,8 @@ class ControlCore:
             if not rows and prices is None:
                 continue
             told.prices = directives.prices
-            told.ranks.update((tenant, (rank, now)) for tenant, rank in rows.items())
+            for tenant, rank in rows.items():
+                told.ranks[tenant] = Said(rank, now)
             fields = {"incarnation": view.incarnation, "tenants": rows, "prices": prices}
             sends.append(self._send(now, view, told, "rank", fields))
         return sends
@@ -256,14 +257,15 @@ class ControlCore:
             row = view.tenants.get(tenant)
             said = told.ranks.get(tenant)
             has: TenantRank | TenantStatus | None = row
-            if said is not None and (row is None or now - said[1] < ECHO_S):
-                has = said[0]
-            has = has or TenantRank(weight=weight_of(tables.tenants, tenant))
-            off = abs(rank.expected_output - has.expected_output)
+            if said is not None and (row is None or now - said.at < ECHO_S):
+                has = said.rank
+            if has is None:
+                has = TenantRank(weight=weight_of(tables.tenants, tenant))
+            expected = rank.expected_output
             if (
                 abs(rank.base - has.base) > TOLERANCE
                 or rank.weight != has.weight
-                or off > CLOSE * rank.expected_output
+                or abs(expected - has.expected_output) > CLOSE * expected
             ):
                 rows[tenant] = rank
                 if len(rows) == MAX_RANK_ROWS:
@@ -275,8 +277,8 @@ class ControlCore:
         sends: list[Outgoing] = []
         for view in self.fleet.live():
             told, orders, worker = self._told[view.worker], [], view.worker
-            if told.retries["prioritize"].ready(now):
-                wanted, moves = directives.priorities.get(worker, {}), directives.moves.get(worker, {})
+            wanted, moves = directives.priorities.get(worker, {}), directives.moves.get(worker, {})
+            if (wanted or moves) and told.retries["prioritize"].ready(now):
                 orders += requests.prioritize(now, view, told, wanted, moves)
             if told.retries["preempt"].ready(now) and told.retries["continue"].ready(now):
                 orders += requests.hold(now, view, told, directives.holds.get(worker, {}))

@@ -9,7 +9,6 @@ import random
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any, Final, Generic
@@ -37,11 +36,9 @@ from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.names import sanitise_token
 from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy
-from coxswain.schemas.status import Frame, QueueQuery, RequestStatus
+from coxswain.schemas.status import QueueQuery, RequestStatus
 from coxswain.schemas.subjects import CONTROLLER
 
-MAX_FRAMES: Final = 8_192
-"""Frames that wait for a step; older ones give way, and the next full frame repairs it."""
 MAX_IN_FLIGHT: Final = 1_024
 """Commands that wait for an answer, over all workers."""
 QUEUE_PAGE: Final = 1_000
@@ -83,7 +80,6 @@ class Controller:
         self._connection = connection
         self._cadence_s = cadence_s
         self._reader = Reader(self.core.fleet, requests=policy.sees != "tenants")
-        self._frames: deque[Frame] = deque(maxlen=MAX_FRAMES)
         self._answers: list[Answer] = []
         self._listings: list[Listing] = []
         self._classes = Slot[ClassPolicy]()
@@ -97,7 +93,6 @@ class Controller:
         self._seldom = Seldom()
         self.page = Page(connection.fleet, self._standing)
         """What browsers see, if it is served (`run`)."""
-        # Unix time that no jump of the wall clock can move: else every worker would look long silent after one.
         self._clock_offset = time.time() - time.monotonic()
 
     async def run(self) -> None:
@@ -158,17 +153,18 @@ class Controller:
         leading = self.lease is not None and self.lease.epoch is not None
         return Standing(name=self.name, leading=leading, reaches_nats=self._reachable is True)
 
+    def _now(self) -> float:
+        """Unix time that no jump of the wall clock can move: else every worker would look long silent after one."""
+        return time.monotonic() + self._clock_offset
+
     @property
     def _ended(self) -> bool:
         return self._closed or self.stopping.is_set()
 
     async def _step(self, client: Client, lease: Lease) -> None:
-        frames, answers = list(self._frames), self._answers
-        self._frames.clear()
-        self._answers = []
+        answers, self._answers = self._answers, []
         listings, self._listings = self._listings, []
         inputs = Inputs(
-            frames=frames,
             classes=self._classes.rows.good if self._classes.rows else None,
             tenants=self._tenants.rows.good if self._tenants.rows else None,
             epoch=lease.epoch,
@@ -195,11 +191,8 @@ class Controller:
 
     def _measured(self, inputs: Inputs) -> list[Outgoing]:
         """The core's step, and how long it took."""
-        meter, now, began = self.meter, time.monotonic() + self._clock_offset, time.perf_counter()
-        for frame in inputs.frames:
-            meter.lags.add(max(0.0, now - frame.sent_at))
-        outgoing = self.core.step(now, inputs)
-        meter.frames += len(inputs.frames)
+        meter, began = self.meter, time.perf_counter()
+        outgoing = self.core.step(self._now(), inputs)
         meter.lead(inputs.epoch)
         meter.steps.add(time.perf_counter() - began)
         return outgoing
@@ -285,10 +278,10 @@ class Controller:
             if self._seldom.may("frame", message.subject):
                 log.warning("status not understood", subject=message.subject, reason=str(error))
             return
-        if len(self._frames) == MAX_FRAMES:
-            self.meter.lost["full"] += 1
-            self._reader.forget()
-        self._frames.append(frame)
+        now = self._now()
+        self.core.hear(now, frame)
+        self.meter.frames += 1
+        self.meter.lags.add(max(0.0, now - frame.sent_at))
 
     def _noticed(self, what: str) -> None:
         if what == "back":

@@ -5,7 +5,7 @@ so the next full frame repairs everything. Totals only grow: those of an ended i
 Pure: the clock is passed in. Called by `core`; policies read it and never change it.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from typing import Final, Literal
 
@@ -29,7 +29,9 @@ MAX_LEFT: Final = 4_096
 RequestKey = tuple[str, int]
 """A request and its child."""
 Changed = dict[str, TenantStatus | None]
-"""Tenants whose row is another than when last looked at, and that one."""
+"""Tenants to whom more happened than being served, and their row before that."""
+Served = defaultdict[str, float]
+"""Per tenant, the weighted cost that it was charged."""
 Liveness = Literal["live", "stale", "gone"]
 
 
@@ -82,7 +84,7 @@ class Presence:
 class WorkerView:
     """One worker as last heard: `frame` for everything but rows, which are merged here."""
 
-    def __init__(self, frame: Frame, now: float, presence: Presence | None = None) -> None:
+    def __init__(self, frame: Frame, now: float, presence: Presence, served: Served) -> None:
         self.worker = frame.worker
         self.incarnation = frame.incarnation
         self.frame = frame
@@ -104,16 +106,16 @@ class WorkerView:
         """Tenants with anything queued, running or held here."""
         self.counted = False
         """Whether `presence` has them: while the worker is live, and was heard in full."""
-        self._presence = presence or Presence()
+        self._presence = presence
+        self._served = served
         self._assembler: Assembler[Frame] = Assembler()
         self._heard: tuple[int, frozenset[int]] = (-1, frozenset())
 
-    def merge(self, frame: Frame, now: float, changed: Changed | None = None) -> None:
-        """Take a frame of this incarnation, unless it is older than what we have; note in `changed` whose rows did."""
+    def merge(self, frame: Frame, now: float, changed: Changed) -> None:
+        """Take a frame of this incarnation, unless it is older than what we have; note in `changed` what happened."""
         seq, parts = self._heard
         if frame.seq < seq or (frame.seq == seq and frame.part in parts):
             return
-        changed = {} if changed is None else changed
         self._heard = (frame.seq, (parts if frame.seq == seq else frozenset()) | {frame.part})
         self.heard_at = now
         self.frame = frame
@@ -161,22 +163,34 @@ class WorkerView:
         if not self.complete:
             self.complete = True
             changed.update(dict.fromkeys(self.tenants))
+            for name, row in self.tenants.items():
+                self._served[name] += row.charged
 
     def _put(self, rows: Iterable[TenantStatus], changed: Changed) -> None:
-        # Thousands of rows in every step of a large fleet: sets are asked only about what is another than it was.
-        tenants, presence = self.tenants, self._presence
+        # Thousands of rows in every step of a large fleet, most of tenants that wait, and were served a little.
+        tenants, served, complete = self.tenants, self._served, self.complete
         for row in rows:
             name = row.tenant
             old = tenants.get(name)
-            changed.setdefault(name, old)
             tenants[name] = row
-            queued, before = row.queued, old.queued if old is not None else 0
-            if old is None or row.class_ != old.class_:
-                presence.classes.add(row.class_)
-            if (queued > 0) != (before > 0):
-                self._toggle(self.waiting, presence.waiting, name)
-            if not (queued and before) and bool(queued or row.running or row.held) != _busy(old):
-                self._toggle(self.busy, presence.busy, name)
+            if complete:
+                served[name] += row.charged - old.charged if old is not None else row.charged
+            waited_on = old is not None and old.queued and row.queued
+            if not waited_on or row.lift != old.lift or row.class_ != old.class_:
+                self._happened(row, old, changed)
+
+    def _happened(self, row: TenantStatus, old: TenantStatus | None, changed: Changed) -> None:
+        """A row says perhaps more than that its tenant was served."""
+        name, presence = row.tenant, self._presence
+        before = old is not None and old.queued > 0
+        if old is None or row.class_ != old.class_:
+            presence.classes.add(row.class_)
+        if came_or_left := (row.queued > 0) != before:
+            self._toggle(self.waiting, presence.waiting, name)
+        if busied := _busy(row) != _busy(old):
+            self._toggle(self.busy, presence.busy, name)
+        if came_or_left or busied or old is None or row.lift != old.lift or admitted(row, old):
+            changed.setdefault(name, old)
 
     def known(self) -> Iterator[RequestStatus]:
         """Every request that we know of here: those that frames list, then what waits behind them."""
@@ -212,6 +226,15 @@ class WorkerView:
             self.left.append(row)
 
 
+def admitted(row: TenantStatus, old: TenantStatus | None) -> bool:
+    """Whether any request of the tenant was admitted between two rows of it, or before the only one."""
+    return _input(row) > (_input(old) if old is not None else 0)
+
+
+def _input(row: TenantStatus) -> int:
+    return row.uncached_input_tokens_total + row.cached_input_tokens_total
+
+
 def _busy(row: TenantStatus | None) -> bool:
     return row is not None and bool(row.queued or row.running or row.held)
 
@@ -226,8 +249,11 @@ class Fleet:
         self.ended: dict[str, Totals] = {}
         """Per tenant, the totals of incarnations that ended."""
         self.changed: dict[str, Changed] = {}
-        """Per worker, the tenants whose rows, or whose worker's liveness, changed since `settle`, with the row
-        that was known then: None where there was none, or the worker had not been heard in full."""
+        """Per worker, the tenants that came, left, were lifted or had a request admitted since `settle`, or whose worker's
+        liveness changed, with the row before that: None where there was none, or the worker was not heard in full."""
+        self.served: Served = defaultdict(float)
+        """What tenants were charged since `settle` by workers that were heard in full. What such a worker charged
+        before it was heard of is in it once: when it is."""
         self.presence = Presence()
         self.rivals: dict[str, str] = {}
         """Workers of which a second incarnation is alive under the same name, and that incarnation."""
@@ -243,7 +269,7 @@ class Fleet:
                 return False
             if view is not None:
                 self._end(view)
-            view = self.workers[frame.worker] = WorkerView(frame, now, self.presence)
+            view = self.workers[frame.worker] = WorkerView(frame, now, self.presence, self.served)
         view.merge(frame, now, self.changed.setdefault(frame.worker, {}))
         return True
 
@@ -265,6 +291,7 @@ class Fleet:
     def settle(self) -> None:
         """Everything that changed was seen by who needs it."""
         self.changed.clear()
+        self.served.clear()
         self.presence.moved.clear()
         for view in self.workers.values():
             if view.left:

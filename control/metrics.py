@@ -62,8 +62,8 @@ class Meter:
         self.steps = Histogram(STEP_BUCKETS_S)
         self.lags = Histogram(LAG_BUCKETS_S)
         self.frames = 0
-        self.lost = Counter({"full": 0, "impostor": 0, "unreadable": 0})
-        """Frames, by why no step took them."""
+        self.lost = Counter({"impostor": 0, "unreadable": 0})
+        """Frames, by why they were not taken."""
         self.sent: Counter[str] = Counter()
         """Commands, by verb."""
         self.refused: Counter[tuple[str, str]] = Counter()

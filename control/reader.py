@@ -72,7 +72,7 @@ class Reader:
     """Reads the status of all workers.
 
     Args:
-        fleet: into which all that is read is merged, in this order, soon.
+        fleet: into which all that is read is merged, before more is.
         requests: whether rows of single requests are wanted; frames come without them otherwise.
     """
 
@@ -100,7 +100,7 @@ class Reader:
         key = worker, frame.incarnation
         if key not in self._heard:
             if len(self._heard) >= MAX_INCARNATIONS:
-                self.forget()
+                self._heard.clear()
             self._heard[key] = _Heard(frame.incarnation)
         self._heard[key].note(frame)
         return frame
@@ -119,10 +119,6 @@ class Reader:
             return None
         heard.unread += head.part + 1 == head.parts
         return replace(head, full=False)
-
-    def forget(self) -> None:
-        """Frames that were read are lost after all: full ones are read whole again."""
-        self._heard.clear()
 
 
 def _head(payload: bytes) -> Frame | None:

@@ -57,11 +57,18 @@ class Retry(msgspec.Struct):
         self.wait_s = FIRST_RETRY_S if ok else min(MAX_RETRY_S, self.wait_s * 2)
 
 
+class Said(msgspec.Struct, frozen=True, gc=False):
+    """A rank, and when it was told."""
+
+    rank: TenantRank
+    at: float
+
+
 class Told(msgspec.Struct):
     """What one incarnation of a worker was told by this leader; each with the time when."""
 
     incarnation: str
-    ranks: dict[str, tuple[TenantRank, float]] = {}
+    ranks: dict[str, Said] = {}
     prices: Prices | None = None
     config: tuple[str, float] = ("", 0.0)
     """Digest of the tables."""

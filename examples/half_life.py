@@ -28,8 +28,6 @@ class HalfLife:
         self.params = params
         self.usage: dict[str, float] = {}
         """Faded service per tenant, in priced tokens per weight."""
-        self.counted: dict[str, float] = {}
-        """How much of each tenant's total is in `usage` already."""
         self.fleet = Fleet()
         self.tables = Tables()
         self.at = 0.0
@@ -39,10 +37,8 @@ class HalfLife:
         fade = 0.5 ** ((now - self.at) / self.params.half_life_s) if self.at else 1.0
         self.fleet, self.tables, self.at = fleet, tables, now
         self.usage = {tenant: used * fade for tenant, used in self.usage.items()}
-        for tenant in {tenant for tenants in fleet.changed.values() for tenant in tenants}:
-            total = fleet.totals(tenant).charged
-            self.usage[tenant] = self.usage.get(tenant, 0.0) + total - self.counted.get(tenant, 0.0)
-            self.counted[tenant] = total
+        for tenant, charged in fleet.served.items():
+            self.usage[tenant] = self.usage.get(tenant, 0.0) + charged
 
     def decide(self, now: float) -> Directives:  # noqa: ARG002  (the protocol's signature)
         """Bases that make every worker's virtual times the faded service."""

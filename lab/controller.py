@@ -188,8 +188,10 @@ class Controller:
         if self._core is None:
             self._lives += 1
             self._core = ControlCore(self._make_policy(), NAME, self._new_id, cadence_s=self._cadence_s)
+        for frame in frames:
+            self._core.hear(now, frame)
         inputs = Inputs(
-            frames=frames, classes=self._tables.classes, tenants=self._tables.tenants,
+            classes=self._tables.classes, tenants=self._tables.tenants,
             epoch=(START, self._lives), answers=answers, listings=listings,
         )  # fmt: skip
         for outgoing in self._core.step(now, inputs):

@@ -221,16 +221,16 @@ CONTROLLER_STEP: Final = Metric(
 CONTROLLER_FRAME_LAG: Final = Metric(
     "coxswain_controller_frame_lag_seconds",
     "histogram",
-    "From a frame's making to the step that takes it, the difference of the clocks with it.",
+    "From a frame's making to its being read, the difference of the clocks with it.",
     _FLEET,
 )
 CONTROLLER_FRAMES: Final = Metric(
-    "coxswain_controller_frames_total", "counter", "Status frames that steps took.", _FLEET
+    "coxswain_controller_frames_total", "counter", "Status frames that were read.", _FLEET
 )
 CONTROLLER_FRAMES_LOST: Final = Metric(
     "coxswain_controller_frames_lost_total",
     "counter",
-    "Status frames that no step took: `full` queue, `unreadable`, or of an `impostor`.",
+    "Status frames that were not taken: `unreadable`, or of an `impostor`.",
     (*_FLEET, "reason"),
 )
 CONTROLLER_COMMANDS: Final = Metric(

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from coxswain.schemas.names import RequestId
+from coxswain.schemas.names import DEFAULT, RequestId
 from coxswain.schemas.policy import ClassPolicy, Count, Epoch, Prices, TenantPolicy
 
 MAX_PARTS: Final = 4_096
@@ -62,21 +62,21 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_def
     """One tenant on one worker. virtual_time = base + charged + lift."""
 
     tenant: str
-    class_: str = msgspec.field(name="class")
-    queued: Count
-    running: Count
-    held: Count
-    oldest_queued_s: float
-    virtual_time: float
-    base: float
-    charged: float
-    lift: float
-    weight: float
-    uncached_input_tokens_total: int
-    cached_input_tokens_total: int
-    output_tokens_total: int
-    recomputed_tokens_total: int
-    finished_total: int
+    class_: str = msgspec.field(name="class", default=DEFAULT)
+    queued: Count = 0
+    running: Count = 0
+    held: Count = 0
+    oldest_queued_s: float = 0.0
+    virtual_time: float = 0.0
+    base: float = 0.0
+    charged: float = 0.0
+    lift: float = 0.0
+    weight: float = 1.0
+    uncached_input_tokens_total: int = 0
+    cached_input_tokens_total: int = 0
+    output_tokens_total: int = 0
+    recomputed_tokens_total: int = 0
+    finished_total: int = 0
     external_input_tokens_total: int = 0
     """Of the cached input: loaded by a KV connector."""
     uncomputed_input_tokens_total: int = 0

@@ -108,7 +108,7 @@ class Edf:
     def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:
         """Learn how fast workers are and how long requests."""
         self._fleet, self._tables = fleet, tables
-        self._rates.observe(fleet, now)
+        self._rates.observe(fleet)
         for view in fleet.live():
             for row in view.left:
                 self._lengths.learn(row)

@@ -30,14 +30,13 @@ came. With one worker that makes V its own virtual time exactly, and the base ne
 only watches.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
 
 from coxswain.control.crowd import Crowd
-from coxswain.control.fleet import Fleet, RequestKey, WorkerView
+from coxswain.control.fleet import Fleet, RequestKey, WorkerView, admitted
 from coxswain.control.policy import Cap, Directives, Group, Kv, Sees, Tables, weight_of
 from coxswain.control.predict import MovingAverage
 from coxswain.control.victims import Victims
@@ -50,7 +49,7 @@ Part = Annotated[float, msgspec.Meta(gt=0, le=10)]
 
 KEEP: Final = 1_024
 """Counters kept whatever their tenants do; beyond, those that a lift would overtake anyway are forgotten."""
-ABSENT_ROWS: Final = 64
+ABSENT_ROWS: Final = 32
 """Tenants that do not wait on a worker and are told to it in one rank, in turns: they may come."""
 
 
@@ -63,6 +62,8 @@ class Change(NamedTuple):
     """Where the worker that lifted it least put it, before it was charged."""
     lifted_on: frozenset[str] = frozenset()
     """The workers that lifted it: there its queue was empty at some time since the last look."""
+    charged: float = 0.0
+    """What it was charged in all of this."""
     adopt: float | None = None
     """A virtual time that an earlier leader gave it."""
 
@@ -72,6 +73,7 @@ class Change(NamedTuple):
             self.visited or other.visited,
             _least(self.lifted_to, other.lifted_to),
             self.lifted_on | other.lifted_on,
+            self.charged + other.charged,
             max((at for at in (self.adopt, other.adopt) if at is not None), default=None),
         )
 
@@ -144,8 +146,11 @@ class Vtc:
         for tenant, change in changes.items():
             if change.adopt is not None:
                 virtual[tenant] = max(virtual.get(tenant, change.adopt), change.adopt)
+        for tenant, change in changes.items():
+            if change != Change():
+                virtual.setdefault(tenant, 0.0)
         for tenant, charge in charges.items():
-            if tenant not in floors and (charge or tenant in virtual or changes[tenant] != Change()):
+            if tenant not in floors and (charge or tenant in virtual):
                 virtual[tenant] = virtual.get(tenant, 0.0) + charge
         self._lift(fleet, changes, charges, floors)
 
@@ -156,8 +161,7 @@ class Vtc:
 
     def _read(self, fleet: Fleet) -> tuple[dict[str, float], dict[str, Change]]:
         """What was charged per tenant since the last look, and what else happened to some."""
-        charges: defaultdict[str, float] = defaultdict(float)
-        changes: dict[str, Change] = {}
+        charges, changes = dict(fleet.served), dict[str, Change]()
         active = self.active
         for worker in self._incarnations.keys() - fleet.workers.keys():
             del self._incarnations[worker]
@@ -168,20 +172,15 @@ class Vtc:
                 continue
             if first := self._incarnations.get(worker) != view.incarnation:
                 self._incarnations[worker] = view.incarnation
-            rows = view.tenants
             for tenant, old in tenants.items():
-                row = rows.get(tenant)
-                if row is None:
-                    continue
-                charge = row.charged if old is None else row.charged - old.charged
-                if old is not None and row.lift == old.lift and tenant in active:
-                    charges[tenant] += charge
+                row = view.tenants.get(tenant)
+                if row is None or (old is not None and row.lift == old.lift and tenant in active):
                     continue
                 if first and row.base:
-                    charge, change = 0.0, Change(adopt=row.virtual_time)
+                    charges[tenant] -= row.charged
+                    change = Change(adopt=row.virtual_time)
                 else:
                     change = _change(worker, row, old)
-                charges[tenant] += charge
                 changes[tenant] = changes[tenant].join(change) if tenant in changes else change
         return charges, changes
 
@@ -209,7 +208,10 @@ class Vtc:
         charges: Mapping[str, float],
         floors: Mapping[str, float | None],
     ) -> None:
-        """Put tenants that returned to the floor, which was `floors` when last looked at; then charge them."""
+        """Put tenants that returned to the floor, which was `floors` when last looked at; then charge them.
+
+        What was still charged for what they had running before they came back comes before the lift.
+        """
         if not floors:
             return
         virtual = self.virtual
@@ -218,9 +220,10 @@ class Vtc:
         floor_now = min(others) if others else last
         alone = sum(1 for _ in fleet.live()) == 1  # one worker's own lift is exact
         for tenant, floor_before in floors.items():
-            lifted_to, old = changes[tenant].lifted_to, virtual.get(tenant, 0.0)
-            at = lifted_to if alone else _return_to(lifted_to, floor_before, floor_now)
-            virtual[tenant] = max(old, old if at is None else at) + charges[tenant]
+            change = changes[tenant]
+            old = virtual.get(tenant, 0.0) + charges.get(tenant, 0.0) - change.charged
+            at = change.lifted_to if alone else _return_to(change.lifted_to, floor_before, floor_now)
+            virtual[tenant] = max(old, old if at is None else at) + change.charged
 
     def _forget(self) -> None:
         """Drop counters of idle tenants that are not above the floor: a return lifts them there anyway."""
@@ -306,17 +309,13 @@ class _Ranks(Mapping[str, Mapping[str, TenantRank]]):
 def _change(worker: str, row: TenantStatus, old: TenantStatus | None) -> Change:
     """What a row says beside what it was charged."""
     lifted = row.lift > (old.lift if old else 0.0)
-    fetched = _input(row) > (_input(old) if old else 0)
     charged = row.charged - (old.charged if old else 0.0)
     return Change(
-        row.queued > 0 or lifted or fetched,
+        row.queued > 0 or lifted or admitted(row, old),
         row.virtual_time - charged if lifted else None,
         frozenset({worker} if lifted else ()),
+        charged,
     )
-
-
-def _input(row: TenantStatus) -> int:
-    return row.uncached_input_tokens_total + row.cached_input_tokens_total
 
 
 def _returned(change: Change, before: frozenset[str], now: frozenset[str] | set[str]) -> bool:

@@ -37,9 +37,9 @@ class Driver:
 
     def step(self, now: float, *frames, answers=()) -> list[Send | Beat]:
         """Everything that goes out."""
-        inputs = Inputs(
-            frames=frames, classes=self.classes, tenants=self.tenants, epoch=self.epoch, answers=answers
-        )
+        for frame in frames:
+            self.core.hear(now, frame)
+        inputs = Inputs(classes=self.classes, tenants=self.tenants, epoch=self.epoch, answers=answers)
         outgoing = self.core.step(now, inputs)
         self.core.validate()
         return outgoing

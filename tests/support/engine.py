@@ -169,24 +169,7 @@ def _config() -> Config:
 
 
 def _tenant(number: int) -> TenantStatus:
-    return TenantStatus(
-        tenant=f"tenant-{number}",
-        class_="default",
-        queued=0,
-        running=0,
-        held=0,
-        oldest_queued_s=0.0,
-        virtual_time=0.0,
-        base=0.0,
-        charged=0.0,
-        lift=0.0,
-        weight=1.0,
-        uncached_input_tokens_total=0,
-        cached_input_tokens_total=0,
-        output_tokens_total=0,
-        recomputed_tokens_total=0,
-        finished_total=0,
-    )
+    return TenantStatus(tenant=f"tenant-{number}")
 
 
 def _request(number: int) -> RequestStatus:

@@ -159,3 +159,38 @@ def test_unchanged_rows_are_not_named_as_changed() -> None:
     fleet.merge(replace(first, seq=2), 1.0)
     fleet.age(1.0)
     assert not any(fleet.changed.values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(charges, min_size=1, max_size=3), st.randoms(use_true_random=False))
+def test_what_was_served_between_two_looks_adds_up_to_the_totals(
+    lives: list[list[tuple[int, float]]], random
+) -> None:
+    """Of workers that were heard in full, over restarts, losses and repetitions: nothing is left out or counted twice."""
+    fleet = Fleet()
+    served = dict.fromkeys(TENANTS, 0.0)
+    now = 0.0
+    for number, life in enumerate(lives):
+        frames, _ = _history(f"01{number}", life)
+        for each in [*random.choices(frames, k=len(frames)), frames[-1]]:
+            now += 0.01
+            fleet.merge(each, now)
+            if random.random() < 0.5:
+                served = {name: total + fleet.served[name] for name, total in served.items()}
+                fleet.settle()
+    served = {name: total + fleet.served[name] for name, total in served.items()}
+    assert served == {name: fleet.totals(name).charged for name in TENANTS}
+
+
+def test_a_tenant_that_is_only_served_is_not_named() -> None:
+    """Most of what frames say is that somebody who waits was served a little: that is summed, and no policy looks."""
+    fleet = Fleet()
+    fleet.merge(frame("w1", "01A", 1, row("a", queued=2), row("b", queued=2)), 0.0)
+    fleet.age(0.0)
+    fleet.settle()
+    served = row("a", queued=1, charged=5.0, output_tokens_total=5)
+    came = row("c", queued=1)
+    lifted = row("b", queued=2, lift=3.0)
+    fleet.merge(frame("w1", "01A", 2, served, lifted, came, full=False), 0.1)
+    assert fleet.changed["w1"].keys() == {"b", "c"}
+    assert fleet.served["a"] == 5.0

@@ -174,8 +174,8 @@ def ranks_after(half_life_s: float, quiet_s: float) -> dict[str, float]:
     rows = [row("heavy", charged=8_000.0), row("light", charged=100.0)]
     for at in (1_000.0, 1_000.0 + quiet_s):
         status_frame = frame("w1", "01A", int(at), *rows)
-        inputs = Inputs(frames=[status_frame], classes={}, tenants={}, epoch=(1.0, 1))
-        for sent in core.step(at, inputs):
+        core.hear(at, status_frame)
+        for sent in core.step(at, Inputs(classes={}, tenants={}, epoch=(1.0, 1))):
             if isinstance(sent, Send) and sent.verb == "rank":
                 bases |= {tenant: rank.base for tenant, rank in sent.command.tenants.items()}
         core.validate()

@@ -150,7 +150,7 @@ def test_the_speed_is_what_a_busy_worker_delivers() -> None:
         tokens = 50 * min(second, 30)
         fleet.merge(frame("w1", "01A", second, row("a", queued=queued, output_tokens_total=tokens)), second)
         fleet.age(second)
-        rates.observe(fleet, float(second))
+        rates.observe(fleet)
         fleet.settle()
     assert rates.of("w1") == pytest.approx(50.0)
 
@@ -161,7 +161,8 @@ def test_the_rest_of_a_long_queue_is_asked_for() -> None:
     listed = (waits("r1", 500.0),)
     status = frame("w1", "01A", 1, row("a", queued=2), queued=2, requests=listed)
     everything = {"classes": {}, "tenants": {}, "epoch": (1.0, 1)}
-    first = core.step(0.0, Inputs(frames=[status], **everything))
+    core.hear(0.0, status)
+    first = core.step(0.0, Inputs(**everything))
     assert [each for each in first if isinstance(each, Ask)] == [Ask("w1")]
     assert not any(isinstance(each, Ask) for each in core.step(0.1, Inputs(**everything)))
     whole = [*listed, waits("r2", 200.0)]

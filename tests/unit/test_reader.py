@@ -149,15 +149,6 @@ def test_a_delta_that_came_after_a_lost_one_makes_up_for_nothing(parts: int) -> 
     assert reader.read("w1", encode(full)) == full
 
 
-def test_frames_that_were_dropped_after_reading_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once told to forget, the reader takes nothing for known."""
-    reader = Listener()
-    _steady(reader, monkeypatch)
-    reader.forget()
-    full = frame("w1", "01A", 99, row("a"), revision=10)
-    assert reader.read("w1", encode(full)) == full
-
-
 def test_a_full_frame_is_read_now_and_then_whatever_it_says() -> None:
     """One in sixty is read whole although it repeats what is known: what a delta left out is not lost for ever."""
     reader = Listener()

@@ -37,13 +37,9 @@ class Fleet:
             self._now += 0.05
             for worker in self.workers:
                 worker.step()
-            frames = [worker.frame() for worker in self.workers]
-            outgoing = self._core.step(
-                self._now,
-                Inputs(
-                    frames=frames, classes={}, tenants=self._tenants, epoch=(1.0, 1), answers=self._answers
-                ),
-            )
+                self._core.hear(self._now, worker.frame())
+            inputs = Inputs(classes={}, tenants=self._tenants, epoch=(1.0, 1), answers=self._answers)
+            outgoing = self._core.step(self._now, inputs)
             self._answers = [answer for worker in self.workers for answer in worker.obey(outgoing)]
 
     def served(self, tenants: Iterable[str]) -> float:

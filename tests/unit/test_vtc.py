@@ -45,10 +45,9 @@ class Loop:
         for worker in self.workers:
             worker.step(steps)
         self.now += 0.05
-        inputs = Inputs(
-            frames=[worker.frame() for worker in self.workers],
-            classes={}, tenants=self.tenants, epoch=EPOCH, answers=self._answers,
-        )  # fmt: skip
+        for worker in self.workers:
+            self.core.hear(self.now, worker.frame())
+        inputs = Inputs(classes={}, tenants=self.tenants, epoch=EPOCH, answers=self._answers)
         outgoing = self.core.step(self.now, inputs)
         self.core.validate()
         self._answers = [answer for worker in self.workers for answer in worker.obey(outgoing)]
