@@ -4,7 +4,8 @@
     python -m bench.controller --plot PNG --json PATH          # draws what --grid wrote there; needs matplotlib
 
 One turn is what a controller does in 50 ms: read and merge each frame as it comes (`hear`), then, at once,
-`ControlCore.step` and encode the commands. Between turns, and not measured, the workers obey and serve (`bench.herd`), in a process of their own. No NATS is here.
+`ControlCore.step` and encode the commands. Between turns, and not measured, the workers obey and serve
+(`bench.herd`), in a process of their own. No NATS is here.
 """
 
 import argparse

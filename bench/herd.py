@@ -126,9 +126,10 @@ class Worker:
     def _row(self, name: str) -> TenantStatus:
         tenant = self.tenants[name]
         return TenantStatus(
-            tenant=name, class_="default", queued=tenant.queued, running=1 if tenant.queued else 0, oldest_queued_s=0.1,
+            tenant=name, queued=tenant.queued, running=1 if tenant.queued else 0, oldest_queued_s=0.1,
             virtual_time=self._virtual(name), base=tenant.base, charged=tenant.charged, lift=tenant.lift,
-            weight=self.weights, uncached_input_tokens_total=tenant.input_tokens,             output_tokens_total=tenant.output_tokens, finished_total=tenant.output_tokens // 100,
+            weight=self.weights, uncached_input_tokens_total=tenant.input_tokens,
+            output_tokens_total=tenant.output_tokens, finished_total=tenant.output_tokens // 100,
         )  # fmt: skip
 
     def obey(self, command: Any) -> None:

@@ -84,7 +84,9 @@ class Presence:
 class WorkerView:
     """One worker as last heard: `frame` for everything but rows, which are merged here."""
 
-    def __init__(self, frame: Frame, now: float, presence: Presence, served: Served) -> None:
+    def __init__(
+        self, frame: Frame, now: float, presence: Presence | None = None, served: Served | None = None
+    ) -> None:
         self.worker = frame.worker
         self.incarnation = frame.incarnation
         self.frame = frame
@@ -106,16 +108,17 @@ class WorkerView:
         """Tenants with anything queued, running or held here."""
         self.counted = False
         """Whether `presence` has them: while the worker is live, and was heard in full."""
-        self._presence = presence
-        self._served = served
+        self._presence = presence or Presence()
+        self._served = Served(float) if served is None else served
         self._assembler: Assembler[Frame] = Assembler()
         self._heard: tuple[int, frozenset[int]] = (-1, frozenset())
 
-    def merge(self, frame: Frame, now: float, changed: Changed) -> None:
+    def merge(self, frame: Frame, now: float, changed: Changed | None = None) -> None:
         """Take a frame of this incarnation, unless it is older than what we have; note in `changed` what happened."""
         seq, parts = self._heard
         if frame.seq < seq or (frame.seq == seq and frame.part in parts):
             return
+        changed = {} if changed is None else changed
         self._heard = (frame.seq, (parts if frame.seq == seq else frozenset()) | {frame.part})
         self.heard_at = now
         self.frame = frame
@@ -163,8 +166,8 @@ class WorkerView:
         if not self.complete:
             self.complete = True
             changed.update(dict.fromkeys(self.tenants))
-            for name, row in self.tenants.items():
-                self._served[name] += row.charged
+            for name, known in self.tenants.items():
+                self._served[name] += known.charged
 
     def _put(self, rows: Iterable[TenantStatus], changed: Changed) -> None:
         # Thousands of rows in every step of a large fleet, most of tenants that wait, and were served a little.
@@ -175,8 +178,12 @@ class WorkerView:
             tenants[name] = row
             if complete:
                 served[name] += row.charged - old.charged if old is not None else row.charged
-            waited_on = old is not None and old.queued and row.queued
-            if not waited_on or row.lift != old.lift or row.class_ != old.class_:
+            if (
+                old is None
+                or not (old.queued and row.queued)
+                or row.lift != old.lift
+                or row.class_ != old.class_
+            ):
                 self._happened(row, old, changed)
 
     def _happened(self, row: TenantStatus, old: TenantStatus | None, changed: Changed) -> None:
@@ -249,8 +256,9 @@ class Fleet:
         self.ended: dict[str, Totals] = {}
         """Per tenant, the totals of incarnations that ended."""
         self.changed: dict[str, Changed] = {}
-        """Per worker, the tenants that came, left, were lifted or had a request admitted since `settle`, or whose worker's
-        liveness changed, with the row before that: None where there was none, or the worker was not heard in full."""
+        """Per worker, the tenants that came, left, were lifted or had a request admitted since `settle`, or whose
+        worker's liveness changed, with the row before that: None where there was none, or the worker was not heard in
+        full."""
         self.served: Served = defaultdict(float)
         """What tenants were charged since `settle` by workers that were heard in full. What such a worker charged
         before it was heard of is in it once: when it is."""

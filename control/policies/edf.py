@@ -105,7 +105,7 @@ class Edf:
         self._directives = Directives()
         self._decided_at = float("-inf")
 
-    def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:
+    def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:  # noqa: ARG002
         """Learn how fast workers are and how long requests."""
         self._fleet, self._tables = fleet, tables
         self._rates.observe(fleet)

@@ -166,7 +166,7 @@ def test_unchanged_rows_are_not_named_as_changed() -> None:
 def test_what_was_served_between_two_looks_adds_up_to_the_totals(
     lives: list[list[tuple[int, float]]], random
 ) -> None:
-    """Of workers that were heard in full, over restarts, losses and repetitions: nothing is left out or counted twice."""
+    """Over restarts, losses and repetitions nothing that is known is left out or counted twice."""
     fleet = Fleet()
     served = dict.fromkeys(TENANTS, 0.0)
     now = 0.0
