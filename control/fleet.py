@@ -6,7 +6,7 @@ Pure: the clock is passed in. Called by `core`; policies read it and never chang
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Literal
 
 import msgspec
@@ -32,6 +32,8 @@ Changed = dict[str, TenantStatus | None]
 """Tenants to whom more happened than being served, and their row before that."""
 Served = defaultdict[str, float]
 """Per tenant, the weighted cost that it was charged."""
+Seen = Callable[[str, TenantStatus, TenantStatus], None]
+"""Is told of a worker, a row that came from it, and the one that it replaces."""
 Liveness = Literal["live", "stale", "gone"]
 
 
@@ -85,7 +87,12 @@ class WorkerView:
     """One worker as last heard: `frame` for everything but rows, which are merged here."""
 
     def __init__(
-        self, frame: Frame, now: float, presence: Presence | None = None, served: Served | None = None
+        self,
+        frame: Frame,
+        now: float,
+        presence: Presence | None = None,
+        served: Served | None = None,
+        seen: Seen | None = None,
     ) -> None:
         self.worker = frame.worker
         self.incarnation = frame.incarnation
@@ -110,6 +117,7 @@ class WorkerView:
         """Whether `presence` has them: while the worker is live, and was heard in full."""
         self._presence = presence or Presence()
         self._served = Served(float) if served is None else served
+        self._seen = seen
         self._assembler: Assembler[Frame] = Assembler()
         self._heard: tuple[int, frozenset[int]] = (-1, frozenset())
 
@@ -171,13 +179,15 @@ class WorkerView:
 
     def _put(self, rows: Iterable[TenantStatus], changed: Changed) -> None:
         # Thousands of rows in every step of a large fleet, most of tenants that wait, and were served a little.
-        tenants, served, complete = self.tenants, self._served, self.complete
+        tenants, served, seen, complete = self.tenants, self._served, self._seen, self.complete
         for row in rows:
             name = row.tenant
             old = tenants.get(name)
             tenants[name] = row
             if complete:
                 served[name] += row.charged - old.charged if old is not None else row.charged
+                if seen is not None and old is not None:
+                    seen(self.worker, row, old)
             if (
                 old is None
                 or not (old.queued and row.queued)
@@ -247,24 +257,28 @@ def _busy(row: TenantStatus | None) -> bool:
 
 
 class Fleet:
-    """Every worker heard of, and what every tenant was served by all of them."""
+    """Every worker heard of, and what every tenant was served by all of them.
 
-    def __init__(self) -> None:
+    Args:
+        seen: is told of every row of a worker that was heard in full and that replaces another.
+    """
+
+    def __init__(self, seen: Seen | None = None) -> None:
         self.now = 0.0
         """The time of the last `merge` or `age` (Unix s)."""
         self.workers: dict[str, WorkerView] = {}
         self.ended: dict[str, Totals] = {}
         """Per tenant, the totals of incarnations that ended."""
         self.changed: dict[str, Changed] = {}
-        """Per worker, the tenants that came, left, were lifted or had a request admitted since `settle`, or whose
-        worker's liveness changed, with the row before that: None where there was none, or the worker was not heard in
-        full."""
+        """Per worker, the tenants that came, left, were lifted or had a request admitted since `settle`, and all if its
+        liveness changed, with the row before: None where there was none, or the worker was not heard in full."""
         self.served: Served = defaultdict(float)
         """What tenants were charged since `settle` by workers that were heard in full. What such a worker charged
         before it was heard of is in it once: when it is."""
         self.presence = Presence()
         self.rivals: dict[str, str] = {}
         """Workers of which a second incarnation is alive under the same name, and that incarnation."""
+        self._seen = seen
         self._retired: dict[str, deque[str]] = {}
         self._liveness: dict[str, Liveness] = {}
 
@@ -277,7 +291,7 @@ class Fleet:
                 return False
             if view is not None:
                 self._end(view)
-            view = self.workers[frame.worker] = WorkerView(frame, now, self.presence, self.served)
+            view = self.workers[frame.worker] = WorkerView(frame, now, self.presence, self.served, self._seen)
         view.merge(frame, now, self.changed.setdefault(frame.worker, {}))
         return True
 

@@ -41,10 +41,10 @@ class Overview:
 
     def __init__(self, fleet: str, *, window_s: float = WINDOW_S) -> None:
         self.name = fleet
-        self.fleet = Fleet()
+        self._recent = Recent(window_s)
+        self.fleet = Fleet(self._recent.take)
         self.now = 0.0
         self._ticked = 0.0
-        self._recent = Recent(window_s)
         self._first_tokens = FirstTokens(window_s)
         self._chronicle = Chronicle()
 
@@ -63,7 +63,7 @@ class Overview:
         self.now = self._ticked = max(self.now, now)
         self.fleet.age(self.now)
         self._chronicle.after(self.fleet, self.now)
-        self._recent.observe(self.fleet, self.now)
+        self._recent.look(self.now)
         self.fleet.settle()
 
     def note(self, happening: Happening) -> None:

@@ -1,6 +1,6 @@
 """What was served of late: service and output tokens per tenant and worker in a moving window. Pure.
 
-Reads what changed in a `Fleet` since its last `settle`; called by `overview.py`.
+Is told by a `Fleet` of every row that changes; called by `overview.py`.
 """
 
 from collections import defaultdict, deque
@@ -8,7 +8,7 @@ from statistics import median
 from typing import Final, NamedTuple
 
 from coxswain.control.fleet import Fleet
-from coxswain.schemas.status import Frame
+from coxswain.schemas.status import Frame, TenantStatus
 
 MAX_SAMPLES: Final = 256
 """First tokens remembered per tenant."""
@@ -37,27 +37,25 @@ class Recent:
         self.window_s = window_s
         self.sums = _nothing()
         """Of the window."""
+        self._part = _nothing()
+        """Since the last look."""
         self._parts: deque[tuple[float, Sums]] = deque()
         self._began: float | None = None
 
-    def observe(self, fleet: Fleet, now: float) -> None:
-        """Take what changed since the fleet was last settled, and forget what is too old."""
+    def take(self, worker: str, row: TenantStatus, old: TenantStatus) -> None:
+        """A worker says so of a tenant, and said something else before."""
+        part = self._part
+        # `charged` is divided by the weight in force, so that times it is what the work costs.
+        part.service[row.tenant] += (row.charged - old.charged) * row.weight
+        tokens = row.output_tokens_total - old.output_tokens_total
+        part.tokens[row.tenant] += tokens
+        part.by_worker[worker] += tokens
+
+    def look(self, now: float) -> None:
+        """Count what was taken since the last look, and forget what is too old."""
         if self._began is None:
             self._began = now
-        part = _nothing()
-        for worker, changed in fleet.changed.items():
-            view = fleet.workers.get(worker)
-            if view is None or not view.complete:
-                continue
-            for tenant, old in changed.items():
-                new = view.tenants.get(tenant)
-                if old is None or new is None:  # it was served before we looked: when, nobody knows
-                    continue
-                # `charged` is divided by the weight in force, so that times it is what the work costs.
-                part.service[tenant] += (new.charged - old.charged) * new.weight
-                tokens = new.output_tokens_total - old.output_tokens_total
-                part.tokens[tenant] += tokens
-                part.by_worker[worker] += tokens
+        part, self._part = self._part, _nothing()
         self._parts.append((now, part))
         self._add(part, 1.0)
         while self._parts[0][0] <= now - self.window_s:

@@ -35,12 +35,12 @@ class TenantSeen(msgspec.Struct, frozen=True):
     """What the edge reads of a tenant's row."""
 
     tenant: str
-    class_: str = msgspec.field(name="class")
-    queued: int
-    running: int
-    held: int
-    finished_total: int
-    oldest_queued_s: float
+    class_: str = msgspec.field(name="class", default=DEFAULT)
+    queued: int = 0
+    running: int = 0
+    held: int = 0
+    finished_total: int = 0
+    oldest_queued_s: float = 0.0
     max_queued: int | None = None
     classes: tuple[str, ...] = ()
 
