@@ -119,11 +119,11 @@ def plan(
         raise WorkerRefusedError(
             "--scheduler-cls is Coxswain's own: use `vllm serve` to run another scheduler"
         )
-    preset = simulated.preset(own)
+    preset = simulated.preset(own, env)
     cpu = cpu and preset is None  # the defaults for CPUs are about computing on them
     added = _environment(own, env, cpu=cpu, cores=cores, given=given)
     if preset is not None:
-        added |= simulated.environment(own)
+        added |= simulated.environment(own, env)
     # Refused here, in words, not in a child half a minute later.
     Settings.from_env({**env, **added})
     serve = ["serve", *rest]

@@ -4,15 +4,16 @@ Pure. Called by `service/worker.py`, which removes these flags before vLLM sees 
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from coxswain.service.simulated.roofline import PRESETS, Preset
-from coxswain.service.simulated.settings import CHECK_VARIABLE, DEFAULT_PRESET, EXECUTOR, PRESET_VARIABLE
+from coxswain.service.simulated.settings import CHECK_VARIABLE, EXECUTOR, PRESET_VARIABLE, SimSettings
 
 DEVICE: Final = "simulated"
 BLOCK: Final = 16
 """Tokens per KV block: vLLM's default on GPUs."""
+RUNNER_VARIABLE: Final = "VLLM_USE_V2_MODEL_RUNNER"
 RUNNERS: Final = {"v1": "0", "v2": "1"}
 
 HELP: Final = """\
@@ -36,11 +37,12 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sim-check", action="store_true")
 
 
-def preset(own: argparse.Namespace) -> Preset | None:
-    """The preset asked for, or None if the device is a real one.
+def preset(own: argparse.Namespace, env: Mapping[str, str]) -> Preset | None:
+    """The preset asked for by flag, else in the environment; None if the device is a real one.
 
     Raises:
         FlagRefusedError: for an unknown preset or runner, or a `--sim-…` flag without `--device simulated`.
+        SettingRefusedError: for a variable of the simulated device with a value that is not allowed.
     """
     if own.device != DEVICE:
         if own.sim_preset or own.sim_runner or own.sim_check:
@@ -48,10 +50,9 @@ def preset(own: argparse.Namespace) -> Preset | None:
         return None
     if own.sim_runner not in {None, *RUNNERS}:
         raise FlagRefusedError(f"--sim-runner is {own.sim_runner!r}: v1 or v2 is allowed")
-    name = own.sim_preset or DEFAULT_PRESET
-    if name not in PRESETS:
-        raise FlagRefusedError(f"--sim-preset is {name!r}: one of {', '.join(PRESETS)} is allowed")
-    return PRESETS[name]
+    if own.sim_preset not in {None, *PRESETS}:
+        raise FlagRefusedError(f"--sim-preset is {own.sim_preset!r}: one of {', '.join(PRESETS)} is allowed")
+    return SimSettings.from_env({**env, **environment(own, env)}).preset
 
 
 def arguments(chosen: Preset, given: Callable[[str], bool]) -> list[str]:
@@ -72,12 +73,15 @@ def arguments(chosen: Preset, given: Callable[[str], bool]) -> list[str]:
     return added
 
 
-def environment(own: argparse.Namespace) -> dict[str, str]:
-    """Variables for the engine's process."""
-    return {
-        PRESET_VARIABLE: own.sim_preset or DEFAULT_PRESET,
-        CHECK_VARIABLE: "1" if own.sim_check else "0",
-        "VLLM_USE_V2_MODEL_RUNNER": RUNNERS[own.sim_runner or "v2"],
-        # vLLM's command line defaults to spawn: ten seconds more, to import torch a second time.
-        "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+def environment(own: argparse.Namespace, env: Mapping[str, str]) -> dict[str, str]:
+    """Variables for the engine's process: what flags say, and defaults for what neither they nor `env` say."""
+    said = {
+        PRESET_VARIABLE: own.sim_preset,
+        CHECK_VARIABLE: "1" if own.sim_check else None,
+        RUNNER_VARIABLE: RUNNERS.get(own.sim_runner),
+    }
+    # vLLM's command line defaults to spawn: ten seconds more, to import torch a second time.
+    defaults = {RUNNER_VARIABLE: RUNNERS["v2"], "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    return {name: value for name, value in defaults.items() if not env.get(name)} | {
+        name: value for name, value in said.items() if value is not None
     }

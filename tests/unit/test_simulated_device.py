@@ -147,9 +147,9 @@ def test_settings_are_refused_in_words() -> None:
         SimSettings.from_env({"COX_SIM_CHECK": "yes"})
 
 
-def plan(*argv: str) -> worker.Launch:
+def plan(*argv: str, env: dict[str, str] | None = None) -> worker.Launch:
     """A launch on a small machine with vLLM's CPU build."""
-    return worker.plan(["m", *argv], {}, cpu=True, cores=2, default_slots=lambda: 99)
+    return worker.plan(["m", *argv], env or {}, cpu=True, cores=2, default_slots=lambda: 99)
 
 
 def test_launcher_keeps_its_flags_from_vllm() -> None:
@@ -175,6 +175,22 @@ def test_launcher_leaves_the_users_sizes_alone() -> None:
     assert [launch.argv.count(flag) for flag in ("--block-size", "--max-num-batched-tokens")] == [1, 0]
     assert launch.argv[launch.argv.index("--max-num-active-seqs") + 1] == "4"
     assert launch.env["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+def test_launcher_takes_what_no_flag_says_from_the_environment() -> None:
+    """The variables are the flags' equals: they stand where the flag is absent, and the flag wins where it is not."""
+    env = {
+        "COX_SIM_PRESET": "a10g-7b", "COX_SIM_CHECK": "1", "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }  # fmt: skip
+    launch = plan("--device", "simulated", env=env)
+    assert env | launch.env == launch.env | env, "none of them is another"
+    assert "--max-num-batched-tokens 2048" in " ".join(launch.argv), "the preset's"
+    launch = plan("--device", "simulated", "--sim-preset", "cpu", "--sim-runner", "v2", env=env)
+    assert launch.env["COX_SIM_PRESET"] == "cpu"
+    assert launch.env["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    with pytest.raises(SettingRefusedError, match=r"COX_SIM_PRESET is 'h300'.*a10g-7b"):
+        plan("--device", "simulated", env={"COX_SIM_PRESET": "h300"})
 
 
 def test_launcher_passes_other_devices_on() -> None:
