@@ -6,12 +6,15 @@ here, in words, before anything starts. How to reach NATS is `schemas/connection
 
 import socket
 from collections.abc import Mapping
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from coxswain.schemas.connection import AddressRefusedError, Connection
 from coxswain.schemas.names import MAX_TOKEN_CHARS, NameRefusedError, check_token, sanitise_token
+
+MAX_STATUS_INTERVAL_S: Final = 1.0
+"""A full frame a second is what edges (5 s) and controllers (3 s) judge a worker's silence by."""
 
 
 class SettingRefusedError(ValueError):
@@ -63,7 +66,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             connection=_connection(env),
             enabled=bool(env.get("COX_NATS_URL", "").strip(" ,")),
             worker=_worker(env, dp_rank, dp_size, hostname),
-            status_interval_s=_number(env, "COX_STATUS_INTERVAL_S", 0.05, 0.01, 10.0),
+            status_interval_s=_number(env, "COX_STATUS_INTERVAL_S", 0.05, 0.01, MAX_STATUS_INTERVAL_S),
             head=int(_number(env, "COX_STATUS_HEAD", 64, 0, 10_000, whole=True)),
             leader_lease_s=_number(env, "COX_LEADER_LEASE_S", 5.0, 0.5, 3_600.0),
             bus=_bus(env),

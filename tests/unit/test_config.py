@@ -49,9 +49,10 @@ def test_host_without_a_usable_name() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("COX_STATUS_INTERVAL_S", "fast", "0.01 to 10"),
-        ("COX_STATUS_INTERVAL_S", "0", "0.01 to 10"),
-        ("COX_STATUS_INTERVAL_S", "nan", "0.01 to 10"),
+        ("COX_STATUS_INTERVAL_S", "fast", "0.01 to 1 "),
+        ("COX_STATUS_INTERVAL_S", "0", "0.01 to 1 "),
+        ("COX_STATUS_INTERVAL_S", "nan", "0.01 to 1 "),
+        ("COX_STATUS_INTERVAL_S", "1.5", "0.01 to 1 "),
         ("COX_BUS", "pigeon", "process or thread"),
         ("COX_STATUS_HEAD", "1.5", "a whole number"),
         ("COX_STATUS_HEAD", "-1", "0 to 10000"),
