@@ -97,15 +97,16 @@ def _bus(env: Mapping[str, str]) -> Literal["process", "thread"]:
 
 def _worker(env: Mapping[str, str], dp_rank: int, dp_size: int, hostname: str | None) -> str:
     suffix = f"-dp{dp_rank}" if dp_size > 1 else ""
-    given = env.get("COX_WORKER")
+    given, source = env.get("COX_WORKER"), "COX_WORKER"
     if not given:
         # A host may be called anything: make a token of it, with room for the suffix.
-        host = sanitise_token(socket.gethostname() if hostname is None else hostname)
-        given = host[: MAX_TOKEN_CHARS - len(suffix)] or "worker"
+        hostname = socket.gethostname() if hostname is None else hostname
+        given = sanitise_token(hostname)[: MAX_TOKEN_CHARS - len(suffix)] or "worker"
+        source = f"this host is called {hostname!r}, and COX_WORKER, which would name the worker otherwise, is not set"
     try:
         return check_token("worker", check_token("worker", given) + suffix)
     except NameRefusedError as error:
-        raise SettingRefusedError(f"COX_WORKER: {error}") from error
+        raise SettingRefusedError(f"{source}: {error}") from error
 
 
 def _number(

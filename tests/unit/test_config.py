@@ -46,6 +46,15 @@ def test_host_without_a_usable_name() -> None:
     assert Settings.from_env({}, hostname="…").worker == "worker"
 
 
+@pytest.mark.parametrize("hostname", ["ALL", "other"])
+def test_host_with_a_reserved_name(hostname: str) -> None:
+    """Who never set COX_WORKER is told that the host's name is the trouble, and that COX_WORKER is the way out."""
+    with pytest.raises(
+        SettingRefusedError, match=f"this host is called '{hostname}', and COX_WORKER.*reserved"
+    ):
+        Settings.from_env({}, hostname=hostname)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
