@@ -48,7 +48,7 @@ _ADMIN_PATHS: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapt
 """Administration that stands among the API's paths."""
 
 _WITHOUT_ENGINE: Final = frozenset({"/tokenize", "/detokenize"})
-_WITHOUT_ENGINE_ENDS: Final = ("/cancel", "/count_tokens", "/render")
+_WITHOUT_ENGINE_ENDS: Final = ("/cancel", "/count_tokens", "/render", "/derender")
 """What the front end answers by itself, of what is sent with POST."""
 
 CLASS_HEADER: Final = b"x-cox-class"

@@ -411,7 +411,10 @@ async def test_only_what_asks_an_engine_is_counted() -> None:
     edge.caps.heard(edge.engine.seen(), asyncio.get_running_loop().time())
     for path in ("/v1/models", "/health", "/v1/responses/resp_1"):
         assert (await edge.client.get(path)).status_code == 200
-    for path in ("/tokenize", "/v1/messages/count_tokens", "/v1/responses/resp_1/cancel", "/pause"):
+    for path in (
+        "/tokenize", "/v1/messages/count_tokens", "/v1/responses/resp_1/cancel", "/pause",
+        "/v1/chat/completions/render", "/v1/completions/derender",
+    ):  # fmt: skip
         assert (await edge.client.post(path)).status_code == 200
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/score"):
         answer = await edge.client.post(path)
