@@ -50,18 +50,14 @@ class SteeredQueue:
         return f"<SteeredQueue {self._size} waiting ({sizes})>"
 
     def set_classes(self, groups: dict[str, ClassGroup]) -> None:
-        """Put new class policies in force; members whose class is gone must have been moved before."""
+        """Put new class policies in force. It must be empty: who owns it takes its members out and adds them again."""
+        assert not self._size, f"{self!r} is not empty"
         old = self._classes
         self._classes = {name: ClassLine(group) for name, group in groups.items()}
         self._order = sorted(self._classes.values(), key=lambda each: (each.group.policy.position, each.name))
         self._borrowing = [each for each in self._order if each.group.policy.borrow]
         self._ageing = [each for each in self._order if each.group.policy.ageing_s is not None]
         self._overdue = []
-        self._size = 0
-        members = [item[4] for each in old.values() for line in each.lines.values() for item in line.walk()]
-        for record in members:
-            record.ticket = 0
-            self.add(record)
         for each in self._ageing:  # or a table that is edited all the time would stop all clocks
             if each.name in old:
                 each.since, each.popped = old[each.name].since, old[each.name].popped

@@ -230,12 +230,11 @@ class Pair:
         self.members[record] = None
 
     def replace_table(self, table: dict[str, ClassPolicy]) -> None:
-        """New classes; those in a class that is no more go to `default`, the others stay queued."""
-        homeless = [record for record in self.members if record.class_ not in table]
-        for record in homeless:
+        """New classes, for an empty queue; those in a class that is no more go to `default`."""
+        for record in self.members:
             self.queue.remove(record)
-        for record in (*homeless, *(each for each in self.running if each.class_ not in table)):
-            record.class_ = "default"
+        for record in (*self.members, *self.running):
+            record.class_ = record.class_ if record.class_ in table else "default"
         groups = groups_of(table)
         for record in self.running:
             groups[record.class_].running += 1
@@ -247,7 +246,7 @@ class Pair:
         self.popped &= table.keys()
         self.overdue = []
         self.queue.set_classes(groups)
-        for record in homeless:
+        for record in self.members:
             self.queue.add(record)
         self.age()
 
