@@ -6,13 +6,15 @@ here, in words, before anything starts. How to reach NATS is `schemas/connection
 
 import socket
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Final, Literal, cast, get_args
 
 import msgspec
 
 from coxswain.schemas.connection import AddressRefusedError, Connection
 from coxswain.schemas.names import MAX_TOKEN_CHARS, NameRefusedError, check_token, sanitise_token
+from coxswain.service.logs import FORMATS, LEVELS
 
+Bus = Literal["process", "thread"]
 MAX_STATUS_INTERVAL_S: Final = 1.0
 """A full frame a second is what edges (5 s) and controllers (3 s) judge a worker's silence by."""
 
@@ -37,7 +39,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How many waiting requests a frame lists."""
     leader_lease_s: float = 5.0
     """A leader silent for longer has lost its holds."""
-    bus: Literal["process", "thread"] = "process"
+    bus: Bus = "process"
     """Where the bus runs: beside the engine, or inside its process, for debugging and comparison."""
     metrics_tenants: int = 20
     """How many tenants have series of their own on `/metrics`; the rest is `other`."""
@@ -51,7 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         dp_size: int = 1,
         hostname: str | None = None,
     ) -> "Settings":
-        """Read the connection, `COX_WORKER`, `_STATUS_…`, `_LEADER_LEASE_S`, `_METRICS_TENANTS` and `_BUS`.
+        """Read the connection and what is a worker's own; check what loggers will read.
 
         Args:
             env: the environment.
@@ -62,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             SettingRefusedError: for the first value that is not allowed.
         """
+        _choice(env, "COX_LOG", *FORMATS)  # read by loggers, which must not fail where they are made
+        _choice(env, "COX_LOG_LEVEL", *LEVELS)
         return cls(
             connection=_connection(env),
             enabled=bool(env.get("COX_NATS_URL", "").strip(" ,")),
@@ -69,7 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             status_interval_s=_number(env, "COX_STATUS_INTERVAL_S", 0.05, 0.01, MAX_STATUS_INTERVAL_S),
             head=int(_number(env, "COX_STATUS_HEAD", 64, 0, 10_000, whole=True)),
             leader_lease_s=_number(env, "COX_LEADER_LEASE_S", 5.0, 0.5, 3_600.0),
-            bus=_bus(env),
+            bus=cast("Bus", _choice(env, "COX_BUS", *get_args(Bus))),
             metrics_tenants=int(_number(env, "COX_METRICS_TENANTS", 20, 0, 1_000, whole=True)),
         )
 
@@ -85,14 +89,13 @@ def _connection(env: Mapping[str, str]) -> Connection:
         raise SettingRefusedError(f"COX_NATS_URL: {error}") from error
 
 
-def _bus(env: Mapping[str, str]) -> Literal["process", "thread"]:
-    match env.get("COX_BUS", "").strip():
-        case "" | "process":
-            return "process"
-        case "thread":
-            return "thread"
-        case other:
-            raise SettingRefusedError(f"COX_BUS is {other!r}: process or thread is allowed")
+def _choice(env: Mapping[str, str], name: str, *allowed: str) -> str:
+    """The variable's value; the first that is allowed where it is not set."""
+    value = env.get(name, "").strip() or allowed[0]
+    if value not in allowed:
+        *others, last = allowed
+        raise SettingRefusedError(f"{name} is {value!r}: {', '.join(others)} or {last} is allowed")
+    return value
 
 
 def _worker(env: Mapping[str, str], dp_rank: int, dp_size: int, hostname: str | None) -> str:

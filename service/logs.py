@@ -16,6 +16,8 @@ from typing import Any, Final, TextIO
 import structlog
 
 LEVELS: Final = ("info", "warning", "error")
+FORMATS: Final = ("json", "text")
+"""What `COX_LOG_LEVEL` and `COX_LOG` may be; `config.py` refuses anything else."""
 REDACTED: Final = "[redacted]"
 _SECRET: Final = re.compile(
     r"pass(word|wd|phrase)?$|secret|seed|token$|creds|credential|api_?key|jwt|authorization", re.IGNORECASE
@@ -61,7 +63,7 @@ def get_logger(stream: TextIO | None = None, env: Mapping[str, str] | None = Non
     """
     stream = sys.stderr if stream is None else stream
     env = os.environ if env is None else env
-    wanted, level = env.get("COX_LOG"), env.get("COX_LOG_LEVEL")
+    wanted, level = env.get("COX_LOG", "").strip(), env.get("COX_LOG_LEVEL", "").strip()
     as_json = wanted == "json" or (wanted != "text" and not stream.isatty())
     renderer: Any = (
         structlog.processors.JSONRenderer(default=str)

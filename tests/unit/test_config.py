@@ -63,6 +63,8 @@ def test_host_with_a_reserved_name(hostname: str) -> None:
         ("COX_STATUS_INTERVAL_S", "nan", "0.01 to 1 "),
         ("COX_STATUS_INTERVAL_S", "1.5", "0.01 to 1 "),
         ("COX_BUS", "pigeon", "process or thread"),
+        ("COX_LOG", "xml", "json or text"),
+        ("COX_LOG_LEVEL", "WARN", "info, warning or error"),
         ("COX_STATUS_HEAD", "1.5", "a whole number"),
         ("COX_STATUS_HEAD", "-1", "0 to 10000"),
         ("COX_LEADER_LEASE_S", "inf", "0.5 to 3600"),
