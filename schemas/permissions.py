@@ -104,7 +104,7 @@ def _viewer(subjects: Subjects) -> Rights:
 
 
 def _edge(subjects: Subjects) -> Rights:
-    return Rights(subscribe=(subjects.status_all,))
+    return Rights(subscribe=(subjects.status_all, subjects.events_all))  # events: spans are made of them
 
 
 def _admin(subjects: Subjects) -> Rights:

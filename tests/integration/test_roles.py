@@ -50,7 +50,7 @@ MAY_HEAR = {
     "controller": (r"cox\.v1\.main\.status\.\w+",),
     "operator": (r"cox\.v1\.main\.status\.\w+", r"cox\.v1\.main\.event\..+", r"cox\.v1\.main\.lead"),
     "viewer": (r"cox\.v1\.main\.status\.\w+", r"cox\.v1\.main\.event\..+", r"cox\.v1\.main\.lead"),
-    "edge": (r"cox\.v1\.main\.status\.\w+",),
+    "edge": (r"cox\.v1\.main\.status\.\w+", r"cox\.v1\.main\.event\..+"),
     "admin": (),
 }  # fmt: skip
 
