@@ -182,6 +182,8 @@ class CommandSeen(Event, frozen=True, kw_only=True, tag="command"):
     counts: dict[str, int] = {}
     code: int | None = None
     error: str | None = None
+    reason: str = ""
+    """Of an `abort`: why, in the issuer's words."""
 
 
 class LeaderChanged(Event, frozen=True, kw_only=True, tag="leader_changed"):

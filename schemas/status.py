@@ -183,6 +183,10 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     gone: tuple[Gone, ...] = ()
 
 
+MAX_PAGE: Final = 1_000
+"""Requests on one page of `query queue`."""
+
+
 class QueuePage(msgspec.Struct, frozen=True, kw_only=True):
     """Reply to `query queue`: the queue in order from `after` on, as of now; pages of one that moves may overlap."""
 

@@ -49,7 +49,7 @@ options:
   --fleet NAME   the fleet to join (COX_FLEET; default: main)
   --keys FILE    API keys: who is which tenant (COX_KEYS; made with `python -m coxswain.service.keys add`)
   --dry-run      print the command and environment instead of running it
-  -h, --help     show this; `--help=all` shows vLLM's own arguments
+  -h, --help     show this; `cox worker MODEL --help=all` shows vLLM's own arguments
 
 {simulated.HELP}
 Defaults, each only where you said nothing:
@@ -297,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "or '.[cpu]' for a machine without a GPU\n",
         )
         return 3
+    if asked := [argument for argument in argv if argument.startswith("--help=")]:
+        return run_vllm(Launch(["serve", asked[0]], {}, dry_run=False))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         launch = plan(

@@ -25,7 +25,8 @@ def worker(
         typer.Argument(
             metavar="MODEL|VLLM-SERVE-ARGUMENT",
             show_default=False,
-            help="A model, and any argument of `vllm serve`, passed on as it is.",
+            help="A model, and any argument of `vllm serve`, passed on as it is. Behind the model, --help shows "
+            "our own options, --help=all vLLM's.",
         ),
     ] = None,
 ) -> int:

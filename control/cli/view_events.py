@@ -154,7 +154,8 @@ def _command(event: ev.CommandSeen) -> str:
     counts = " ".join(f"{name} {number}" for name, number in event.counts.items())
     outcome = counts if event.outcome in event.counts else f"{event.outcome} {counts}".rstrip()
     error = f" ({event.code}: {event.error})" if event.code is not None else ""
-    return f"{event.verb} by {f'{event.role} {event.issuer}'.rstrip()}: {outcome}{error}"
+    reason = f", because: {event.reason}" if event.reason else ""
+    return f"{event.verb} by {f'{event.role} {event.issuer}'.rstrip()}: {outcome}{error}{reason}"
 
 
 def _leader_changed(event: ev.LeaderChanged) -> str:

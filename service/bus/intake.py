@@ -12,7 +12,7 @@ from coxswain.schemas.commands import MAX_AHEAD_S, Command, Preempt, Rank, Reply
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, UNREADABLE, Code, RefusedError
 from coxswain.schemas.names import ALL
 from coxswain.schemas.policy import Epoch, Lead
-from coxswain.schemas.status import QueueQuery, RequestQuery
+from coxswain.schemas.status import MAX_PAGE, QueueQuery, RequestQuery
 from coxswain.schemas.subjects import CONTROLLER, QUERIES, ROLES, CommandSubject
 
 MAX_PAYLOAD: Final = 1024 * 1024
@@ -22,8 +22,6 @@ AHEAD_GRACE_S: Final = 1.0
 MAX_EPOCH_AHEAD_S: Final = 300.0
 """How far in our future the bucket of an epoch may have been made. An epoch is only ever superseded by a higher
 one: an absurd one, once believed, would shut out every controller until this worker restarts."""
-MAX_PAGE: Final = 1_000
-"""Requests in one page of `query queue`."""
 
 _decode_lead = msgspec.json.Decoder(Lead).decode
 _decode_queue = msgspec.json.Decoder(QueueQuery).decode

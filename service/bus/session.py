@@ -20,6 +20,7 @@ from nats.errors import Error as NatsError
 from coxswain import __version__
 from coxswain.schemas.commands import encode
 from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
+from coxswain.schemas.permissions import SERVICE
 from coxswain.schemas.status import Frame
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import intake
@@ -105,7 +106,7 @@ class Session:
         try:
             await micro.add_service(
                 self._client,
-                name="coxswain-worker",
+                name=SERVICE,
                 version=__version__,
                 description="A vLLM engine steered by Coxswain",
                 metadata={

@@ -15,8 +15,6 @@ from coxswain.service.request_id import normalise
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.rows import ClassRows, RequestRows, TenantRows, row
 
-MAX_PAGE = 1_000
-
 
 class Identity(NamedTuple):
     """Who this worker is; the same for its whole life."""
@@ -126,7 +124,7 @@ class Reporter:
             skip = -1
         if skip < 0:
             raise RefusedError(Code.MALFORMED, f"after: {query.after!r} is not the `next` of a page")
-        limit = min(query.limit, MAX_PAGE)
+        limit = min(query.limit, st.MAX_PAGE)
         total = len(self.core.queue)
         skip = min(skip, total)  # what is beyond the end is an empty page
         records = list(islice(self.core.queue.walk(skip), limit))

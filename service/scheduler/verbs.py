@@ -100,7 +100,7 @@ class Commands:
         if verb != "rank":
             self.core.tell(
                 now, None, ev.CommandSeen, command=command.id, verb=verb, role=role, issuer=command.issuer,
-                outcome=reply.outcome, counts=reply.counts,
+                outcome=reply.outcome, counts=reply.counts, reason=getattr(command, "reason", ""),
             )  # fmt: skip
         return reply
 
@@ -403,6 +403,7 @@ class Commands:
             self.core.tell(
                 now, None, ev.CommandSeen, command=command.id, verb=verb, role=role, issuer=command.issuer,
                 outcome="rejected", code=int(refusal.code), error=refusal.message,
+                reason=getattr(command, "reason", ""),
             )  # fmt: skip
         return self._rejection(now, command, refusal, ignored)
 

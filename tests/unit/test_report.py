@@ -9,10 +9,10 @@ from msgspec.structs import replace
 
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
-from coxswain.schemas.status import CommandStats, Frame, QueueQuery, RequestStatus, TenantStatus
+from coxswain.schemas.status import MAX_PAGE, CommandStats, Frame, QueueQuery, RequestStatus, TenantStatus
 from coxswain.service.scheduler import rows as module
 from coxswain.service.scheduler.lines import MAX_SKIPPED
-from coxswain.service.scheduler.report import MAX_PAGE, Gauges, Identity, Reporter
+from coxswain.service.scheduler.report import Gauges, Identity, Reporter
 from coxswain.service.scheduler.rows import row, tenant_row
 from tests.support.fake_engine import FakeEngine, picture
 from tests.support.happenings import OPERATIONS, act, rank

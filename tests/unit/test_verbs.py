@@ -428,5 +428,16 @@ def test_command_that_is_applied_is_told(steered: Steered) -> None:
     (told,) = steered.engine.seen(ev.CommandSeen)
     assert told == {
         "command": "x1", "verb": "preempt", "role": OPERATOR, "issuer": "me", "outcome": "applied",
-        "counts": {"applied": 1},
+        "counts": {"applied": 1}, "reason": "",
     }  # fmt: skip
+
+
+def test_reason_of_an_abort_is_told(steered: Steered) -> None:
+    """Why somebody ended requests stands in the log, also where it was refused."""
+    steered("abort", steered.engine.submit(), reason="runaway prompt")
+    steered("abort", "nobody", reason="typing error")
+    told = steered.engine.seen(ev.CommandSeen)
+    assert [(each["outcome"], each["reason"]) for each in told] == [
+        ("applied", "runaway prompt"),
+        ("rejected", "typing error"),
+    ]

@@ -194,6 +194,15 @@ def test_help_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--keys" in shown
 
 
+def test_help_of_vllms_own_arguments_is_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--help=all`, which our help names, is answered by vLLM."""
+    ran: list[Launch] = []
+    monkeypatch.setattr(worker.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(worker, "run_vllm", lambda launch: ran.append(launch) or 0)
+    assert worker.main(["m", "--help=all"]) == 0
+    assert [launch.argv for launch in ran] == [["serve", "--help=all"]]
+
+
 @pytest.mark.parametrize(
     ("installed", "env", "cpu"),
     [
