@@ -26,6 +26,7 @@ from coxswain.schemas.events import Event, decode_event
 from coxswain.schemas.names import ALL, check_token, tenant_key, tenant_of_key
 from coxswain.schemas.parts import join
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+from coxswain.schemas.request_id import normalise
 from coxswain.schemas.status import Config, Frame, QueuePage, RequestReport
 from coxswain.schemas.subjects import OPERATOR, Subjects
 
@@ -193,6 +194,7 @@ class Client:
             NotSetUpError: the log was asked for and the stream is missing.
         """
         subject = self.subjects.event(worker, "*") if worker else self.subjects.events_all
+        public = None if request is None else normalise(request)
         if start is None:
             messages = self._live(subject)
         else:
@@ -203,7 +205,7 @@ class Client:
                     event = decode_event(message.data)
                 except UNREADABLE:
                     continue
-                if _about(event, request, tenant):
+                if _about(event, public, tenant):
                     yield event
         finally:
             await messages.aclose()
@@ -331,8 +333,7 @@ def _about(event: Event | dict[str, Any], request: str | None, tenant: str | Non
         about_request, about_tenant = event.request, event.tenant
     if tenant is not None and about_tenant != tenant:
         return False
-    # The body's id is vLLM's prefix and the public id: `chatcmpl-<X-Request-Id>`.
-    return request is None or (about_request is not None and request.endswith(about_request))
+    return request is None or about_request == request
 
 
 async def _unsubscribe(subscription: Any) -> None:

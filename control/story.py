@@ -11,6 +11,7 @@ import msgspec
 from coxswain.control.ahead import Ahead, Classes, Line
 from coxswain.control.life import PHASES, Life
 from coxswain.schemas import events as ev
+from coxswain.schemas.request_id import normalise
 
 MAX_EVENTS: Final = 1_000
 """Of one child; the rest are counted."""
@@ -79,12 +80,12 @@ class Teller:
     """Reads a log and tells the story of one request.
 
     Args:
-        request: its public id, or the body's, which ends in it.
+        request: its public id, or the `id` in the response's body.
         classes: the class table as it is now, if it is known.
     """
 
     def __init__(self, request: str, classes: Classes) -> None:
-        self.request = request
+        self.request = normalise(request)
         self._classes = classes
         self._children: dict[tuple[str, str, int], _Child] = {}
         self.gaps = Gaps()
@@ -97,7 +98,7 @@ class Teller:
         for child in self._children.values():
             if child.life.worker == event.worker and child.life.incarnation < event.incarnation:
                 child.life.lose(event.at)
-        if event.request is not None and self.request.endswith(event.request):
+        if event.request == self.request:
             key = (event.worker, event.incarnation, event.child or 0)
             if key not in self._children:
                 self._children[key] = _Child(event, self._classes)

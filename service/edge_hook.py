@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from coxswain.schemas.request_id import normalise
 from coxswain.service import request_id
 from coxswain.service.edge import Ticket
 from coxswain.service.edge_asgi import ticket
@@ -23,7 +24,7 @@ def apply(request: Any, held: Ticket) -> None:
     """
     request.priority = min(max(request.priority, held.priority_min), held.priority_max)
     # Exactly this id, and as the last mark: another one would be somebody else's, sent along in a body.
-    if request_id.normalise(request.request_id) != held.request:
+    if normalise(request.request_id) != held.request:
         request.request_id = request_id.insert(request.request_id, held.request)
     if held.passage is not None:
         sampling = getattr(request, "sampling_params", None)

@@ -14,23 +14,16 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote
 
-MARK: Final = "cox."
-MAX_CHARS: Final = 512
-"""Longest public id; a signed one has at most 497 characters, a client's own is cut."""
+from coxswain.schemas.request_id import MARK, last_signed, normalise
+
 KEY_VARIABLE: Final = "COX_IDENTITY_KEY"
 """Environment variable with the signing key in hexadecimal, the same in every process of a deployment."""
 MIN_KEY_BYTES: Final = 16
 
-_SIGNED = re.compile(
-    # The end is checked too: a signature with more letters behind it is somebody's alteration.
-    r"(cox\.([A-Za-z0-9_~%-]{1,384})\.([a-z0-9_-]{0,64})\.[0-9A-HJKMNP-TV-Z]{26})\.([0-9a-f]{16})(?![0-9A-Za-z.])",
-)
 # What vLLM 0.32 puts around the id that a client sent (or its own uuid):
 #   [<child>_]chatcmpl-<id>[_<prompt>][-<8 hex>]      [<child>_]cmpl-<id>-<prompt>[-<8 hex>]
 #   [<child>_]resp_<id>_<turn>[-<8 hex>]              [<child>_]generate-tokens-<id>[-<8 hex>]
 #   beam search: <any of these without suffix>-<uuid>-beam-<i>[-<8 hex>]
-_PREFIX: Final = ("chatcmpl-", "cmpl-", "resp_", "generate-tokens-")
-_PREFIXES = re.compile(r"\A(?:chatcmpl-|cmpl-|resp_|generate-tokens-)+")
 _CHILD = re.compile(r"\d+_(?=chatcmpl-|cmpl-|resp_|generate-tokens-)")
 _SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
 _BEAM = re.compile(r"-[0-9a-f]{32}-beam-\d+\Z")
@@ -38,7 +31,6 @@ _PROMPT = re.compile(r"-\d+\Z")
 _TURN = re.compile(r"_\d+\Z")
 # A chat's `_<prompt>` looks like the end of a client's own id (`job_7`): cut it only behind vLLM's uuid.
 _UUID_PROMPT = re.compile(r"(?<=[0-9a-f]{32})_\d+\Z")
-_UNPRINTABLE: Final = {code: f"\\x{code:02x}" for code in range(128) if not chr(code).isprintable()}
 
 
 class Identity(NamedTuple):
@@ -104,7 +96,7 @@ def parse(key: bytes | None, internal_id: str) -> Parsed:
         key: the signing key, or None if this process has none.
         internal_id: the id as the scheduler sees it.
     """
-    match = _last_mark(internal_id)
+    match = last_signed(internal_id)
     if match is None:
         return Parsed(normalise(_strip(internal_id)), None)
     text, tenant, class_, signature = match.groups()
@@ -115,43 +107,11 @@ def parse(key: bytes | None, internal_id: str) -> Parsed:
     return Parsed(public, Identity(unquote(tenant) if "%" in tenant else tenant, class_, public))
 
 
-def normalise(text: str) -> str:
-    """The public id that a command means by `text`: that id itself, or the `id` in a response's body.
-
-    `parse(…).request` is always normal, so that the two can be compared; normalising twice changes nothing.
-    """
-    match = _last_mark(text)
-    if match is not None:
-        return match[0]
-    if text.startswith(_PREFIX):
-        text = _PREFIXES.sub("", text, count=1)
-    if not (text.isascii() and text.isprintable()):
-        text = text.encode("ascii", "backslashreplace").decode().translate(_UNPRINTABLE)
-    if len(text) <= MAX_CHARS:
-        return text
-    # A cut may bare a mark that more letters hid: look once more, so that the answer is a fixed point.
-    return normalise(text[:MAX_CHARS])
-
-
 def insert(internal_id: str, public: str) -> str:
     """Put a signed id into an internal id that lacks it, before vLLM's random suffix."""
     suffix = _SUFFIX.search(internal_id)
     cut = suffix.start() if suffix else len(internal_id)
     return f"{internal_id[:cut]}-{public}{internal_id[cut:]}"
-
-
-def _last_mark(text: str) -> re.Match[str] | None:
-    # A signed id shows the mark up to three times: at its start, and where a tenant's or class's name ends in
-    # "cox". From such an end too few parts follow to be an id, so the first match from the right is the last id.
-    at = len(text)
-    for _ in range(3):
-        at = text.rfind(MARK, 0, at)
-        if at < 0:
-            return None
-        match = _SIGNED.match(text, at)
-        if match is not None:
-            return match
-    return None
 
 
 def _strip(internal_id: str) -> str:

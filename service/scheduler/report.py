@@ -10,8 +10,8 @@ from typing import NamedTuple
 from coxswain.schemas import status as st
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import Epoch
+from coxswain.schemas.request_id import normalise
 from coxswain.service.port import Draft
-from coxswain.service.request_id import normalise
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.rows import ClassRows, RequestRows, TenantRows, row
 

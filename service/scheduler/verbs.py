@@ -14,9 +14,9 @@ from coxswain.schemas import commands as c
 from coxswain.schemas import events as ev
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.names import RESERVED
+from coxswain.schemas.request_id import normalise
 from coxswain.schemas.status import CommandStats
 from coxswain.schemas.subjects import CONTROLLER, ENGINE, OPERATOR
-from coxswain.service.request_id import normalise
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.groups import NO_CAPS, Caps
 from coxswain.service.scheduler.limits import Target

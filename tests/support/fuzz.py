@@ -20,6 +20,7 @@ from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.events import decode_event
 from coxswain.schemas.names import NameRefusedError, check_tenant, check_token, sanitise_token, tenant_of_key
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+from coxswain.schemas.request_id import normalise
 from coxswain.schemas.subjects import CONTROLLER, OPERATOR, VERBS, CommandSubject
 from coxswain.service import keys, request_id
 from coxswain.service.bus import intake
@@ -186,7 +187,7 @@ def names(data: bytes) -> None:
     parsed = request_id.parse(KEY, text)
     assert parsed.identity is None, "a signature that nobody made"
     request_id.insert(text, request_id.make(KEY, "acme", "", str(ULID())))
-    request_id.normalise(text)
+    normalise(text)
 
 
 def headers(data: bytes) -> None:

@@ -147,6 +147,16 @@ def test_gaps_in_the_log_are_counted() -> None:
     assert "missing from the log" in view_explain.story(told, 80).plain
 
 
+def test_a_story_is_of_exactly_the_request_that_was_asked_for() -> None:
+    """Another tenant's id may be the end of this one; the id in a response's body is vLLM's prefix and the public id."""
+    made = engine()
+    made.submit("acme", request="11")
+    made.submit("zeta", request="1")
+    for asked in ("11", "chatcmpl-11", "cmpl-11"):
+        child = one(tell(asked, made))
+        assert {(event.request, event.tenant) for event in child.events} == {("11", "acme")}
+
+
 def test_a_request_whose_worker_restarted_is_lost() -> None:
     """It neither runs for ever nor is it taken for one of the new incarnation."""
     made, reborn = engine(), LoggedEngine(incarnation="01B", slots=2)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coxswain.schemas.request_id import MAX_CHARS, normalise
 from coxswain.service import plugin, request_id
-from coxswain.service.request_id import KEY_VARIABLE, Identity, Parsed, insert, make, normalise, parse
+from coxswain.service.request_id import KEY_VARIABLE, Identity, Parsed, insert, make, parse
 
 KEY = b"k" * 32
 ULID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -43,7 +44,7 @@ def test_round_trip(tenant: str, class_: str, form: str, suffixed: bool) -> None
     internal = form.format(public) + ("-1a2b3c4d" if suffixed else "")
     assert parse(KEY, internal) == Parsed(public, Identity(tenant, class_, public))
     assert public.isascii()
-    assert len(public) <= request_id.MAX_CHARS
+    assert len(public) <= MAX_CHARS
 
 
 @given(st.integers(0, len(ACME) - 1), st.characters())
@@ -84,7 +85,7 @@ def test_survives_garbage(text: str) -> None:
     """Any text gives a printable, bounded public id without identity, and a fixed point of `normalise`."""
     found = parse(KEY, text)
     assert found.identity is None
-    assert len(found.request) <= request_id.MAX_CHARS
+    assert len(found.request) <= MAX_CHARS
     assert found.request.isascii()
     assert not found.request or found.request.isprintable()
     assert normalise(found.request) == found.request
@@ -93,7 +94,7 @@ def test_survives_garbage(text: str) -> None:
 @given(st.text(max_size=40), st.sampled_from(FORMS))
 def test_normalise_is_a_fixed_point_around_marks(text: str, form: str) -> None:
     """Normalising twice changes nothing, also when a cut bares a mark."""
-    long = text + "x" * (request_id.MAX_CHARS - len(ACME) - len(text)) + ACME + form.format("y") * 50 + "cox."
+    long = text + "x" * (MAX_CHARS - len(ACME) - len(text)) + ACME + form.format("y") * 50 + "cox."
     once = normalise(long)
     assert normalise(once) == once
 
