@@ -32,13 +32,13 @@ class Quantiles(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Quantiles":
-        """By nearest rank."""
+        """By nearest rank: the least of the values that so many percent of them do not exceed."""
         ordered = sorted(values)
 
-        def rank(part: float) -> float | None:
-            return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else None
+        def rank(percent: int) -> float | None:
+            return ordered[-(-percent * len(ordered) // 100) - 1] if ordered else None
 
-        return cls(count=len(ordered), p50=rank(0.5), p90=rank(0.9), p99=rank(0.99))
+        return cls(count=len(ordered), p50=rank(50), p90=rank(90), p99=rank(99))
 
 
 class HoldCount(msgspec.Struct, frozen=True, kw_only=True):
