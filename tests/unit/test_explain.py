@@ -4,8 +4,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from ulid import ULID
 
 from coxswain.control.cli import view_explain
+from coxswain.control.cli.explain import SKEW_S, made_at
 from coxswain.control.slow import Investigator, Quantiles, Slow
 from coxswain.control.story import ChildStory, Story, Teller
 from coxswain.schemas import events as ev
@@ -148,7 +150,7 @@ def test_gaps_in_the_log_are_counted() -> None:
 
 
 def test_a_story_is_of_exactly_the_request_that_was_asked_for() -> None:
-    """Another tenant's id may be the end of this one; the id in a response's body is vLLM's prefix and the public id."""
+    """Another tenant's id may be the end of it; the `id` in a response's body is vLLM's prefix and the public id."""
     made = engine()
     made.submit("acme", request="11")
     made.submit("zeta", request="1")
@@ -183,6 +185,24 @@ def test_a_story_has_an_end() -> None:
     teller.feed(made.log[-1])
     assert teller.ended_at() == made.log[-1].at
     assert Teller("nobody", CLASSES).ended_at() is None
+
+
+@pytest.mark.parametrize(
+    "tenant",
+    ["acme", "01BX5ZZKBKACTAV9WEVGEMMVRZ", "7ZZZZZZZZZZZZZZZZZZZZZZZZZ", "01NZZZZZZZZZZZZZZZZZZZZZZZ"],
+    ids=["no ulid", "an old one", "beyond all dates", "a later one"],
+)
+def test_a_signed_id_says_when_it_was_made_whatever_its_tenant_is_called(tenant: str) -> None:
+    """The log is read from there, and a tenant's name may look like a time too."""
+    made = ULID.from_timestamp(1_790_000_000.0)
+    at = made_at(f"cox.{tenant}.chat.{made}.0123456789abcdef", made.timestamp + 60.0)
+    assert at == pytest.approx(made.timestamp - SKEW_S)
+
+
+@pytest.mark.parametrize("request_id", ["job-7", "7ZZZZZZZZZZZZZZZZZZZZZZZZZ"])
+def test_an_id_that_tells_no_time_of_the_past_has_none(request_id: str) -> None:
+    """Then the whole log is read."""
+    assert made_at(request_id, 1_790_000_000.0) is None
 
 
 def test_the_story_for_people_says_who_held_it() -> None:
@@ -287,9 +307,10 @@ def test_preemptions_and_lost_kv_are_told() -> None:
 
 
 def test_quantiles_are_by_nearest_rank() -> None:
-    """Of one value all are that value; of none there are none."""
-    assert Quantiles.of([float(n) for n in range(1, 101)]) == Quantiles(
-        count=100, p50=51.0, p90=91.0, p99=100.0
+    """Half of a hundred values are at most the 50th; of one value all are that value; of none there are none."""
+    assert Quantiles.of([float(n) for n in range(100, 0, -1)]) == Quantiles(
+        count=100, p50=50.0, p90=90.0, p99=99.0
     )
+    assert Quantiles.of([1.0, 100.0]) == Quantiles(count=2, p50=1.0, p90=100.0, p99=100.0)
     assert Quantiles.of([3.0]) == Quantiles(count=1, p50=3.0, p90=3.0, p99=3.0)
     assert Quantiles.of([]).p50 is None
