@@ -59,13 +59,14 @@ def measure(side: str) -> dict[str, Any]:
         traced = ("--otlp-traces-endpoint", receiver.url) if side == "traces" else ()
         flags = ("--device", "simulated", "--sim-preset", "cpu", "--max-num-seqs", "32", *traced)
         with serving(Path(folder), *flags, tenants=("acme",)) as served:
+            own = {"authorization": f"Bearer {served.keys['acme']}"}
             engine, front, done = served.engine(), psutil.Process(served.pid), threading.Event()
             asyncio.run(load(served, 16))  # everything that happens once has happened
             before = steps(served), cpu_s(engine), cpu_s(front)
 
             def fetch() -> None:
                 while not done.wait(FETCH_S):
-                    httpx.get(f"{served.http}/metrics")
+                    httpx.get(f"{served.http}/metrics", headers=own)
 
             reader = threading.Thread(target=fetch)
             if side != "off":

@@ -29,7 +29,7 @@ Headers = list[tuple[bytes, bytes]]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 OPEN_PATHS: Final = frozenset({"/health", "/ping", "/version", "/metrics"})
-"""Probes: nothing of a tenant is there."""
+"""Probes: nothing of a tenant is there, but on `/metrics` for who `sees_tenants`."""
 _API_PREFIXES: Final = ("/v1/", "/v2/", "/cohere/")
 _API_PATHS: Final = frozenset(
     {
@@ -202,6 +202,14 @@ class Edge:
             and not path.endswith(_WITHOUT_ENGINE_ENDS)
         )
 
+    def sees_tenants(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Whether `/metrics` may tell of tenants: with `COX_KEYS`, to a key with `metrics` or `admin` only."""
+        if self._keys is None:
+            return True
+        key = _secret(headers)
+        grant = None if key is None else self._keys.find(key)
+        return grant is not None and (grant.metrics or grant.admin)
+
     def anonymous_id(self, ulid: str) -> str:
         """A public id for a request that is refused before anybody knows who asks."""
         return request_id.make(self._key, "default", "", ulid)
@@ -295,7 +303,7 @@ def _is_api(path: str) -> bool:
     return path in _API_PATHS or (path.startswith(_API_PREFIXES) and path not in _ADMIN_PATHS)
 
 
-def _secret(headers: Headers) -> str | None:
+def _secret(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
     """The API key in the headers: a bearer token before `x-api-key`."""
     found = None
     for name, value in headers:

@@ -7,6 +7,7 @@ unaffected.
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -88,6 +89,8 @@ class EdgeMiddleware:
                 await self._status.stop()
         if kind not in ("http", "websocket"):
             return await self._app(scope, receive, send)
+        if self._keyring is not None:
+            self._keyring.refresh(time.monotonic())
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if self._edge.is_open(scope.get("method", "GET"), path):
             if (
@@ -95,10 +98,9 @@ class EdgeMiddleware:
                 and scope.get("method") == "GET"
                 and path.rstrip("/") == edge_page.PATH
             ):
-                return await edge_page.answer(self._app, scope, receive, send, self._status.metrics.page)
+                page = partial(self._status.metrics.page, tenants=self._edge.sees_tenants(scope["headers"]))
+                return await edge_page.answer(self._app, scope, receive, send, page)
             return await self._app(scope, receive, send)
-        if self._keyring is not None:
-            self._keyring.refresh(time.monotonic())
         ulid = str(ULID())
         own_id = client_id(scope["headers"])
         peer = scope.get("client")

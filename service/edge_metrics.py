@@ -26,10 +26,13 @@ from coxswain.schemas.parts import Assembler
 from coxswain.schemas.status import Frame, decode_glance
 from coxswain.service.edge_caps import Seen
 from coxswain.service.edge_tally import TENANT_FIELDS, Life, Tally
+from coxswain.service.logs import get_logger
 
 STATES: Final = ("serving", "draining", "paused")
 MAX_LIVES: Final = 4
 """Incarnations of a worker that may end between two visits and still be counted to their last full frame."""
+
+UNTOLD: Final = b"# Families of tenants are shown to an API key made with --metrics.\n"
 
 Raw = tuple[float, list[bytes]]
 """A full frame in its parts, and when it came (Unix s)."""
@@ -81,9 +84,12 @@ class EdgeMetrics:
         server: the workers' name without a rank.
         tenants: how many have a series of their own.
         shared: a folder shared by all API server processes, or None if there is one.
+        log: a structlog logger; our own by default.
     """
 
-    def __init__(self, fleet: str, server: str, tenants: int, shared: Path | None = None) -> None:
+    def __init__(
+        self, fleet: str, server: str, tenants: int, shared: Path | None = None, log: Any = None
+    ) -> None:
         self.latest = Latest()
         self.connected = False
         self._fleet = fleet
@@ -92,20 +98,35 @@ class EdgeMetrics:
         self._tally = Tally(tenants)
         self._lock = threading.Lock()
         """Two may ask at once."""
+        self._log = log or get_logger(fleet=fleet)
+        self._failing = False
 
-    async def page(self) -> bytes:
-        """All families in Prometheus's text format, made in a thread: tokens are streamed meanwhile."""
-        return await asyncio.to_thread(self._page, self.latest.take())
+    async def page(self, *, tenants: bool = True) -> bytes:
+        """All families in Prometheus's text format, made in a thread: tokens are streamed meanwhile.
 
-    def _page(self, taken: list[Raw]) -> bytes:
+        Without `tenants` a comment stands for theirs. Nothing where they cannot be made: it is logged once, and what
+        is vLLM's is answered all the same.
+        """
+        try:
+            made = await asyncio.to_thread(self._page, self.latest.take(), tenants=tenants)
+        except Exception:  # noqa: BLE001 - whatever it was, vLLM's page must not go with ours
+            if not self._failing:
+                self._log.exception("metrics.failed")
+            self._failing = True
+            return b""
+        self._failing = False
+        return made
+
+    def _page(self, taken: list[Raw], *, tenants: bool) -> bytes:
         from prometheus_client import generate_latest
 
         now = time.time()
         with self._lock:
             tally = self._count(list(_decoded(taken)), now)
-            return generate_latest(
-                _Families(_families(tally, self._fleet, self._server, now, connected=self.connected))
+            families = _families(
+                tally, self._fleet, self._server, now, connected=self.connected, tenants=tenants
             )
+            return generate_latest(_Families(families)) + (b"" if tenants else UNTOLD)
 
     def _count(self, frames: list[tuple[float, Frame]], now: float) -> Tally:
         """The tally with what came since, this process's or that of all."""
@@ -116,12 +137,21 @@ class EdgeMetrics:
             fcntl.flock(file, fcntl.LOCK_EX)
             stored = file.read()
             if stored:
-                self._tally = _read_tally(stored)
+                self._tally = self._read(stored)
             self._tally.take(frames, now)
+            stored = msgspec.msgpack.encode(self._tally)
             file.seek(0)
             file.truncate()
-            file.write(msgspec.msgpack.encode(self._tally))
+            file.write(stored)
         return self._tally
+
+    def _read(self, stored: bytes) -> Tally:
+        """What all processes counted; a new count if that is damaged: of a full disk, or a process that was killed."""
+        try:
+            return _read_tally(stored)
+        except UNREADABLE as error:
+            self._log.warning("metrics.counted_anew", file=str(self._file), error=str(error))
+            return Tally(self._tally.limit)
 
 
 class _Families:
@@ -145,12 +175,16 @@ def _decoded(taken: list[Raw]) -> Iterator[tuple[float, Frame]]:
                     yield heard_at, whole
 
 
-def _families(tally: Tally, fleet: str, server: str, now: float, *, connected: bool) -> Iterator[Any]:
+def _families(
+    tally: Tally, fleet: str, server: str, now: float, *, connected: bool, tenants: bool
+) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     families: dict[str, Any] = {}
 
     def put(metric: Metric, value: float, *labels: str) -> None:
+        if "tenant" in metric.labels and not tenants:
+            return
         family = families.get(metric.name)
         if family is None:
             made = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily

@@ -53,7 +53,9 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     priority_max: Int32 = INT32_MAX
     """A request's priority is clamped to this range."""
     admin: bool = False
-    """Whether vLLM's administrative endpoints (`/pause`, `/sleep`, …) are open."""
+    """Whether vLLM's administrative endpoints (`/pause`, `/sleep`, …) are open, and what `metrics` opens."""
+    metrics: bool = False
+    """Whether `/metrics` names tenants to it."""
 
 
 class Key(Grant, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -240,13 +242,13 @@ def revoke(path: Path, name: str) -> None:
 
 
 def _listing(path: Path) -> str:
-    lines = [f"{'ID':<10}{'TENANT':<24}{'CLASS':<16}{'MAY ASK FOR':<24}{'PRIORITY':<26}ADMIN"]
+    lines = [f"{'ID':<10}{'TENANT':<24}{'CLASS':<16}{'MAY ASK FOR':<24}{'PRIORITY':<26}{'ADMIN':<7}METRICS"]
     for row in load(path).values():
         asked = "tenant table" if row.classes is None else ", ".join(row.classes) or "-"
         bounds = f"{row.priority_min}..{row.priority_max}"
-        admin = "yes" if row.admin else "-"
+        admin, metrics = ("yes" if may else "-" for may in (row.admin, row.admin or row.metrics))
         lines.append(
-            f"{row.id:<10}{_shown(row.tenant):<24}{row.class_ or '-':<16}{asked:<24}{bounds:<26}{admin}",
+            f"{row.id:<10}{_shown(row.tenant):<24}{row.class_ or '-':<16}{asked:<24}{bounds:<26}{admin:<7}{metrics}",
         )
     return "\n".join(lines) + "\n"
 
@@ -270,6 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     adding.add_argument("--priority-min", type=int, default=INT32_MIN)
     adding.add_argument("--priority-max", type=int, default=INT32_MAX)
     adding.add_argument("--admin", action="store_true", help="open vLLM's administrative endpoints too")
+    adding.add_argument(
+        "--metrics", action="store_true", help="let it see tenants on /metrics, for Prometheus"
+    )
     listing = verbs.add_parser("list", help="show the keys, without hashes")
     revoking = verbs.add_parser("revoke", help="remove a key")
     for verb in (adding, listing, revoking):
@@ -287,6 +292,7 @@ def _grant(chosen: argparse.Namespace) -> Grant:
         "priority_min": chosen.priority_min,
         "priority_max": chosen.priority_max,
         "admin": chosen.admin,
+        "metrics": chosen.metrics,
     }
     try:
         return msgspec.convert(fields, Grant)

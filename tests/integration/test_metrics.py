@@ -44,16 +44,17 @@ class Watched(NamedTuple):
 
     def worker_page(self) -> dict[str, Metric]:
         """Coxswain's families of the worker's page."""
-        return page(f"{self.served.http}/metrics")
+        return page(f"{self.served.http}/metrics", self.served.keys["acme"])
 
     def controller_page(self) -> dict[str, Metric]:
         """Of the controller's."""
         return page(self.controller)
 
 
-def page(url: str) -> dict[str, Metric]:
+def page(url: str, key: str | None = None) -> dict[str, Metric]:
     """Coxswain's families on a page, by the name that is in the contract."""
-    text = httpx.get(url, timeout=10).raise_for_status().text
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    text = httpx.get(url, timeout=10, headers=headers).raise_for_status().text
     families = {}
     for family in text_string_to_metric_families(text):
         name = f"{family.name}_total" if family.type == "counter" else family.name

@@ -78,7 +78,7 @@ def serving(folder: Path, *arguments: str, tenants: tuple[str, ...] = ()) -> Ite
     }
     for tenant in tenants:
         path = folder / "keys.json"
-        add = [*python, "coxswain.service.keys", "add", "--tenant", tenant, str(path)]
+        add = [*python, "coxswain.service.keys", "add", "--tenant", tenant, "--metrics", str(path)]
         shown = subprocess.run(add, check=True, capture_output=True, text=True).stdout
         keys[tenant] = next(word for word in shown.split() if word.startswith("cox-sk-"))
         env["COX_KEYS"] = str(path)

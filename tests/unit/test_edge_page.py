@@ -1,6 +1,7 @@
 """Our families on vLLM's own page: what is there, what is left alone, and several processes that are one server."""
 
 import asyncio
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from coxswain.schemas import metrics as names
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.status import ClassStatus, Frame, Leader
+from coxswain.service import keys
 from coxswain.service.edge import Edge, EdgeSettings
 from coxswain.service.edge_asgi import EdgeMiddleware
 from coxswain.service.edge_caps import EdgeCaps, Seen
 from coxswain.service.edge_metrics import EdgeMetrics
 from coxswain.service.edge_status import EdgeStatus
+from coxswain.service.keys import Grant, Keyring
+from coxswain.service.logs import get_logger
 from tests.support.frames import frame, row
 
 SECRET = "ab" * 32
@@ -31,12 +35,14 @@ def vllms_page() -> Any:
     return make_asgi_app(registry)
 
 
-async def get(app: Any, metrics: EdgeMetrics, path: str = "/metrics", **headers: str) -> httpx.Response:
+async def get(
+    app: Any, metrics: EdgeMetrics, path: str = "/metrics", ring: Keyring | None = None, **headers: str
+) -> httpx.Response:
     """Ask the app behind the edge."""
     status = EdgeStatus(Connection(urls=("nats://127.0.0.1:1",)), EdgeCaps(["w1"]), metrics)
     status.start = lambda: None  # type: ignore[method-assign]
-    edge = Edge(EdgeSettings.from_env({"COX_IDENTITY_KEY": SECRET}))
-    transport = httpx.ASGITransport(app=EdgeMiddleware(app, edge, None, lambda _app: status))
+    edge = Edge(EdgeSettings.from_env({"COX_IDENTITY_KEY": SECRET}), ring)
+    transport = httpx.ASGITransport(app=EdgeMiddleware(app, edge, ring, lambda _app: status))
     async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
         return await client.get(path, headers=headers)
 
@@ -163,6 +169,57 @@ async def test_processes_of_one_server_show_one_count(tmp_path: Path):
             assert found[names.TENANT_OUTPUT.name, "acme"] == 40 * turn
             assert all(found[key] >= value for key, value in last.items() if key[0].endswith("_total"))
             last = found
+
+
+async def test_tenants_are_shown_to_a_key_that_may_see_them(tmp_path: Path):
+    """With keys the page stays open, but what it tells of tenants is for a key made with `--metrics` or `--admin`."""
+    metrics, file = EdgeMetrics("main", "w1", 5), tmp_path / "keys.json"
+    heard(metrics, some())
+    grants = {name: Grant(tenant="acme", **{name: True}) for name in ("metrics", "admin")} | {
+        "plain": Grant()
+    }
+    made = {name: keys.add(file, grant, now=0.0) for name, grant in grants.items()}
+    ring = Keyring(file)
+    for key in (None, "cox-sk-unknown", made["plain"]):
+        response = await get(
+            vllms_page(), metrics, ring=ring, **({} if key is None else {"authorization": f"Bearer {key}"})
+        )
+        assert response.status_code == 200
+        assert "acme" not in response.text
+        assert "coxswain_tenant" not in response.text
+        assert values(response.text)[names.WORKER_STEPS.name,] == 90
+        assert "--metrics" in response.text
+    for name in ("metrics", "admin"):
+        response = await get(vllms_page(), metrics, ring=ring, authorization=f"Bearer {made[name]}")
+        assert values(response.text)[names.TENANT_OUTPUT.name, "acme"] == 40
+
+
+async def test_a_damaged_count_begins_anew(tmp_path: Path):
+    """The file that API server processes share may be cut short: the page goes on, and says so in the log."""
+    said = io.StringIO()
+    metrics = EdgeMetrics("main", "w1", 5, tmp_path, get_logger(said, {}))
+    (tmp_path / "coxswain-tally").write_bytes(b"\x93\x01")
+    for seq in (1, 2):
+        heard(metrics, some(seq, output=40 * seq))
+        found = values((await get(vllms_page(), metrics)).text)
+        assert found[names.TENANT_OUTPUT.name, "acme"] == 40 * seq
+    assert said.getvalue().count("metrics.counted_anew") == 1
+
+
+async def test_vllms_page_stands_where_ours_cannot_be_made(tmp_path: Path):
+    """A folder that went away, a full disk: vLLM's families are answered alone, and the log says why, once."""
+    said = io.StringIO()
+    metrics = EdgeMetrics("main", "w1", 5, tmp_path / "gone", get_logger(said, {}))
+    for turn in range(2):
+        for _ in range(2):
+            heard(metrics, some())
+            found = values((await get(vllms_page(), metrics)).text)
+            assert found == {("vllm_something",): 7}
+        assert said.getvalue().count("metrics.failed") == turn + 1
+        (tmp_path / "gone").mkdir()
+        assert (names.WORKER_STEPS.name,) in values((await get(vllms_page(), metrics)).text)
+        (tmp_path / "gone" / "coxswain-tally").unlink()
+        (tmp_path / "gone").rmdir()
 
 
 async def test_two_who_ask_at_once_are_answered_alike():

@@ -180,6 +180,16 @@ def test_command_line_adds_lists_and_revokes(file: Path, capsys: pytest.CaptureF
     assert "no key" in capsys.readouterr().err
 
 
+def test_listing_says_who_sees_metrics(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key made with `--metrics` sees tenants on /metrics and administers nothing; an administrator's does both."""
+    for more in ([], ["--metrics"], ["--admin"]):
+        assert keys.main(["add", "--tenant", "acme", *more, str(file)]) == 0
+    capsys.readouterr()
+    keys.main(["list", str(file)])
+    shown = [line.split()[-2:] for line in capsys.readouterr().out.splitlines()]
+    assert shown == [["ADMIN", "METRICS"], ["-", "-"], ["-", "yes"], ["yes", "yes"]]
+
+
 def test_command_line_refuses_a_priority_beyond_int32(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What the file could not hold is refused before a key is made."""
     assert keys.main(["add", "--tenant", "acme", "--priority-max", str(2**31), str(file)]) == 2
