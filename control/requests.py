@@ -85,8 +85,9 @@ def limit(
     now: float, view: WorkerView, told: Told, wanted: Mapping[Group, Cap], tables: Tables
 ) -> list[Order]:
     """`limit` for tenants and classes whose caps by us are other than wanted."""
-    unknown = _capped(view, tables) if told.inherited else ()
-    told.inherited = False
+    unknown: Iterable[Group] = ()
+    if told.inherited and view.complete:  # before, rows that show caps may be missing
+        unknown, told.inherited = _capped(view, tables), False
     differ: defaultdict[Cap, list[Group]] = defaultdict(list)
     for group in dict.fromkeys([*wanted, *told.caps, *unknown]):
         cap = wanted.get(group, Cap())

@@ -206,6 +206,18 @@ def test_caps_of_an_earlier_leader_are_lifted() -> None:
     assert [each.verb for each in later if each.verb == "limit"] == []
 
 
+def test_caps_of_an_earlier_leader_are_lifted_though_a_delta_comes_first() -> None:
+    """Who starts in between hears what changes before it hears everything; what it hears then counts as well."""
+    idle, batch = (
+        ClassStatus(class_=name, queued=0, running=0, held=0, oldest_queued_s=0.0, max_running=most)
+        for name, most in (("default", None), ("batch", 1))
+    )
+    core = driver()
+    early = core.sends(0.0, frame("w1", "01A", 1, full=False, classes=(idle,)))
+    sends = core.sends(0.05, frame("w1", "01A", 2, classes=(idle, batch)), answers=ok(early))
+    assert ["batch" in each.command.targets.classes for each in sends if each.verb == "limit"] == [True]
+
+
 # All of it
 
 
