@@ -292,8 +292,7 @@ class ControlCore:
         asks: list[Outgoing] = []
         for view in self.fleet.live():
             told = self._told[view.worker]
-            listed = sum(row.state == "queued" for row in view.requests.values())
-            if view.frame.queued > listed and now - told.asked_at >= ASK_S:
+            if view.unlisted and now - told.asked_at >= ASK_S:
                 told.asked_at = now
                 asks.append(Ask(view.worker))
         return asks

@@ -150,9 +150,9 @@ class WorkerView:
         self._put(frame.tenants, changed)
         self._put_classes(frame)
         self.requests.update(((row.request, row.child), row) for row in frame.requests)
-        self._tidy(frame)
         for gone in frame.gone:
             self._gone(self.requests.pop((gone.request, gone.child), None), gone.output_tokens)
+        self._tidy(frame)
 
     def _merge_full(self, frame: Frame, changed: Changed) -> None:
         old = self.tenants
@@ -218,12 +218,17 @@ class WorkerView:
         """The row of a request, if we know of it."""
         return self.requests.get(key) or self.beyond.get(key)
 
+    @property
+    def unlisted(self) -> int:
+        """How many wait behind those that frames list."""
+        return max(0, self.frame.queued - sum(row.state == "queued" for row in self.requests.values()))
+
     def _tidy(self, frame: Frame) -> None:
-        """What waits behind is no longer what is listed now; and nothing is behind a short queue."""
+        """What waits behind is no longer what is listed now; and nothing is behind a queue that is listed whole."""
         if self.beyond:
             for row in frame.requests:
                 self.beyond.pop((row.request, row.child), None)
-            if not frame.queued:
+            if not self.unlisted:
                 self.beyond = {}
 
     def _put_classes(self, frame: Frame) -> None:

@@ -7,8 +7,8 @@ from msgspec.structs import replace
 
 from coxswain.control.fleet import GONE_S, STALE_S, Fleet
 from coxswain.schemas.parts import Assembler
-from coxswain.schemas.status import Frame, Gone, RequestStatus
-from tests.support.frames import frame, row
+from coxswain.schemas.status import Frame, Gone
+from tests.support.frames import frame, request, row
 
 TENANTS = ("a", "b", "c")
 
@@ -91,24 +91,31 @@ def test_a_delta_overtakes_a_full_frame_that_is_still_in_parts() -> None:
 
 def test_requests_come_and_go_with_deltas() -> None:
     """A delta adds and updates requests, and `gone` takes them out."""
-
-    def request(name: str, state: str = "running") -> RequestStatus:
-        return RequestStatus(
-            request=name, child=0, tenant="a", class_="default", priority=0, state=state, kv="none",
-            arrived_at=0.0, prompt_tokens=1, cached_tokens=0, output_tokens=0, deadline_s=None,
-        )  # fmt: skip
-
     fleet = Fleet()
     fleet.merge(frame(seq=1, requests=(request("r1"), request("r2"))), 0.0)
     fleet.merge(
         frame(
-            seq=2, full=False, requests=(request("r2", "held"),),
+            seq=2, full=False, requests=(request("r2", state="held"),),
             gone=(Gone(request="r1", child=0, output_tokens=7),),
         ),
         0.1,
     )  # fmt: skip
     assert [(row.request, row.output_tokens) for row in fleet.workers["w1"].left] == [("r1", 7)]
     assert {key: each.state for key, each in fleet.workers["w1"].requests.items()} == {("r2", 0): "held"}
+
+
+def test_what_waited_behind_is_forgotten_once_frames_list_the_whole_queue() -> None:
+    """Who waited behind and hung up is in no frame, not even as gone: a queue without anything behind says so."""
+    fleet = Fleet()
+    queue = [request(f"r{number}", state="queued") for number in range(5)]
+    fleet.merge(frame(seq=1, queued=5, requests=tuple(queue[:2])), 0.0)
+    fleet.list_queue("w1", queue)
+    fleet.merge(frame(seq=2, queued=3, full=False), 0.1)
+    view = fleet.workers["w1"]
+    assert [row.request for row in view.known()] == ["r0", "r1", "r2", "r3", "r4"]
+    assert view.unlisted == 1
+    fleet.merge(frame(seq=3, queued=2, full=False), 0.2)
+    assert [row.request for row in view.known()] == ["r0", "r1"]
 
 
 def test_a_silent_worker_is_not_counted_and_its_totals_stay() -> None:
