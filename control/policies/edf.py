@@ -130,10 +130,15 @@ class Edf:
         """The table with our line before all others."""
         stay = set().union(*map(self._capped, views))
         rows = dict(self._tables.classes)
-        first = min(row.position for row in rows.values())
-        best = replace(rows.get(self.params.line, ClassPolicy()), position=first, slo_s=None)
+        best = replace(rows.get(self.params.line, ClassPolicy()), position=0, slo_s=None)
+        # Only the order of positions counts: numbered anew they leave room for the line, whatever the table uses.
+        places = sorted({row.position for row in rows.values()})
         behind = {
-            name: replace(row, position=row.position + 1, order="priority" if name in stay else row.order)
+            name: replace(
+                row,
+                position=1 + places.index(row.position),
+                order="priority" if name in stay else row.order,
+            )
             for name, row in rows.items()
         }
         return {**behind, self.params.line: replace(best, order="priority", cut_in=self.params.cut_in)}

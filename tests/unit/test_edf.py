@@ -13,8 +13,10 @@ from coxswain.control.fleet import Fleet
 from coxswain.control.policies.edf import SPAN, Edf, Job, _deadline, _priority, late
 from coxswain.control.policy import Tables
 from coxswain.control.rates import Rates
+from coxswain.schemas.commands import decode, encode
 from coxswain.schemas.policy import ClassPolicy
 from coxswain.schemas.status import ClassStatus
+from tests.support.control import Driver
 from tests.support.frames import frame, request, row
 
 jobs = st.lists(
@@ -140,6 +142,18 @@ def test_a_class_with_caps_keeps_its_requests(by: str) -> None:
         True,
     )
     assert bulk.order == "priority"
+
+
+@pytest.mark.parametrize("first", [-(2**31), 2**31 - 2])
+def test_the_line_has_room_whatever_positions_the_table_uses(first: int) -> None:
+    """Classes at the ends of what a position can be stay in their order, behind the line, and workers take them."""
+    driver = Driver(Edf(Edf.Params()))
+    positions = {"default": first, "equal": first, "last": 2**31 - 1}
+    driver.classes = {name: ClassPolicy(position=position) for name, position in positions.items()}
+    (send,) = (each for each in driver.sends(0.0, frame()) if each.verb == "configure")
+    configure, _ = decode("configure", encode(send.command))
+    told = {name: row.position for name, row in configure.classes.items()}
+    assert told["deadline"] < told["default"] == told["equal"] < told["last"]
 
 
 def test_the_speed_is_what_a_busy_worker_delivers() -> None:
