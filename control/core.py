@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from coxswain.control import requests
+from coxswain.control.failures import Failures, Stage
 from coxswain.control.fleet import Fleet, WorkerView
 from coxswain.control.policy import Directives, Policy, Tables, weight_of
 from coxswain.control.told import ECHO_S, Said, Told
@@ -102,10 +103,17 @@ class ControlCore:
         controller: our name, for heartbeats and as the commands' issuer.
         new_id: makes a fresh command id.
         cadence_s: least time between two ranks to the same worker.
+        patient: whether a policy that raises is lived with, and counted in `failures`; else the step raises too.
     """
 
     def __init__(
-        self, policy: Policy, controller: str, new_id: Callable[[], str], *, cadence_s: float = 0.05
+        self,
+        policy: Policy,
+        controller: str,
+        new_id: Callable[[], str],
+        *,
+        cadence_s: float = 0.05,
+        patient: bool = False,
     ) -> None:
         self.policy = policy
         self.controller = controller
@@ -113,6 +121,8 @@ class ControlCore:
         self.fleet = Fleet()
         self.superseded_by: Epoch | None = None
         """A later epoch than ours that a worker obeys: the shell must give up the lease."""
+        self.failures = Failures()
+        self._patient = patient
         self._new_id = new_id
         self._epoch: Epoch | None = None
         self._told: dict[str, Told] = {}
@@ -131,7 +141,7 @@ class ControlCore:
             self.fleet.list_queue(listing.worker, listing.rows)
         self.fleet.age(now)
         tables = self._complete(inputs.classes or {}, inputs.tenants or {})
-        self.policy.observe(self.fleet, tables, now)
+        observed = self._observed(tables, now)
         self.fleet.settle()
         self.superseded_by = self._superseded_by(inputs.epoch)
         if inputs.epoch != self._epoch:
@@ -139,14 +149,45 @@ class ControlCore:
             self._told.clear()
             self._beat_at = float("-inf")
         if self._epoch is None or self.superseded_by is not None:
+            if observed:
+                self.failures.rested()
             return []
         for answer in inputs.answers:
             self._answered(answer, now)
         outgoing = self._meet(now)
         if inputs.classes is None or inputs.tenants is None:
             return outgoing
-        directives = self.policy.decide(now)
-        outgoing += self._configure(now, directives, inputs.classes, tables)
+        if observed:
+            try:
+                directives = self.policy.decide(now)
+                # What it said may be lazy, and raise only here.
+                outgoing += self._carry_out(now, directives, inputs.classes, tables)
+            except Exception as error:  # noqa: BLE001 - it is others' code
+                self._failed("decide", error)
+            else:
+                self.failures.worked(directives)
+        if self.failures.in_row and (instead := self.failures.instead) is not None:
+            outgoing += self._carry_out(now, instead, inputs.classes, tables)
+        return outgoing
+
+    def _observed(self, tables: Tables, now: float) -> bool:
+        try:
+            self.policy.observe(self.fleet, tables, now)
+        except Exception as error:  # noqa: BLE001 - it is others' code
+            self._failed("observe", error)
+            return False
+        return True
+
+    def _failed(self, stage: Stage, error: Exception) -> None:
+        if not self._patient:
+            raise error
+        self.failures.failed(stage, error)
+
+    def _carry_out(
+        self, now: float, directives: Directives, classes: Mapping[str, ClassPolicy], tables: Tables
+    ) -> list[Outgoing]:
+        """Whatever workers do not have of what the policy wants."""
+        outgoing = self._configure(now, directives, classes, tables)
         outgoing += self._rank(now, directives, tables)
         outgoing += self._steer(now, directives, tables)
         if self.policy.sees == "queue":

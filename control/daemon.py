@@ -27,7 +27,7 @@ from coxswain.control.metrics import Meter, serve
 from coxswain.control.policy import Policy
 from coxswain.control.reader import ImpostorError, Reader
 from coxswain.control.rows import Row, Rows
-from coxswain.control.tables import Table
+from coxswain.control.tables import LEASE_TTL_S, Table
 from coxswain.control.transport import public_urls
 from coxswain.control.web.board import Standing
 from coxswain.control.web.page import Page, Web
@@ -49,6 +49,8 @@ NOBODY: Final = "none"
 """In numbers, the code of commands that nobody answered."""
 JETSTREAM_TIMEOUT_S: Final = 1.0
 SET_UP_RETRY_S: Final = 2.0
+OTHERS_TRY_S: Final = 2 * LEASE_TTL_S
+"""How long a leader whose policy fails stands back: enough for a standby, less than the 5 s that workers wait."""
 
 
 class Slot(Generic[Row]):
@@ -73,7 +75,7 @@ class Controller:
         self.name = (
             name or f"{sanitise_token(socket.gethostname()) or 'controller'}-{str(ULID())[-6:].lower()}"
         )
-        self.core = ControlCore(policy, self.name, lambda: str(ULID()), cadence_s=cadence_s)
+        self.core = ControlCore(policy, self.name, lambda: str(ULID()), cadence_s=cadence_s, patient=True)
         self.meter = Meter(connection.fleet, self.name, policy.name, self.core.fleet)
         self.lease: Lease | None = None
         self.stopping = asyncio.Event()
@@ -91,6 +93,8 @@ class Controller:
         self._refused: dict[str, dict[str, str]] = {}
         """Per bucket, the rows that were reported and why."""
         self._seldom = Seldom()
+        self._failing = False
+        """Whether the policy raised when last asked."""
         self.page = Page(connection.fleet, self._standing)
         """What browsers see, if it is served (`run`)."""
         self._clock_offset = time.time() - time.monotonic()
@@ -178,6 +182,7 @@ class Controller:
                 self._spawn(self._list(client, outgoing.worker))
             else:
                 await self._beat(client, outgoing)
+        self._look_after_policy(lease)
         if self.core.superseded_by is not None:
             lease.step_down(f"a worker obeys the later epoch {self.core.superseded_by}")
         for worker, incarnation in self.core.fleet.rivals.items():
@@ -188,6 +193,20 @@ class Controller:
                     second=incarnation,
                 )
         self.core.fleet.rivals.clear()
+
+    def _look_after_policy(self, lease: Lease) -> None:
+        """Say that it raised, and why, or that it works again; let another controller try if it does not."""
+        failures, name = self.core.failures, self.core.policy.name
+        self.meter.policy_failures = failures.total
+        if (error := failures.error) is not None:
+            self._failing = True
+            if self._seldom.may("policy", failures.stage, type(error).__name__, str(error)):
+                log.error("the policy raised", policy=name, asked_to=failures.stage, exc_info=error)
+        elif self._failing:
+            self._failing = False
+            log.info("the policy works again", policy=name, failures=failures.total)
+        if lease.epoch is not None and failures.should_let_go(self._now()):
+            lease.step_down(f"policy {name} failed {failures.in_row} times in a row", OTHERS_TRY_S)
 
     def _measured(self, inputs: Inputs) -> list[Outgoing]:
         """The core's step, and how long it took."""

@@ -63,12 +63,12 @@ class Lease:
         """Our epoch while we lead by our own clock, else None."""
         return self._epoch if time.monotonic() < self._until else None
 
-    def step_down(self, reason: str) -> None:
-        """Stop leading at once, and let others try for one lease's length."""
+    def step_down(self, reason: str, others_try_s: float = LEASE_TTL_S) -> None:
+        """Stop leading at once, and let others try."""
         if self._epoch is not None:
             log.warning("stepping down", epoch=self._epoch, reason=reason)
         self._epoch = None
-        self._quiet_until = time.monotonic() + LEASE_TTL_S
+        self._quiet_until = time.monotonic() + others_try_s
 
     async def run(self) -> None:
         """Hold the lease or wait for it, until `stop`."""

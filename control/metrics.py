@@ -68,7 +68,7 @@ class Meter:
         """Commands, by verb."""
         self.refused: Counter[tuple[str, str]] = Counter()
         """Commands, by verb and code."""
-        self.ranks = self.terms = 0
+        self.ranks = self.terms = self.policy_failures = 0
         self.rows: dict[str, tuple[int, int]] = {}
         """By table: rows in force, and refused."""
         self._who = (controller, policy, __version__)
@@ -105,6 +105,7 @@ class Meter:
         for (verb, code), count in sorted(self.refused.copy().items()):
             yield names.CONTROLLER_REFUSED, count, (verb, code)
         yield names.CONTROLLER_RANKS, self.ranks, ()
+        yield names.CONTROLLER_POLICY_FAILURES, self.policy_failures, ()
         for table, (good, refused) in sorted(self.rows.copy().items()):
             yield names.CONTROLLER_TABLE_ROWS, good, (table,)
             yield names.CONTROLLER_TABLE_REFUSED, refused, (table,)

@@ -245,6 +245,9 @@ CONTROLLER_REFUSED: Final = Metric(
 CONTROLLER_RANKS: Final = Metric(
     "coxswain_controller_ranks_total", "counter", "Tenants' ranks sent, one for each row of a `rank`.", _FLEET
 )
+CONTROLLER_POLICY_FAILURES: Final = Metric(
+    "coxswain_controller_policy_failures_total", "counter", "How often the policy raised.", _FLEET
+)
 CONTROLLER_TABLE_ROWS: Final = Metric(
     "coxswain_controller_table_rows",
     "gauge",

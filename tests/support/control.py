@@ -28,9 +28,9 @@ class Fixed:
 class Driver:
     """A core, and inputs that stay as they are until changed."""
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Any, **settings: Any) -> None:
         self._ids = iter(range(10**6))
-        self.core = ControlCore(policy, "c1", lambda: f"id{next(self._ids)}")
+        self.core = ControlCore(policy, "c1", lambda: f"id{next(self._ids)}", **settings)
         self.classes: Any = {}
         self.tenants: Any = {}
         self.epoch: Any = EPOCH

@@ -1,0 +1,127 @@
+"""Controllers as real processes whose policy, somebody else's package, raises: who leads, and what still works."""
+
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from coxswain.control.client import Client
+from coxswain.control.tables import init
+from coxswain.schemas.policy import TenantPolicy
+from tests.support.nats import NatsServer
+from tests.support.working import FLEET, Working, connection, until, working
+
+pytestmark = pytest.mark.nats
+
+SOON_S = 30.0
+COX = "from coxswain.control.cli import main; main()"
+MODULE = '''
+import os
+from pathlib import Path
+from coxswain.control.policies.fcfs import Fcfs
+
+class Moody(Fcfs):
+    """Raises while its file is there."""
+    name = "moody"
+    def decide(self, now):
+        if Path(os.environ["MOODY"]).exists():
+            raise RuntimeError("in a mood")
+        return super().decide(now)
+'''
+
+
+@pytest.fixture
+async def client(nats_server: NatsServer) -> AsyncIterator[Client]:
+    """A client of a fleet that was set up."""
+    async with await Client.connect(connection(nats_server)) as client:
+        await init(client.js, client.subjects)
+        yield client
+
+
+class Crew:
+    """Controllers with the policy `moody`, each in a process of its own."""
+
+    def __init__(self, server: NatsServer, folder: Path) -> None:
+        self._server, self._folder = server, folder
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        (folder / "moody.py").write_text(MODULE)
+        info = folder / "moody-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moody\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[coxswain.policies]\nmoody = moody:Moody\n")
+
+    def mood(self, name: str) -> Path:
+        """The file that makes it raise."""
+        return self._folder / f"{name}.mood"
+
+    def log(self, name: str) -> str:
+        """What it said."""
+        return (self._folder / f"{name}.log").read_text()
+
+    def start(self, name: str) -> None:
+        """Start one."""
+        words = (
+            "--nats",
+            self._server.url,
+            "--fleet",
+            FLEET,
+            "controller",
+            "--policy",
+            "moody",
+            "--name",
+            name,
+        )
+        path = os.pathsep.join([str(self._folder), *sys.path])
+        env = {**os.environ, "PYTHONPATH": path, "MOODY": str(self.mood(name))}
+        with (self._folder / f"{name}.log").open("wb") as log:
+            command = [sys.executable, "-c", COX, *words]
+            self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+
+    def said(self, name: str, what: str) -> Callable[[], bool]:
+        """Whether its log has it."""
+        return lambda: what in self.log(name)
+
+
+@pytest.fixture
+def crew(nats_server: NatsServer, tmp_path: Path) -> Iterator[Crew]:
+    """Processes that end with the test."""
+    made = Crew(nats_server, tmp_path)
+    yield made
+    for process in made.processes.values():
+        process.kill()
+        process.wait(10)
+
+
+def configured(worker: Working, tenant: str) -> bool:
+    """Whether the worker took a table with a row for the tenant."""
+    taken = [each.command for each in worker.told if each.accepted and each.verb == "configure"]
+    return any(tenant in command.tenants for command in taken)
+
+
+async def test_a_policy_that_raises_ends_no_controller(
+    nats_server: NatsServer, client: Client, crew: Crew
+) -> None:
+    """A standby takes over; with none that works, whoever leads still brings tables out; and it mends."""
+    async with working(nats_server) as worker:
+        crew.start("one")
+        await until(lambda: worker.leader == "one", SOON_S)
+        crew.start("two")
+        await until(crew.said("two", "connected to NATS"), SOON_S)
+        crew.mood("one").touch()
+        await until(lambda: worker.leader == "two", SOON_S)
+        assert "RuntimeError: in a mood" in crew.log("one")
+
+        crew.mood("two").touch()
+        await until(lambda: worker.leader == "one", SOON_S)
+        await client.tenants.put("acme", TenantPolicy(weight=2.0))
+        await until(lambda: configured(worker, "acme"), SOON_S)
+        assert worker.leader == "one"
+
+        crew.mood("one").unlink()
+        await until(crew.said("one", "the policy works again"), SOON_S)
+        assert all(process.poll() is None for process in crew.processes.values())
+        # Each failure is in the log once, however many steps it lasts.
+        assert crew.log("two").count("the policy raised") == 1
