@@ -84,6 +84,25 @@ async def tell(served: Served, tab: Tab) -> None:
     await expect(tab.locator("#tenants tbody tr")).to_have_count(4)
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+async def test_a_figure_and_its_curve_do_not_cover_each_other(opened: Open, width: int) -> None:
+    """However long the number is, it is whole, and beside its curve."""
+    async with Served().up() as served:
+        tab = await opened(served, width)
+        await tell(served, tab)
+        slow = row("acme", class_="chat", queued=3, oldest_queued_s=36_754.0)
+        served.hear(frame("w1", "01A", 2, slow, queued=3, requests=REQUESTS, step_s=0.02))
+        await expect(tab.locator("#figure-wait")).to_contain_text("h")
+        for box in await tab.locator(".figure").all():
+            number, curve, whole = [await box.locator(each).bounding_box() for each in ("b", "svg", ":scope")]
+            assert number
+            assert curve
+            assert whole
+            assert number["x"] + number["width"] <= curve["x"]
+            assert curve["x"] + curve["width"] <= whole["x"] + whole["width"]
+            assert curve["width"] > 10
+
+
 async def column(tab: Tab, table: str, title: str) -> list[str]:
     """A column's cells from top to bottom."""
     heads = await tab.locator(f"#{table} th").all_inner_texts()
