@@ -22,6 +22,8 @@ from tests.faults.steering import PATIENCE_S
 END_S: Final = 60.0
 """For the requests under way, then for vLLM to end its engine, on a machine that has other things to do."""
 LEADER_END_S: Final = 10.0
+ARRIVED_S: Final = 0.5
+"""What was sent so long ago is in the engine."""
 
 
 @fault(kills=("w1",), drains=True)
@@ -107,8 +109,10 @@ async def _held(hands: Hands, worker: Worker) -> list[Asked]:
 
 
 def _under_way(hands: Hands, worker: Worker) -> list[Asked]:
-    """Whose clients have the head of an answer, and not its end."""
-    return [one for one in hands.load.live if one.worker == worker.name and one.stream.request]
+    """Whose clients have the head of an answer, and not its end; vLLM's server sends it before its engine knows."""
+    before = time.monotonic() - ARRIVED_S
+    live = [one for one in hands.load.live if one.worker == worker.name and one.stream.request]
+    return [one for one in live if one.began < before]
 
 
 async def started(worker: Worker) -> None:
