@@ -1,26 +1,29 @@
 """The HTTP edge under attack: raw requests of any shape at a real uvicorn, and tricks at a real worker on NATS.
 
-Not schemathesis: it makes requests from an OpenAPI schema, so well-formed ones for vLLM to refuse. What the edge
-decides is in headers, paths and framing, which raw bytes reach and a schema does not.
+What the edge decides is in headers, paths and framing, which raw bytes reach. What vLLM's own schema allows, every
+path, method and body of it, comes from schemathesis, at the same worker.
 """
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import schemathesis
 import uvicorn
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ulid import ULID
 
@@ -37,6 +40,8 @@ from tests.support.secured import Secured, secured
 
 SECRET = "5e" * 32
 CHAT = "/v1/completions"
+SCHEMA_S = 12.0
+"""For all of vLLM's operations together."""
 GRANT = Grant(tenant="acme", class_="chat", classes=("batch",), priority_min=-5, priority_max=5)
 
 
@@ -210,10 +215,18 @@ class Whole(NamedTuple):
     secrets: dict[str, str]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
+    """One for all tests that need one."""
+    with whole(tmp_path_factory.mktemp("whole")) as made:
+        yield made
+
+
 @contextmanager
 def whole(folder: Path) -> Iterator[Whole]:
     """Run one until the block ends."""
     key = keys.add(folder / "keys.json", GRANT, now=0.0)
+    admin = keys.add(folder / "keys.json", Grant(tenant="root", admin=True), now=0.0)
     model = make_model(folder / "model")
     (model / "model.safetensors").unlink()
     with socket.socket() as probe:
@@ -236,7 +249,7 @@ def whole(folder: Path) -> Iterator[Whole]:
             )
         secrets = {
             "seed": Path(nats.seed("worker-w1")).read_text().strip(), "api key": key, "identity key": SECRET,
-            "password": "hunter2-in-url", "hash": keys.digest(key),
+            "password": "hunter2-in-url", "hash": keys.digest(key), "key of an admin": admin,
         }  # fmt: skip
         try:
             made = Whole(nats, f"http://127.0.0.1:{port}", key, log, secrets)
@@ -267,10 +280,10 @@ def _wait(made: Whole, worker: subprocess.Popen[bytes]) -> None:
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_tricks_at_a_real_worker_end_as_the_keys_own_request(tmp_path: Path) -> None:
+def test_tricks_at_a_real_worker_end_as_the_keys_own_request(made: Whole) -> None:
     """Headers and bodies that name others: the log of events knows the key's tenant only, and no log has a secret."""
     body = {"model": "tiny", "prompt": "the river", "max_tokens": 4}
-    with whole(tmp_path) as made, httpx.Client(base_url=made.http, timeout=60) as web:
+    with httpx.Client(base_url=made.http, timeout=60) as web:
         own = {"authorization": f"Bearer {made.key}"}
         mine = web.post(CHAT, json=body, headers=own)
         assert mine.status_code == 200, mine.text
@@ -317,3 +330,69 @@ async def _seen_from_nats(made: Whole) -> tuple[list[Any], list[Any]]:
                 if sum(type(each).__name__ == "Finished" for each in events) == 5:
                     break
         return events, judge(await examine(viewer, timeout_s=2))
+
+
+@pytest.mark.nats
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_whatever_vllms_schema_allows_is_asked_in_the_keys_own_name(made: Whole) -> None:
+    """Every operation that vLLM documents, with bodies that it allows and some that it does not, for a bounded time.
+
+    Without a key nothing but probes answers; with one nothing administrative does, the id is ours, and whatever becomes
+    work is the key's tenant's. No error is ours.
+    """
+    admin = {"authorization": f"Bearer {made.secrets['key of an admin']}"}
+    document = httpx.get(f"{made.http}/openapi.json", headers=admin, timeout=90).json()
+    found = schemathesis.openapi.from_dict(document).get_all_operations()
+    operations = {f"{each.method.upper()} {each.path}": each for each in (one.ok() for one in found)}
+    first = [f"POST {CHAT}", "GET /load", "POST /tokenize"]
+    until = time.monotonic() + SCHEMA_S
+    seen: dict[str, set[int]] = {}
+    for place in (*first, *(operations.keys() - set(first))):
+        if time.monotonic() < until:
+            answers = seen[place] = set()
+            _attack(operations[place], lambda case, answers=answers: answers.add(_ask(made, case)))
+    assert len(seen) >= 5
+    assert seen[f"POST {CHAT}"]
+    assert seen["GET /load"] == {403}, "administration, which the key does not open"
+    assert httpx.get(f"{made.http}/health", timeout=30).status_code == 200
+    blocks = made.log.read_text().split("Traceback (most recent call last)")[1:]
+    lasts = [re.findall(r'File "([^"]+)"', block)[-1:] for block in blocks]
+    assert not [last for last in lasts if "coxswain" in "".join(last)]
+    events = asyncio.run(_tenants(made))
+    assert events <= {"acme", "root"}
+
+
+def _attack(operation: Any, ask: Callable[[Any], None]) -> None:
+    """Ask for a few cases of an operation."""
+
+    @settings(
+        max_examples=3, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )  # fmt: skip
+    @given(case=operation.as_strategy())
+    def attack(case: Any) -> None:
+        ask(case)
+
+    attack()
+
+
+def _ask(made: Whole, case: Any) -> int:
+    """Ask without a key and with one; the status with one."""
+    nobody = case.call(base_url=made.http, timeout=60)
+    path = urlsplit(nobody.request.url).path
+    if path in OPEN_PATHS:
+        return int(nobody.status_code)
+    assert nobody.status_code == 401, path
+    answer = case.call(base_url=made.http, headers={"Authorization": f"Bearer {made.key}"}, timeout=60)
+    assert answer.status_code != 401, path
+    name = "cox." if answer.status_code == 403 else "cox.acme."
+    assert answer.headers["x-request-id"][0].startswith(name), (path, answer.headers)
+    return int(answer.status_code)
+
+
+async def _tenants(made: Whole) -> set[str]:
+    """Whose work the log of events knows."""
+    async with await Client.connect(made.nats.at("viewer")) as viewer:
+        return {event.tenant async for event in viewer.events(start="all", follow=False) if event.request}

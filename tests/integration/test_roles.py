@@ -21,6 +21,7 @@ from tests.support.secured import Secured, secured
 
 pytestmark = pytest.mark.nats
 
+ROOT = Path(__file__).resolve().parents[2]
 ROLES = ("admin", "controller", "operator", "viewer", "edge", "worker-w1")
 STREAMS = ("COX_main_EVENTS", "KV_cox_main_lease", "KV_cox_main_tenants", "KV_cox_main_classes")
 READ = r"\$JS\.(API\.(STREAM\.(INFO|MSG\.GET)|CONSUMER\.(CREATE|INFO|DELETE))|FC)\.{}(\..+)?"
@@ -204,3 +205,15 @@ async def test_answers_cannot_be_sent_where_one_may_not_publish(server: Secured,
     assert before == {stream: (await js.stream_info(stream)).state.last_seq for stream in STREAMS[1:]}
     await client.close()
     await admin.close()
+
+
+def test_the_document_says_how_many_subjects_were_tried() -> None:
+    """docs/security.md counts what the tests above try and what each role may of it."""
+    count = len(every_subject())
+    text = (ROOT / "docs" / "security.md").read_text()
+    assert f"{count:,} subjects" in text
+    for label in ROLES:
+        may, hears = len(matching(MAY_PUBLISH[label])), len(matching(MAY_HEAR[label]))
+        role = label.split("-")[0]
+        row = f"| {role} | {may} | {count - may:,} | {hears} | {count - hears:,} |"
+        assert row in text, row
