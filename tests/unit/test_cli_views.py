@@ -198,6 +198,16 @@ def test_finished_requests_tell_their_bill() -> None:
     assert facts.plain.endswith("stop: 100+20 in, 214 out, queued 1.2s, first token after 1.3s, ran 4.4s")
 
 
+def test_commands_say_who_asked_for_what_and_why() -> None:
+    """The reason of an abort is its issuer's text: it stands on the line, and cannot steer the terminal."""
+    event = ev.CommandSeen(
+        id="x", worker="w1", incarnation="i", seq=1, at=NOW, step=3, command="c", verb="abort", role="operator",
+        issuer="ann", outcome="applied", counts={"applied": 2}, reason="ran away\x1b[0m",
+    )  # fmt: skip
+    facts, _ = view_events.line(event)
+    assert facts.plain.endswith(r"abort by operator ann: applied 2, because: ran away\x1b[0m")
+
+
 def test_tables_show_what_is_in_force() -> None:
     """Classes in the order in which they run; ranges only where they bound something."""
     classes = view_tables.classes(
