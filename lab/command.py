@@ -29,7 +29,7 @@ from coxswain.lab.metrics import Metrics, measure
 from coxswain.lab.published import VTC, peer
 from coxswain.lab.setup import Setup
 from coxswain.lab.suites import SUITES, Suite
-from coxswain.lab.trace import Arrival, TraceError, read, tenants
+from coxswain.lab.trace import Arrival, TraceError, read, slos, tenants
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 
 SPREAD: Final = 0.02
@@ -212,15 +212,21 @@ def _case(asked: Asked, suite: Suite | None) -> Case:
 
 
 def _tables(arrivals: Sequence[Arrival], own: Tables, weights: Mapping[str, float]) -> Tables:
-    """The suite's tables, with the weights that were asked for and a row for every class of the trace."""
+    """The suite's tables, with the weights that were asked for and a row for every class of the trace.
+
+    Raises:
+        TraceError: the trace gives a class two SLOs.
+    """
     rows = dict(own.tenants)
     for tenant, weight in weights.items():
         rows[tenant] = msgspec.structs.replace(rows.get(tenant, TenantPolicy()), weight=weight)
     classes = dict(own.classes)
-    for arrival in arrivals:
-        if arrival.class_ and arrival.class_ not in classes:
-            classes[arrival.class_] = ClassPolicy(slo_s=arrival.slo_s)
-    if asked := tuple(sorted({arrival.class_ for arrival in arrivals if arrival.class_})):
+    asked = tuple(sorted({arrival.class_ for arrival in arrivals if arrival.class_}))
+    for name in asked:
+        classes.setdefault(name, ClassPolicy())
+    for name, slo_s in slos(arrivals).items():
+        classes[name] = msgspec.structs.replace(classes.get(name, ClassPolicy()), slo_s=slo_s)
+    if asked:
         everybody = {"default": TenantPolicy(), **rows}
         rows = {name: msgspec.structs.replace(row, classes=asked) for name, row in everybody.items()}
     return Tables(classes, rows)

@@ -2,7 +2,8 @@
 
     arrival_s,tenant,prompt_tokens,output_tokens[,class][,slo_s]
 
-Lengths are what the request has and what it will say: nothing ends early. Pure apart from reading the file.
+Lengths are what the request has and what it will say: nothing ends early. An SLO is its class's, of which there is one:
+lines that name a class share it, lines that name none are of class `default`. Pure apart from reading the file.
 """
 
 import csv
@@ -13,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from coxswain.schemas.names import check_tenant, check_token
+from coxswain.schemas.names import DEFAULT, check_tenant, check_token
 
 NEEDED: Final = ("arrival_s", "tenant", "prompt_tokens", "output_tokens")
 OPTIONAL: Final = ("class", "slo_s")
@@ -68,6 +69,23 @@ def read(path: Path) -> tuple[Arrival, ...]:
 def ordered(arrivals: Iterable[Arrival]) -> tuple[Arrival, ...]:
     """In order of time; equal times stay in the order given."""
     return tuple(sorted(arrivals, key=lambda arrival: arrival.at_s))
+
+
+def slos(arrivals: Iterable[Arrival]) -> dict[str, float]:
+    """The SLO (s) of every class that has one; of a class, any of its lines may say it.
+
+    Raises:
+        TraceError: a class is given two.
+    """
+    found: dict[str, float] = {}
+    for arrival in arrivals:
+        class_, slo_s = arrival.class_ or DEFAULT, arrival.slo_s
+        if slo_s is not None and found.setdefault(class_, slo_s) != slo_s:
+            raise TraceError(
+                f"class {class_} has an slo_s of {found[class_]:g} and of {slo_s:g}: one is allowed. Requests with "
+                "another one belong into another class (column class)"
+            )
+    return found
 
 
 def tenants(arrivals: Sequence[Arrival]) -> list[str]:

@@ -109,10 +109,10 @@ def test_a_comparison_says_how_far_apart_tenants_came_and_what_the_theorem_allow
 def test_classes_of_a_trace_are_rows_of_the_class_table(cox, tmp_path):
     """A trace may name classes and their SLO without anybody setting up tables."""
     (tmp_path / "classes.csv").write_text(
-        "arrival_s,tenant,prompt_tokens,output_tokens,class,slo_s\n0,a,10,3,chat,1.5\n0,a,10,3,,\n"
+        "arrival_s,tenant,prompt_tokens,output_tokens,class,slo_s\n0,a,10,3,chat,\n0,a,10,3,chat,1.5\n0,a,10,3,,9\n"
     )
     classes, tenants = json.loads(cox("run", "--trace", "classes.csv", "--json").stdout)["setup"]["tables"]
-    assert classes["chat"]["slo_s"] == 1.5
+    assert (classes["chat"]["slo_s"], classes["default"]["slo_s"]) == (1.5, 9.0)
     assert tenants["default"]["classes"] == ["chat"]
 
 
@@ -131,6 +131,7 @@ def test_the_suites_are_listed_with_what_was_published(cox):
         (["run", "--suite", "nosuch"], "no suite 'nosuch': one of real"),
         (["run", "--suite", "overload", "--policy", "nosuch"], "no policy 'nosuch'"),
         (["run", "--trace", "none.csv"], "cannot be read"),
+        (["run", "--trace", "slos.csv"], "class chat has an slo_s of 1 and of 30: one is allowed"),
         (["run", "--trace", "tiny.csv", "--device", "toaster"], "no device 'toaster'"),
         (["run", "--trace", "tiny.csv", "--admission", "free"], "no admission 'free': one of reserve, vllm"),
         (["run", "--trace", "tiny.csv", "--loss", "2"], "is no part of a whole"),
@@ -139,8 +140,11 @@ def test_the_suites_are_listed_with_what_was_published(cox):
         (["compare", "--trace", "tiny.csv", "--policies", "vtc,,fcfs"], "names no policy"),
     ],
 )
-def test_a_mistake_is_said_in_a_line_and_nothing_runs(cox, arguments, says):
+def test_a_mistake_is_said_in_a_line_and_nothing_runs(cox, tmp_path, arguments, says):
     """What was wrong, and what is allowed."""
+    (tmp_path / "slos.csv").write_text(
+        "arrival_s,tenant,prompt_tokens,output_tokens,class,slo_s\n0,a,9,9,chat,1\n0,b,9,9,chat,30\n"
+    )
     done = cox(*arguments)
     assert done.exit_code == 2, done.output
     assert says in " ".join(done.output.replace("│", " ").split())

@@ -7,7 +7,7 @@ import pytest
 from coxswain.lab import suites
 from coxswain.lab.published import VTC, peer
 from coxswain.lab.suites import SUITES
-from coxswain.lab.trace import Arrival, TraceError, read, tenants
+from coxswain.lab.trace import Arrival, TraceError, read, slos, tenants
 
 HEAD = "arrival_s,tenant,prompt_tokens,output_tokens"
 
@@ -51,6 +51,20 @@ def test_what_is_wrong_with_a_trace_is_said_with_its_place(trace, text, says):
     """A column, a line, a value: whoever made the file can mend it."""
     with pytest.raises(TraceError, match=says):
         read(trace(text))
+
+
+def test_an_slo_is_its_classs_and_without_a_class_that_of_default(trace):
+    """One line of a class is enough to say it."""
+    path = trace(f"{HEAD},class,slo_s\n0,a,1,1,chat,30\n1,b,1,1,chat,\n2,a,1,1,batch,\n3,a,1,1,,2\n")
+    assert slos(read(path)) == {"chat": 30.0, "default": 2.0}
+
+
+@pytest.mark.parametrize("class_", ["chat", ""])
+def test_two_slos_in_a_class_are_refused(trace, class_):
+    """The second one would be for nothing."""
+    path = trace(f"{HEAD},class,slo_s\n0,a,1,1,{class_},1\n0,b,1,1,{class_},30\n")
+    with pytest.raises(TraceError, match=f"class {class_ or 'default'} has an slo_s of 1 and of 30"):
+        slos(read(path))
 
 
 def test_a_trace_that_is_not_there_is_said(tmp_path):
