@@ -9,7 +9,9 @@ Called by `control.cli.lab` alone, with options already checked for their form.
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Final
 
 import msgspec
@@ -91,6 +93,7 @@ def list_suites(cox: Cox) -> None:
 def run(cox: Cox, asked: Asked) -> Exit:
     """Run one policy on one suite and show what came of it."""
     (case,) = _cases(asked)
+    _check_files(asked)
     ((policy, settings),) = asked.policies
     setup = msgspec.structs.replace(case.setup, policy=policy, settings=settings)
     outcome = _run(cox, case, setup)
@@ -103,20 +106,22 @@ def run(cox: Cox, asked: Asked) -> Exit:
     cox.say(report.gaps({label: gap(outcome.lives, setup)}))
     cox.say("")
     cox.say(report.tenants(outcome.lives, metrics, cox.out.width))
+    cox.emit(_document(case, [(policy, settings, metrics, outcome)])[0])
     if asked.requests is not None:
         _write_requests(asked.requests, outcome.lives)
         cox.say(f"{asked.requests}: every request")
     if asked.plots is not None:
         for path in _draw(outcome.lives, title, asked.plots):
             cox.say(str(path))
-    cox.emit(_document(case, [(policy, settings, metrics, outcome)])[0])
     return Exit.DONE
 
 
 def compare(cox: Cox, asked: Asked) -> Exit:
     """Run every policy on every suite, and show them beside each other and what was published."""
-    documents = []
-    for case in _cases(asked):
+    documents, cases = [], _cases(asked)
+    drawings: list[tuple[Sequence[Life], str, Path]] = []
+    _check_files(asked)
+    for case in cases:
         runs = []
         for policy, settings in asked.policies:
             setup = msgspec.structs.replace(case.setup, policy=policy, settings=settings)
@@ -124,9 +129,8 @@ def compare(cox: Cox, asked: Asked) -> Exit:
             runs.append((policy, settings, measure(outcome.lives), outcome))
             if asked.plots is not None:
                 label = _label(policy, settings)
-                _draw(
-                    outcome.lives, f"{case.name}, {label}", asked.plots / case.name / label.replace(":", "-")
-                )
+                folder = asked.plots / case.name / label.replace(":", "-")
+                drawings.append((outcome.lives, f"{case.name}, {label}", folder))
         labelled = [
             (_label(policy, settings), metrics, outcome) for policy, settings, metrics, outcome in runs
         ]
@@ -143,6 +147,8 @@ def compare(cox: Cox, asked: Asked) -> Exit:
         if asked.seeds > 1:
             documents += _again(cox, case, asked, [metrics for _, metrics, _ in labelled])
     cox.emit(documents)
+    for drawing in drawings:
+        _draw(*drawing)
     return Exit.DONE
 
 
@@ -269,16 +275,28 @@ def _progress(cox: Cox, what: str, total: int) -> Iterator[Any]:
 # Files and documents
 
 
-def _draw(lives: Sequence[Life], title: str, folder: Path) -> list[Path]:
-    from coxswain.lab import plots
-
+def _check_files(asked: Asked) -> None:
+    """Make sure, before anything runs, that what is asked for can be written in the end."""
     try:
-        return plots.draw(lives, title, folder)
+        if asked.requests is not None:
+            asked.requests.open("a").close()
+        if asked.plots is not None:
+            import_module("matplotlib")
+            asked.plots.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=asked.plots).close()
+    except OSError as error:
+        raise CliError(Exit.USAGE, f"{error.filename} cannot be written: {error.strerror}") from error
     except ModuleNotFoundError as error:
         raise CliError(
             Exit.USAGE,
             f"plots need {error.name}, which is not installed: pip install '.[lab]' in a checkout of Coxswain",
         ) from error
+
+
+def _draw(lives: Sequence[Life], title: str, folder: Path) -> list[Path]:
+    from coxswain.lab import plots
+
+    return plots.draw(lives, title, folder)
 
 
 def _write_requests(path: Path, lives: Sequence[Life]) -> None:

@@ -124,6 +124,20 @@ def test_the_suites_are_listed_with_what_was_published(cox):
     assert listed["real"]["n"] == 20
 
 
+def test_a_result_is_told_before_files_are_written(cox, monkeypatch):
+    """A disk that fills up while it runs does not lose it."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("coxswain.lab.plots.draw", full)
+    for arguments in (["run"], ["compare", "--policies", "fcfs"]):
+        done = cox(*arguments, "--trace", "tiny.csv", "--plots", "out", "--json")
+        assert done.exit_code == 1
+        assert "No space left on device" in done.stderr
+        assert '"done": 20' in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -137,6 +151,18 @@ def test_the_suites_are_listed_with_what_was_published(cox):
         (["run", "--trace", "tiny.csv", "--loss", "2"], "is no part of a whole"),
         (["run", "--trace", "tiny.csv", "--outage", "5s"], "is no outage"),
         (["run", "--suite", "overload,weighted"], "one suite"),
+        (
+            ["run", "--suite", "overload", "--requests", "none/each.csv"],
+            "none/each.csv cannot be written: No such",
+        ),
+        (
+            ["run", "--suite", "overload", "--plots", "tiny.csv/out"],
+            "tiny.csv/out cannot be written: Not a dir",
+        ),
+        (
+            ["compare", "--suite", "overload", "--plots", "tiny.csv"],
+            "tiny.csv cannot be written: File exists",
+        ),
         (["compare", "--trace", "tiny.csv", "--policies", "vtc,,fcfs"], "names no policy"),
     ],
 )
@@ -148,3 +174,4 @@ def test_a_mistake_is_said_in_a_line_and_nothing_runs(cox, tmp_path, arguments, 
     done = cox(*arguments)
     assert done.exit_code == 2, done.output
     assert says in " ".join(done.output.replace("│", " ").split())
+    assert not done.stdout
