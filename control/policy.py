@@ -116,7 +116,7 @@ def load(name: str, settings: Iterable[str] = ()) -> Policy:
     """Make the policy `name` with `key=value` settings; a value is JSON, or text if it is not.
 
     Raises:
-        PolicyError: no such policy (lists those that exist), it cannot be imported, or a setting is wrong.
+        PolicyError: no such policy (lists those that exist), it cannot be imported, is none, or a setting is wrong.
     """
     found = available()
     if name not in found:
@@ -126,10 +126,14 @@ def load(name: str, settings: Iterable[str] = ()) -> Policy:
 
 
 def _type_of(entry: EntryPoint) -> PolicyType:
+    where = f"policy {entry.name!r} ({entry.value})"
     try:
         policy: PolicyType = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise PolicyError(f"policy {entry.name!r} ({entry.value}) cannot be imported: {error}") from error
+        params = policy.Params
+    except Exception as error:  # whatever somebody else's module does while it is imported
+        raise PolicyError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    if not (isinstance(params, type) and issubclass(params, msgspec.Struct)):
+        raise PolicyError(f"{where} is no policy: its Params are no msgspec.Struct")
     return policy
 
 
@@ -140,7 +144,7 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     """What it may be."""
     default: str
-    """The way `--set` takes it."""
+    """The way `--set` takes it; empty where there is none."""
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,16 +161,16 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def describe(entry: EntryPoint) -> Description:
-    """What an installed policy is and takes; never raises for one that cannot be imported."""
+    """What an installed policy is and takes; never raises for one that cannot be used."""
     try:
         policy = _type_of(entry)
-    except PolicyError as error:
+        schemas = msgspec.json.schema(policy.Params).get("$defs", {})
+    except (PolicyError, TypeError) as error:  # TypeError: a parameter of a type that has no schema
         return Description(name=entry.name, source=entry.value, error=str(error))
     what = (policy.__doc__ or "").strip().partition("\n")[0]
-    schemas = msgspec.json.schema(policy.Params).get("$defs", {})
     fields = schemas.get(policy.Params.__name__, {}).get("properties", {})
     parameters = tuple(
-        Parameter(name=name, kind=_kind(field), default=_text(field["default"]))
+        Parameter(name=name, kind=_kind(field), default=_text(field.get("default", "")))
         for name, field in fields.items()
     )
     return Description(name=entry.name, source=entry.value, what=what, parameters=parameters)

@@ -282,8 +282,10 @@ async def _await(result: Awaitable[Any]) -> Any:
 
 
 def explain(error: Exception) -> tuple[Exit, str]:
-    """The exit code and the words for an error."""
+    """The exit code and the words for an error; of a task group's, for the first in it."""
     match error:
+        case ExceptionGroup():
+            return explain(error.exceptions[0])
         case CliError():
             return error.code, error.message
         case DeniedError():

@@ -151,6 +151,7 @@ def test_nats_out_of_reach_exits_3(arguments: tuple[str, ...]) -> None:
         (NameRefusedError("x"), Exit.USAGE),
         (ControlError("x"), Exit.UNEXPECTED),
         (ZeroDivisionError("x"), Exit.UNEXPECTED),
+        (ExceptionGroup("tasks", [ExceptionGroup("more", [RowError("x")]), ValueError("y")]), Exit.USAGE),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -1,12 +1,14 @@
 """Finding a policy by name and giving it parameters."""
 
+import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
 from coxswain.control.errors import PolicyError
 from coxswain.control.policies.vtc import Vtc
-from coxswain.control.policy import GROUP, available, describe, load, weight_of
+from coxswain.control.policy import GROUP, Parameter, available, describe, load, weight_of
 from coxswain.schemas.policy import Prices, TenantPolicy
 
 
@@ -47,10 +49,44 @@ def test_every_shipped_policy_says_what_it_is_and_takes(name: str) -> None:
         assert parameter.kind
 
 
-def test_a_policy_that_cannot_be_imported_is_listed_with_the_reason() -> None:
-    """One broken package does not hide the others."""
-    found = describe(EntryPoint(name="odd", value="no_such_module:Odd", group=GROUP))
-    assert "no_such_module" in found.error
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (None, "No module named 'somebodys'"),
+        ("class Odd(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("", "no attribute 'Odd'"),
+        ("class Odd: pass", "no attribute 'Params'"),
+        ("class Odd:\n    Params = dict", "its Params are no msgspec.Struct"),
+        (
+            "import msgspec\nclass Odd:\n    class Params(msgspec.Struct):\n        x: memoryview | object",
+            "not supported",
+        ),
+    ],
+)
+def test_a_policy_that_cannot_be_used_is_listed_with_the_reason(
+    module: str | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One broken package does not hide the others, however it is broken."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "somebodys", raising=False)
+    if module is not None:
+        (tmp_path / "somebodys.py").write_text(module)
+    found = describe(EntryPoint(name="odd", value="somebodys:Odd", group=GROUP))
+    assert says in found.error
+
+
+def test_a_parameter_without_a_default_is_listed_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must be given, and the list does not break on it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "somebodys.py").write_text(
+        "import msgspec\nclass Odd:\n    class Params(msgspec.Struct):\n        x: int"
+    )
+    monkeypatch.delitem(sys.modules, "somebodys", raising=False)
+    found = describe(EntryPoint(name="odd", value="somebodys:Odd", group=GROUP))
+    assert found.parameters == (Parameter(name="x", kind="integer", default=""),)
 
 
 def test_weight_falls_back_to_the_default_row() -> None:
