@@ -116,7 +116,7 @@ def tables(rows: Sequence[Row]) -> str:
     """Markdown: a line per suite and a column per side, for each figure; then `real` over devices."""
     plain = [row for row in rows if row["pace"] == 1.0]
     parts = [
-        ("service difference, maximum / average, weighted tokens/s", _differences),
+        ("service difference, maximum / average (published), weighted tokens/s", _differences),
         ("tokens/s; of how many done, if not all", _throughput),
         ("backlogged tenants apart, most, as a part of 2U", _apart),
     ]
@@ -136,7 +136,11 @@ def _matrix(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
 
 
 def _differences(row: Row) -> str:
-    return f"{row['metrics']['max_diff']:.1f} / {row['metrics']['avg_diff']:.1f}"
+    ours, theirs = (
+        each and f"{each['max_diff']:.1f} / {each['avg_diff']:.1f}"
+        for each in (row["metrics"], row["published"])
+    )
+    return f"{ours} ({theirs})" if theirs else f"{ours}"
 
 
 def _throughput(row: Row) -> str:
