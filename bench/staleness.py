@@ -1,6 +1,6 @@
 """What a slow or lossy control path costs: two tenants of weights 4 and 1 over several workers, in virtual time.
 
-    python -m bench.staleness [--json PATH] [--workers 4] [--requests 375] [--best]
+    python -m bench.staleness [--json PATH] [--workers 4] [--requests 375] [--best] [--draws 10]
 
 Both are backlogged on every worker, most requests of each on another one. Reported for the time until the first of them
 has nothing left to begin on some worker: how far service ÷ weight drifts apart, at most, and the ratio of service
@@ -26,7 +26,7 @@ from coxswain.schemas.policy import TenantPolicy
 WEIGHTS: Final = {"a": 4.0, "b": 1.0}
 STATUS_S: Final = 0.05
 WARM_UP_S: Final = 5.0
-PATHS: Final = ((0.05, 0.01, 0.0), (0.2, 0.1, 0.05), (1.0, 0.25, 0.1), (1.0, 1.0, 0.3))
+PATHS: Final = ((0.05, 0.01, 0.0), (0.2, 0.1, 0.05), (1.0, 0.25, 0.1), (1.0, 1.0, 0.0), (1.0, 1.0, 0.3))
 """Cadence and latency in seconds, loss as a part."""
 
 
@@ -42,8 +42,10 @@ def served(lives: Sequence[Life], tenant: str, at_s: float) -> float:
     return total
 
 
-def measure(workers: int, requests: int, cadence_s: float, latency_s: float, loss: float) -> dict[str, Any]:
-    """One path."""
+def measure(
+    workers: int, requests: int, cadence_s: float, latency_s: float, loss: float, seed: int = 3
+) -> dict[str, Any]:
+    """One path, and one draw of which messages are lost."""
     arrivals = [
         Arrival(at_s=0.003 * number, tenant=tenant, prompt_tokens=128, output_tokens=128)
         for number in range(requests * workers)
@@ -52,7 +54,7 @@ def measure(workers: int, requests: int, cadence_s: float, latency_s: float, los
     tables = Tables(tenants={name: TenantPolicy(weight=weight) for name, weight in WEIGHTS.items()})
     setup = Setup(
         policy="vtc", device=DEVICES["a10g-7b"], tables=tables, workers=workers, route="skewed",
-        cadence_s=cadence_s, latency_s=latency_s, loss=loss, status_interval_s=STATUS_S, seed=3,
+        cadence_s=cadence_s, latency_s=latency_s, loss=loss, status_interval_s=STATUS_S, seed=seed,
     )  # fmt: skip
     outcome = run(arrivals, setup)
     lives = outcome.lives
@@ -69,7 +71,7 @@ def measure(workers: int, requests: int, cadence_s: float, latency_s: float, los
     warm = {name: both[name] - served(lives, name, WARM_UP_S) for name in WEIGHTS}
     behind_s = STATUS_S + latency_s + cadence_s + latency_s
     return {
-        "workers": workers, "cadence_s": cadence_s, "latency_s": latency_s, "loss": loss,
+        "workers": workers, "cadence_s": cadence_s, "latency_s": latency_s, "loss": loss, "seed": seed,
         "ratio": round(both["a"] / both["b"], 3),
         "ratio_warm": round(warm["a"] / warm["b"], 3),
         "most_apart": round(max(gaps)), "rate_times_d": round(sum(both.values()) / end_s * behind_s),
@@ -84,11 +86,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=375, help="of each tenant, per worker")
     parser.add_argument("--best", action="store_true", help="the best of the paths only")
+    parser.add_argument("--draws", type=int, default=1, help="of what is lost, for paths that lose anything")
     options = parser.parse_args()
     results = []
     for path in PATHS[:1] if options.best else PATHS:
-        results.append(measure(options.workers, options.requests, *path))
-        print(json.dumps(results[-1]), flush=True)
+        for seed in range(1, 1 + (options.draws if path[-1] else 1)):
+            results.append(measure(options.workers, options.requests, *path, seed=seed))
+            print(json.dumps(results[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
