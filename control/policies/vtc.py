@@ -10,9 +10,9 @@ The paper's algorithm 2, for one engine and counters c:
     per step:  c[i] += wq × output tokens of client i, for every i
 
 Weighted: each charge is divided by the client's weight. Workers do the charging and a lift of their own; here
-are the counters of the fleet, V: the sum of what all workers and all their incarnations charged, lifted only
-when a tenant returns from idleness on *every* worker. Each worker is told `base = V − charged − lift`, as it
-last reported the two, so that its own order is that of V.
+are the counters of the fleet, V: the sum of what all workers and all their incarnations charged since they
+were heard of, lifted only when a tenant returns from idleness on *every* worker. Each worker is told
+`base = V − charged − lift`, as it last reported the two, so that its own order is that of V.
 
 `predict` is algorithm 3: output that is expected is charged at admission, what goes beyond it as it comes, and
 what does not come is given back at the end. Workers do that too, told what to expect of each tenant: so it is in
@@ -30,7 +30,7 @@ came. With one worker that makes V its own virtual time exactly, and the base ne
 only watches.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
@@ -64,8 +64,6 @@ class Change(NamedTuple):
     """The workers that lifted it: there its queue was empty at some time since the last look."""
     charged: float = 0.0
     """What it was charged in all of this."""
-    adopt: float | None = None
-    """A virtual time that an earlier leader gave it."""
 
     def join(self, other: "Change") -> "Change":
         """Both, on two workers."""
@@ -74,7 +72,6 @@ class Change(NamedTuple):
             _least(self.lifted_to, other.lifted_to),
             self.lifted_on | other.lifted_on,
             self.charged + other.charged,
-            max((at for at in (self.adopt, other.adopt) if at is not None), default=None),
         )
 
 
@@ -106,7 +103,9 @@ class Vtc:
         whole = self.lengths is not None or params.preempt_gap is not None or self._crowd is not None
         self.sees: Sees = "requests" if whole else "tenants"
         self.virtual: dict[str, float] = {}
-        """V: each tenant's counter. Without prediction it never falls."""
+        """V: each tenant's counter. Without prediction it never falls, but for `_adopt`'s change of its origin."""
+        self._led = False
+        """Whether V is in an earlier leader's time."""
         self.active: dict[str, frozenset[str]] = {}
         """Tenants with anything queued, and on which live workers."""
         self._victims = None if params.preempt_gap is None else Victims(params.preempt_gap)
@@ -144,9 +143,6 @@ class Vtc:
 
         virtual = self.virtual
         for tenant, change in changes.items():
-            if change.adopt is not None:
-                virtual[tenant] = max(virtual.get(tenant, change.adopt), change.adopt)
-        for tenant, change in changes.items():
             if change != Change():
                 virtual.setdefault(tenant, 0.0)
         for tenant, charge in charges.items():
@@ -162,7 +158,7 @@ class Vtc:
     def _read(self, fleet: Fleet) -> tuple[dict[str, float], dict[str, Change]]:
         """What was charged per tenant since the last look, and what else happened to some."""
         charges, changes = dict(fleet.served), dict[str, Change]()
-        active = self.active
+        active, strangers = self.active, list[WorkerView]()
         for worker in self._incarnations.keys() - fleet.workers.keys():
             del self._incarnations[worker]
             self._turn.pop(worker, None)
@@ -170,19 +166,44 @@ class Vtc:
             view = fleet.workers.get(worker)
             if view is None or not view.complete:
                 continue
-            if first := self._incarnations.get(worker) != view.incarnation:
-                self._incarnations[worker] = view.incarnation
+            known = worker in self._incarnations
+            self._incarnations[worker] = view.incarnation
+            if not known:
+                strangers.append(view)
+                continue
             for tenant, old in tenants.items():
                 row = view.tenants.get(tenant)
                 if row is None or (old is not None and row.lift == old.lift and tenant in active):
                     continue
-                if first and row.base:
-                    charges[tenant] -= row.charged
-                    change = Change(adopt=row.virtual_time)
-                else:
-                    change = _change(worker, row, old)
+                change = _change(worker, row, old)
                 changes[tenant] = changes[tenant].join(change) if tenant in changes else change
+        for view in strangers:
+            self._adopt(view)
+            for row in view.tenants.values():
+                charges[row.tenant] -= row.charged
         return charges, changes
+
+    def _adopt(self, view: WorkerView) -> None:
+        """Take over the order on a worker that is heard of for the first time: what it charged is past, no news.
+
+        Workers that an earlier leader ranked have one time, which becomes ours. One that nobody ranked has a time of
+        its own, and says only how far its tenants are apart: the least of those that wait there is put to our floor.
+        """
+        rows, virtual = view.tenants.values(), self.virtual
+        if not rows:
+            return
+        theirs = _floor({row.tenant: row.virtual_time for row in rows}, view.waiting)
+        behind = _floor(virtual, self.active) - theirs if virtual else 0.0
+        if any(row.base for row in rows):
+            if not self._led:
+                virtual = self.virtual = {tenant: at - behind for tenant, at in virtual.items()}
+            behind, self._led = 0.0, True
+        for row in rows:
+            at = row.virtual_time + behind
+            virtual[row.tenant] = max(virtual.get(row.tenant, at), at)
+        if view.counted:
+            for tenant in view.waiting:
+                self.active[tenant] = self.active.get(tenant, frozenset()) | {view.worker}
 
     # Lift
 
@@ -334,6 +355,11 @@ def _return_to(lifted_to: float | None, floor_before: float | None, floor_now: f
     if lifted_to is None or floor_before is None:
         return floor_before if lifted_to is None else lifted_to
     return max(lifted_to, floor_before)
+
+
+def _floor(virtual: Mapping[str, float], waiting: Iterable[str]) -> float:
+    """The least of those that wait; with none, the most of all: nobody who returns is lifted beyond."""
+    return min((virtual[tenant] for tenant in waiting), default=max(virtual.values()))
 
 
 def _least(one: float | None, other: float | None) -> float | None:

@@ -1,5 +1,6 @@
 """The lab's runs: real schedulers and the real control core in virtual time."""
 
+import numpy as np
 import pytest
 
 from coxswain.control import policy as policies
@@ -12,8 +13,9 @@ from coxswain.lab.devices import DEVICES
 from coxswain.lab.engine import Build, Engine
 from coxswain.lab.experiment import run
 from coxswain.lab.link import Link
+from coxswain.lab.metrics import service_rates
 from coxswain.lab.setup import Outage, Setup
-from coxswain.lab.trace import Arrival, TraceError
+from coxswain.lab.trace import Arrival, TraceError, ordered
 from coxswain.schemas.policy import TenantPolicy
 from coxswain.service.simulated.roofline import Work
 
@@ -320,6 +322,19 @@ def test_a_dead_controller_says_nothing_and_its_successor_has_a_later_epoch(worl
     silent_at = until(lambda core: core._leader_silent)
     assert 0.5 + 5.0 <= silent_at <= 1.0 + 5.0
     assert 9.0 <= until(lambda core: core.epoch == (START, 2)) <= 9.2
+
+
+def test_the_first_controller_on_a_running_fleet_starves_nobody():
+    """Whom workers served by themselves before, and lifted: both tenants get as much once one controller leads them."""
+    arrivals = [
+        Arrival(at_s=begin_s + 0.02 * number, tenant=tenant, prompt_tokens=200, output_tokens=100)
+        for tenant, begin_s in (("early", 0.0), ("late", 10.0))
+        for number in range(300)
+    ]
+    outcome = run(ordered(arrivals), Setup(workers=2, route="round", outages=(Outage(0.0, 15.0),)))
+    begin = np.array([17.0])
+    early, late = service_rates(outcome.lives, begin, begin + 10.0)
+    assert 0.7 <= early[0] / late[0] <= 1.4
 
 
 def test_losses_and_outages_cost_no_request():

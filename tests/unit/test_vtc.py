@@ -202,16 +202,6 @@ def test_a_restarted_worker_adds_and_never_subtracts() -> None:
     assert policy.virtual["a"] == 520.0
 
 
-def test_a_new_leader_takes_over_the_order_that_workers_have() -> None:
-    """A controller that starts later adopts the virtual times of ranked workers, lifts included."""
-    policy, fleet = vtc(), Fleet()
-    ranked = row("a", base=-40.0, charged=30.0, lift=90.0, queued=1)
-    _observe(policy, fleet, 0.0, frame("w1", "01A", 5, ranked, row("b", base=7.0, charged=60.0, queued=1)))
-    assert policy.virtual == {"a": 80.0, "b": 67.0}
-    bases = {name: rank.base for name, rank in policy.decide(0.0).ranks["w1"].items()}
-    assert bases == {"a": -40.0, "b": 7.0}
-
-
 def test_idle_counters_below_the_floor_are_forgotten() -> None:
     """Tenants that nobody hears of any more do not fill memory; who is above the floor stays."""
     policy, fleet = vtc(), Fleet()
