@@ -55,8 +55,8 @@ class Andes:
         every_s: NotNegative = 0.25
         """How often the batch is chosen."""
         quantum_s: NotNegative = 4.0
-        """Nobody is interrupted sooner. A slot that changes hands loses some steps: at 0.5 s a burst took 6 % longer, and
-        quality was less (docs/results)."""
+        """Nobody is interrupted sooner. A slot that changes hands loses some steps: at 0.5 s a burst took 6 % longer,
+        and quality was less (docs/results)."""
         cut_in: CutIn = "kv"
 
     def __init__(self, params: Params) -> None:
