@@ -230,6 +230,10 @@ class Ledger:
         self.settle(record)
         self._recomputing.pop(record, None)
         if not record.has_kv:
+            over = max(0, record.lost_mark - (record.prompt_tokens + len(record.outputs) - 1))
+            self._discard(record, over)
+            record.lost_mark -= over
+            record.resumed_at = record.lost_mark
             return
         self._discard(record, in_flight)
         record.lost_mark = min(record.lost_mark, record.payload.num_computed_tokens - in_flight)

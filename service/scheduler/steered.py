@@ -104,6 +104,8 @@ class SteeredScheduler(AsyncScheduler):
         self._full_at = 0.0
         self._said_idle = False
         self._step_began = 0.0
+        self._again: list[Any] = []
+        """Sessions whose turn ended when they had lost their KV: to be queued again."""
         self._step_times: deque[float] = deque(maxlen=64)
         if engine is not None:
             self.port.attach_engine(lambda: compat.wake(engine))
@@ -187,6 +189,8 @@ class SteeredScheduler(AsyncScheduler):
             for request, drafts in compat.rejected_drafts(self.requests, *args, **kwargs):
                 core.ledger.reject_drafts(request.steering, drafts)
         outputs = super().update_from_output(*args, **kwargs)
+        while self._again:  # vLLM takes them for finished, and has just taken them out
+            self._enqueue_waiting_request(self._again.pop())
         if core.roster.awaiting_first:
             now = self.now()
             for record in [record for record in core.roster.awaiting_first if record.outputs]:
@@ -284,14 +288,29 @@ class SteeredScheduler(AsyncScheduler):
         super()._enqueue_waiting_request(request)
 
     def _handle_stopped_request(self, request: Any) -> bool:
-        if request.resumable:
-            self.core.turn_ended(request.steering, request.num_output_placeholders)
-        return bool(super()._handle_stopped_request(request))
+        record = request.steering
+        if not request.resumable:
+            return bool(super()._handle_stopped_request(request))
+        self.core.turn_ended(record, request.num_output_placeholders)
+        if (
+            lost := not record.has_kv
+        ):  # with this very step under way: it is queued, and vLLM queues it once more
+            self.core.queue.remove(record)
+        finished = bool(super()._handle_stopped_request(request))
+        if lost and not finished:
+            self._again.append(request)
+        return finished
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
+        if (
+            lost := not session.steering.has_kv
+        ):  # vLLM keeps of a session's words what has KV: all but the last
+            session.num_computed_tokens = session.num_tokens - 1
         self.core.next_turn_begins(session.steering)
         super()._update_request_as_session(session, update)
         self.core.next_turn(session.steering, session.num_prompt_tokens)
+        if lost:
+            session.num_computed_tokens = 0
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)

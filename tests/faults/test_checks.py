@@ -111,6 +111,12 @@ def test_random_steps_run(mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     assert taken.commands > 15
 
 
+@pytest.mark.vllm
+def test_a_session_that_loses_its_kv_with_its_last_token_under_way_goes_on() -> None:
+    """vLLM would forget its words and never run it again, and queueing it twice ended our engine: seed 70 found it."""
+    assert one(70, SPECIAL[-1], requests=120).problem == ""
+
+
 def broken(_: random_run.Run) -> None:
     """Find fault."""
     raise AssertionError("a block is lost")
