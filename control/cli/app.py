@@ -268,7 +268,7 @@ def _guarded(function: Function, options: Options, values: dict[str, Any]) -> in
         return Exit.INTERRUPTED
     except BrokenPipeError:
         _silence_stdout()
-        return Exit.DONE
+        return Exit.UNREAD  # not DONE: what a command found out, it says before it returns its code
     except Exception as error:  # noqa: BLE001 — the boundary: whatever it is, the user sees a line, not a traceback
         code, message = explain(error)
         if os.environ.get("COX_DEBUG") == "1":

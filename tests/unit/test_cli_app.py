@@ -238,6 +238,27 @@ def test_interrupts_are_quiet() -> None:
     assert (result.exit_code, result.output) == (Exit.INTERRUPTED, "")
 
 
+@pytest.mark.parametrize("json", [[], ["--json"]])
+def test_a_command_that_nobody_reads_does_not_say_that_all_is_well(json: list[str]) -> None:
+    """`cox doctor | head` must not pass in a script when it could not say what it found."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    line = [
+        sys.executable,
+        "-c",
+        "from coxswain.control.cli import main; main()",
+        "doctor",
+        "--nats",
+        NOWHERE,
+        *json,
+    ]
+    try:
+        done = subprocess.run(line, check=False, stdout=writes, stderr=subprocess.PIPE, timeout=60)
+    finally:
+        os.close(writes)
+    assert (done.returncode, done.stderr) == (Exit.UNREAD, b"")
+
+
 def test_exit_codes_of_commands_are_passed_on() -> None:
     """A command's own code becomes the process's."""
     result = CliRunner().invoke(_small(_partial), ["try"])
