@@ -21,7 +21,7 @@ from coxswain import __version__
 from coxswain.control.client import Client
 from coxswain.control.doctor import Facts, Seen, Stored
 from coxswain.control.errors import ControlError, DeniedError
-from coxswain.control.lease import KEY
+from coxswain.control.lease import holder
 from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.permissions import streams
 from coxswain.schemas.subjects import CONTROLLER, OPERATOR
@@ -155,9 +155,8 @@ async def _worker(client: Client, name: str, timeout_s: float) -> Seen | None:
 
 async def _holder(client: Client) -> dict[str, Any] | None:
     try:
-        bucket = await client.js.key_value(client.subjects.lease_bucket)
-        found = msgspec.json.decode((await bucket.get(KEY)).value or b"{}")
-    except (nats.errors.Error, DeniedError, *UNREADABLE):
+        found = msgspec.json.decode(await holder(client.js, client.subjects) or b"null")
+    except (ControlError, *UNREADABLE):
         return None
     return found if isinstance(found, dict) else None
 

@@ -19,7 +19,7 @@ from nats.js.kv import KeyValue
 
 from coxswain.control.errors import DeniedError
 from coxswain.control.logs import Seldom, log
-from coxswain.control.tables import LEASE_TTL_S
+from coxswain.control.tables import LEASE_TTL_S, explained
 from coxswain.schemas.policy import Epoch, LeaseHolder
 from coxswain.schemas.subjects import Subjects
 
@@ -33,6 +33,19 @@ _MISSING = (
     nats.js.errors.NoStreamResponseError,
     nats.js.errors.ServiceUnavailableError,
 )
+
+
+async def holder(js: JetStreamContext, subjects: Subjects) -> bytes | None:
+    """What the lease says of whoever leads (a `LeaseHolder`); None if nobody does.
+
+    Raises:
+        NotSetUpError, UnreachableError: as `Table.get_all`. DeniedError: this user may not look.
+    """
+    with explained(subjects.lease_bucket):
+        try:
+            return (await (await js.key_value(subjects.lease_bucket)).get(KEY)).value
+        except nats.js.errors.KeyNotFoundError:
+            return None
 
 
 class Lease:

@@ -7,7 +7,7 @@ the entry point group `coxswain.policies`.
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, get_args
 
 import msgspec
 
@@ -19,6 +19,8 @@ from coxswain.schemas.policy import ClassPolicy, Count, Prices, TenantPolicy, Te
 GROUP: Final = "coxswain.policies"
 """Entry point group: name → a class that satisfies `PolicyType`."""
 
+NONE: Final = "none"
+"""How people write null, where a parameter may be that."""
 Sees = Literal["tenants", "requests", "queue"]
 """Rows of tenants and classes only; requests too, as frames list them (running, held, the first that wait); or also
 those that wait behind, for which workers are asked twice a second."""
@@ -113,7 +115,7 @@ def available() -> dict[str, EntryPoint]:
 
 
 def load(name: str, settings: Iterable[str] = ()) -> Policy:
-    """Make the policy `name` with `key=value` settings; a value is JSON, or text if it is not.
+    """Make the policy `name` with `key=value` settings; a value is JSON, or `none` where it may be null, or text.
 
     Raises:
         PolicyError: no such policy (lists those that exist), it cannot be imported, is none, or a setting is wrong.
@@ -177,6 +179,8 @@ def describe(entry: EntryPoint) -> Description:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return NONE
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
@@ -189,7 +193,8 @@ def _kind(field: Mapping[str, Any]) -> str:
     bounds = (("minimum", "at least"), ("exclusiveMinimum", "over"), ("maximum", "at most"))
     # Bounds that only keep a number finite say nothing to anybody.
     words = [f"{word} {field[bound]:g}" for bound, word in bounds if abs(field.get(bound, 1e9)) < 1e6]
-    return ", ".join([str(field.get("type", "anything")), *words])
+    kind = str(field.get("type", "anything"))
+    return ", ".join([NONE if kind == "null" else kind, *words])
 
 
 def params_of(policy: PolicyType, settings: Iterable[str]) -> msgspec.Struct:
@@ -205,6 +210,9 @@ def params_of(policy: PolicyType, settings: Iterable[str]) -> msgspec.Struct:
             raise PolicyError(f"setting {setting!r} is not a pair: write key=value")
         values[key.strip()] = _value(text)
     known = policy.Params.__struct_encode_fields__
+    for field in msgspec.structs.fields(policy.Params):
+        if values.get(field.encode_name) == NONE and type(None) in get_args(field.type):
+            values[field.encode_name] = None
     if unknown := sorted(values.keys() - set(known)):
         raise PolicyError(
             f"policy {policy.name!r} has no parameter {', '.join(unknown)}: "

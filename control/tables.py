@@ -83,13 +83,13 @@ class Table(Generic[Row]):
             check(msgspec.json.decode(payload, type=self._row))
         except (ValueError, msgspec.MsgspecError) as error:
             raise RowError(f"row {name!r} was not stored: {error}") from error
-        with _explained(self.bucket):
+        with explained(self.bucket):
             revision: int = await (await self._bucket()).put(key, payload)
             return revision
 
     async def delete(self, name: str) -> bool:
         """Remove a row; False if there was none."""
-        with _explained(self.bucket):
+        with explained(self.bucket):
             bucket = await self._bucket()
             try:
                 entry = await bucket.get(self._key_of(name))
@@ -110,7 +110,7 @@ class Table(Generic[Row]):
             NotSetUpError, UnreachableError: as `get_all`.
         """
         rows = rows or Rows(self._row, self._name_of)
-        with _explained(self.bucket):
+        with explained(self.bucket):
             watcher = await (await self._bucket()).watchall(include_history=True)
         whole = False
         rows.begin()
@@ -141,7 +141,7 @@ async def init(js: JetStreamContext, subjects: Subjects, limits: Limits | None =
         UnreachableError: NATS does not answer.
     """
     wanted = limits or Limits()
-    with _explained(subjects.stream):
+    with explained(subjects.stream):
         made = [await _event_log(js, subjects, wanted, change=limits is not None)]
         for bucket, ttl_s, history in (
             (subjects.lease_bucket, LEASE_TTL_S, 1),
@@ -192,7 +192,7 @@ async def _make_bucket(
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Turn NATS's errors into ours: what is missing and what to do."""
     try:
         yield

@@ -117,13 +117,13 @@ def tenant_weight(text: str) -> tuple[str, float]:
 
 
 def priority(text: str) -> int:
-    """A priority: a whole number of 32 bits; lower runs first."""
+    """A priority, or the position of a class: a whole number of 32 bits; lower runs first."""
     try:
         value = int(text)
     except ValueError:
         raise ValueError(f"{text!r} is not a whole number") from None
     if not INT32_MIN <= value <= INT32_MAX:
-        raise ValueError(f"priority {value} is not between {INT32_MIN} and {INT32_MAX}")
+        raise ValueError(f"{value} is not between {INT32_MIN} and {INT32_MAX}")
     return value
 
 

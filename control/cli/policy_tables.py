@@ -4,6 +4,7 @@ Changing a row is read, change, write; fields that were not named stay. Called b
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
@@ -14,6 +15,7 @@ from coxswain.control.cli import parse, view_tables
 from coxswain.control.cli.app import Cox, option, or_none
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.words import printable
+from coxswain.control.errors import ControlError
 from coxswain.schemas.policy import (
     ClassPolicy,
     CutIn,
@@ -22,6 +24,7 @@ from coxswain.schemas.policy import (
 )
 
 if TYPE_CHECKING:
+    from coxswain.control.client import Client
     from coxswain.control.tables import Table
 
 Row = TypeVar("Row", TenantPolicy, ClassPolicy)
@@ -99,13 +102,13 @@ async def tenants_set(
         max_queued=max_queued,
     )
     async with cox.client() as client:
-        return await _set(cox, client.tenants, name, TenantPolicy(), given, view_tables.tenants)
+        return await _set(cox, client, client.tenants, name, TenantPolicy(), given, view_tables.tenants)
 
 
 async def tenants_rm(cox: Cox, name: TenantArgument) -> Exit:
     """Remove a tenant's row: the row of tenant `default`, or the defaults, apply then."""
     async with cox.client() as client:
-        return await _remove(cox, client.tenants, "tenant", name)
+        return await _remove(cox, client, client.tenants, "tenant", name)
 
 
 async def classes_list(cox: Cox) -> Exit:
@@ -191,13 +194,13 @@ async def classes_set(
         linger_s=linger,
     )
     async with cox.client() as client:
-        return await _set(cox, client.classes, name, ClassPolicy(), given, view_tables.classes)
+        return await _set(cox, client, client.classes, name, ClassPolicy(), given, view_tables.classes)
 
 
 async def classes_rm(cox: Cox, name: ClassArgument) -> Exit:
     """Remove a class's row; requests of that class run with the defaults then."""
     async with cox.client() as client:
-        return await _remove(cox, client.classes, "class", name)
+        return await _remove(cox, client, client.classes, "class", name)
 
 
 async def _list(cox: Cox, table: "Table[Row]", view: Callable[[Mapping[str, Row], int], Text]) -> Exit:
@@ -223,6 +226,7 @@ def _given(name: str, **options: Any) -> dict[str, Any]:
 
 async def _set(
     cox: Cox,
+    client: "Client",
     table: "Table[Row]",
     name: str,
     default: Row,
@@ -232,18 +236,30 @@ async def _set(
     rows = await table.get_all()
     row = msgspec.structs.replace(rows.good.get(name, default), **given)
     revision = await table.put(name, row)
+    applied = await _applied(client)
     cox.emit({"name": name, "row": row, "revision": revision})
     cox.say(view({name: row}, cox.out.width))
-    cox.say(f"stored as revision {revision}; the leading controller applies it")
+    cox.say(f"stored as revision {revision}; {applied}")
     return Exit.DONE
 
 
-async def _remove(cox: Cox, table: "Table[Row]", noun: str, name: str) -> Exit:
+async def _remove(cox: Cox, client: "Client", table: "Table[Row]", noun: str, name: str) -> Exit:
     if not await table.delete(name):
         raise CliError(
             Exit.NOT_FOUND,
             f"no row for {noun} {name} (`cox {noun}{'e' if noun == 'class' else ''}s` lists them)",
         )
+    applied = await _applied(client)
     cox.emit({"name": name, "removed": True})
-    cox.say("removed; the leading controller applies it")
+    cox.say(f"removed; {applied}")
     return Exit.DONE
+
+
+async def _applied(client: "Client") -> str:
+    """When the change will be in force; of a lease that cannot be read nothing is said."""
+    from coxswain.control.lease import holder
+
+    with suppress(ControlError):
+        if await holder(client.js, client.subjects) is None:
+            return "no controller leads: it applies when one does (`cox controller`)"
+    return "the leading controller applies it"

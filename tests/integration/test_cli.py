@@ -1,5 +1,6 @@
 """The command line against a real nats-server and workers that answer on the real subjects."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
+import nats
 import pytest
 from msgspec import UNSET
 from typer.testing import CliRunner, Result
@@ -266,6 +268,24 @@ def test_tenant_rows_change_field_by_field(url: str) -> None:
     assert "priority_min" in wrong.stderr
     assert _json("tenants", "rm", "Großkunde, AG")["removed"] is True
     assert _cox("tenants", "rm", "Großkunde, AG").exit_code == Exit.NOT_FOUND
+
+
+def test_a_row_says_whether_anybody_is_there_to_apply_it(url: str, nats_server: NatsServer) -> None:
+    """A table is only stored until a controller leads."""
+    _cox("init")
+    nobody, somebody = "no controller leads: it applies when one does", "the leading controller applies it"
+    assert nobody in _cox("tenants", "set", "acme", "--weight", "2").stdout
+
+    async def lead() -> None:
+        nc = await nats.connect(nats_server.url)
+        kv = await nc.jetstream().key_value("cox_main_lease")
+        await kv.put("leader", b"{}")
+        await nc.close()
+
+    asyncio.run(lead())
+    assert somebody in _cox("tenants", "set", "acme", "--weight", "3").stdout
+    asyncio.run(lead())  # it ends after 2 s
+    assert somebody in _cox("tenants", "rm", "acme").stdout
 
 
 def test_class_rows_change_field_by_field(url: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from coxswain.control.errors import PolicyError
 from coxswain.control.policies.vtc import Vtc
-from coxswain.control.policy import GROUP, Parameter, available, describe, load, weight_of
+from coxswain.control.policy import GROUP, Parameter, available, describe, load, params_of, weight_of
 from coxswain.schemas.policy import Prices, TenantPolicy
 
 
@@ -35,6 +35,16 @@ def test_a_wrong_policy_or_setting_says_what_exists(name: str, settings: list[st
     """The error names what was wrong and what would be right."""
     with pytest.raises(PolicyError, match=says):
         load(name, settings)
+
+
+def test_none_is_null_where_a_parameter_may_be_that() -> None:
+    """As everywhere on the command line; where it is a word of the parameter's own, it stays that word."""
+    params = params_of(Vtc, ["preempt_gap=none", "fill=null", "predict=none"])
+    assert params == Vtc.Params(preempt_gap=None, fill=None, predict="none")
+    kinds = {each.name: (each.kind, each.default) for each in describe(available()["vtc"]).parameters}
+    assert kinds["preempt_gap"] == ("number, at least 0 or none", "none")
+    with pytest.raises(PolicyError, match="wq"):
+        params_of(Vtc, ["wq=none"])
 
 
 @pytest.mark.parametrize("name", available())
