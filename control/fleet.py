@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from coxswain.control.presence import Presence
 from coxswain.schemas.parts import Assembler
 from coxswain.schemas.status import ClassStatus, Frame, RequestStatus, TenantStatus
 
@@ -56,31 +57,6 @@ class Totals(msgspec.Struct, kw_only=True):
         self.output_tokens += row.output_tokens_total
         self.recomputed_tokens += row.recomputed_tokens_total
         self.finished += row.finished_total
-
-
-class Presence:
-    """Where each tenant is, over all live workers: kept as it changes, never searched for."""
-
-    def __init__(self) -> None:
-        self.waiting: dict[str, set[str]] = {}
-        """Tenant → workers where it has anything queued."""
-        self.busy: dict[str, set[str]] = {}
-        """Tenant → workers where it has anything queued, running or held."""
-        self.moved: dict[str, None] = {}
-        """Tenants of which `waiting` changed since `Fleet.settle`."""
-        self.classes: set[str] = set()
-        """Every class that any tenant or request was ever seen in."""
-
-    def note(self, where: dict[str, set[str]], tenant: str, worker: str, *, here: bool) -> None:
-        """The tenant is on the worker now, or not any more; `where` is one of the two above."""
-        if where is self.waiting:
-            self.moved[tenant] = None
-        if here:
-            where.setdefault(tenant, set()).add(worker)
-        elif workers := where.get(tenant):
-            workers.discard(worker)
-            if not workers:
-                del where[tenant]
 
 
 class WorkerView:

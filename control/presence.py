@@ -1,0 +1,26 @@
+"""Where each tenant waits and is busy, over all workers of a fleet. Pure; kept by `fleet`, read by policies."""
+
+
+class Presence:
+    """Where each tenant is, over all live workers: kept as it changes, never searched for."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, set[str]] = {}
+        """Tenant → workers where it has anything queued."""
+        self.busy: dict[str, set[str]] = {}
+        """Tenant → workers where it has anything queued, running or held."""
+        self.moved: dict[str, None] = {}
+        """Tenants of which `waiting` changed since `Fleet.settle`."""
+        self.classes: set[str] = set()
+        """Every class that any tenant or request was ever seen in."""
+
+    def note(self, where: dict[str, set[str]], tenant: str, worker: str, *, here: bool) -> None:
+        """The tenant is on the worker now, or not any more; `where` is one of the two above."""
+        if where is self.waiting:
+            self.moved[tenant] = None
+        if here:
+            where.setdefault(tenant, set()).add(worker)
+        elif workers := where.get(tenant):
+            workers.discard(worker)
+            if not workers:
+                del where[tenant]
