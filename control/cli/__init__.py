@@ -26,6 +26,8 @@ from coxswain.control.cli.exits import EPILOGUE
 __all__ = ["app", "main"]
 
 LOOK, STEER, POLICY, RUN, SET_UP = "Look", "Steer", "Policy", "Run", "Set up"
+WITHOUT_NATS = ("json",)
+"""The global options of a command that talks to nobody."""
 
 app = typer.Typer(
     name="cox",
@@ -54,16 +56,24 @@ command(app, "rank", panel=STEER, example="cox rank --worker w1 acme=2 globex=1"
 command(app, "limit", panel=STEER, example="cox limit --tenant acme --max-running 8")(steer.limit)
 command(app, "drain", panel=STEER, example="cox drain --worker w1")(steer.drain)
 
-command(app, "controller", panel=RUN, example="cox controller --policy vtc --set wq=2")(launch.controller)
+command(
+    app,
+    "controller",
+    panel=RUN,
+    shared=("nats", "fleet", "json"),
+    example="cox controller --policy vtc --set wq=2",
+)(launch.controller)
 command(app, "worker", panel=RUN, example="cox worker Qwen/Qwen3-0.6B --port 8000", passes_on=True)(
     launch.worker
 )
 command(app, "demo", panel=RUN, example="cox demo", passes_on=True)(launch.demo)
 
 command(app, "init", panel=SET_UP, example="cox init --max-age 7d")(setup.init)
-command(app, "schema", panel=SET_UP, example="cox schema --check docs/schema.json")(setup.schema)
+command(app, "schema", panel=SET_UP, shared=WITHOUT_NATS, example="cox schema --check docs/schema.json")(
+    setup.schema
+)
 command(app, "doctor", panel=SET_UP, example="cox doctor")(doctor.doctor)
-command(app, "version", panel=SET_UP, example="cox version --json")(setup.version)
+command(app, "version", panel=SET_UP, shared=WITHOUT_NATS, example="cox version --json")(setup.version)
 
 tenants = typer.Typer(rich_markup_mode="rich")
 tenants_set = "cox tenants set acme --weight 2 --class chat --priority-min 0"
@@ -85,7 +95,7 @@ command(classes, "set", panel=POLICY, example=classes_set)(policy_tables.classes
 command(classes, "rm", panel=POLICY, example="cox classes rm batch")(policy_tables.classes_rm)
 app.add_typer(classes, name="classes", rich_help_panel=POLICY)
 
-command(app, "policies", panel=POLICY, example="cox policies --json")(policies.policies)
+command(app, "policies", panel=POLICY, shared=WITHOUT_NATS, example="cox policies --json")(policies.policies)
 
 laboratory = typer.Typer(
     rich_markup_mode="rich",
@@ -93,13 +103,21 @@ laboratory = typer.Typer(
     epilog=epilogue("cox lab compare --suite overload --policies fcfs,vtc"),
     no_args_is_help=True,
 )
-command(laboratory, "run", panel=RUN, example="cox lab run --suite overload --policy vtc --plots out")(
-    lab.run
-)
-command(laboratory, "compare", panel=RUN, example="cox lab compare --suite real --policies fcfs,vtc")(
-    lab.compare
-)
-command(laboratory, "suites", panel=LOOK, example="cox lab suites --json")(lab.suites)
+command(
+    laboratory,
+    "run",
+    panel=RUN,
+    shared=WITHOUT_NATS,
+    example="cox lab run --suite overload --policy vtc --plots out",
+)(lab.run)
+command(
+    laboratory,
+    "compare",
+    panel=RUN,
+    shared=WITHOUT_NATS,
+    example="cox lab compare --suite real --policies fcfs,vtc",
+)(lab.compare)
+command(laboratory, "suites", panel=LOOK, shared=WITHOUT_NATS, example="cox lab suites --json")(lab.suites)
 app.add_typer(laboratory, name="lab", rich_help_panel=RUN)
 
 

@@ -10,7 +10,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -45,6 +45,8 @@ TIMEOUT_S: Final = 2.0
 PIPE_WIDTH: Final = 200
 """Cells per line where output goes to a file or pipe: nothing is cut for want of a terminal."""
 GLOBAL_PANEL: Final = "Global options"
+SHARED: Final = ("nats", "fleet", "timeout", "json")
+"""The global options; a command that has no use for one does without it."""
 
 Function = Callable[..., Any]
 
@@ -201,6 +203,7 @@ def command(
     *,
     panel: str,
     example: str,
+    shared: Sequence[str] = SHARED,
     passes_on: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a function as a command with the global options, an example and the error boundary.
@@ -210,13 +213,14 @@ def command(
         name: the word that the user types.
         panel: the heading of `cox --help` that it stands under.
         example: one line, shown under the help.
+        shared: which of the global options it has a use for.
         passes_on: arguments belong to somebody else and are not looked at; then the global options may only
             stand before the command's name.
     """
     settings = {"ignore_unknown_options": True, "allow_interspersed_args": False} if passes_on else {}
 
     def register(function: Function) -> Function:
-        called = boundary(function, shared=not passes_on)
+        called = boundary(function, shared=() if passes_on else shared)
         app.command(name, epilog=epilogue(example), rich_help_panel=panel, context_settings=settings)(called)
         return function
 
@@ -228,11 +232,11 @@ def epilogue(example: str) -> str:
     return f"Example: [bold]{escape(example)}[/bold]"
 
 
-def boundary(function: Function, *, shared: bool = True) -> Function:
-    """`function` as typer calls it: errors become exits, the global options (if `shared`) join its own."""
+def boundary(function: Function, *, shared: Sequence[str] = SHARED) -> Function:
+    """`function` as typer calls it: errors become exits, the global options of `shared` join its own."""
 
     def called(context: typer.Context, **values: Any) -> None:
-        given = {field: values.pop(field) for field in Options.__dataclass_fields__ if shared}
+        given = {name: values.pop(name) for name in shared}
         options = Options(**given).over(context.obj or Options())
         context.obj = options
         if context.invoked_subcommand is not None:  # a group's default command: the sub-command runs instead
@@ -243,8 +247,13 @@ def boundary(function: Function, *, shared: bool = True) -> Function:
     own = [
         each for name, each in inspect.signature(function, eval_str=True).parameters.items() if name != "cox"
     ]
-    called.__name__, called.__doc__ = function.__name__, function.__doc__
-    return _signed(called, own, _shared(root=False) if shared else [])
+    called.__name__, called.__doc__ = function.__name__, _unwrapped(function.__doc__ or "")
+    return _signed(called, own, [each for each in _shared(root=False) if each.name in shared])
+
+
+def _unwrapped(text: str) -> str:
+    """A docstring's paragraphs without its line ends: a terminal has its own width."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n"))
 
 
 def _signed(function: Function, *groups: list[inspect.Parameter]) -> Function:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,38 @@ def test_every_command_has_help_and_an_example(path: tuple[str, ...]) -> None:
         target = target.commands[name]
     assert target.help
     assert all(parameter.help for parameter in target.params if parameter.name not in ("help", "context"))
+
+
+def test_help_fits_the_terminal() -> None:
+    """A paragraph is broken where the terminal's width says so, not where its source was."""
+    text = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["ps", "--help"]).stdout
+    lines = [line.strip() for line in text.splitlines()]
+    first = next(number for number, line in enumerate(lines) if line.startswith("SLOTS is"))
+    paragraph = lines[first : lines.index("", first)]
+    assert len(paragraph) > 2
+    for line, after in pairwise(paragraph):
+        assert len(line) + 1 + len(after.split()[0]) > 76
+
+
+@pytest.mark.parametrize(
+    ("path", "without"),
+    [
+        *(
+            (path, ("--nats", "--fleet", "--timeout"))
+            for path in (("policies",), ("lab", "run"), ("lab", "compare"))
+        ),
+        (("controller",), ("--timeout",)),
+    ],
+    ids=str,
+)
+def test_no_command_offers_a_global_option_that_it_has_no_use_for(
+    path: tuple[str, ...], without: tuple[str, ...]
+) -> None:
+    """Before the command it is still taken: there it is for whatever follows."""
+    text = _words(_cox(*path, "--help").stdout)
+    assert "--json" in text
+    assert not [name for name in without if f"{name} " in text]
+    assert _cox("--timeout", "5s", "--nats", NOWHERE, *path, "--help").exit_code == Exit.DONE
 
 
 @pytest.mark.parametrize(
