@@ -31,7 +31,7 @@ MEANING: Final[dict[Exit, str]] = {
     Exit.REFUSED: "refused; code and reason are shown",
     Exit.PARTIAL: "partly applied; what was not is shown",
     Exit.INTERRUPTED: "interrupted",
-    Exit.UNREAD: "whoever read the output has gone (`| head`): what was to be said is not known",
+    Exit.UNREAD: "whoever read the output has gone, as `head` does: what was to be said is not known",
 }
 
 EPILOGUE: Final = "\n".join(["Exit codes:", *(f"{code.value:>4}  {text}" for code, text in MEANING.items())])
