@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any, Final, Generic
 
 import nats.errors
@@ -84,6 +84,8 @@ class Controller:
         self._reader = Reader(self.core.fleet, requests=policy.sees != "tenants")
         self._answers: list[Answer] = []
         self._listings: list[Listing] = []
+        self._listed: set[str] = set()
+        """Workers whose queue is being read."""
         self._classes = Slot[ClassPolicy]()
         self._tenants = Slot[TenantPolicy]()
         self._sending: set[asyncio.Task[None]] = set()
@@ -237,10 +239,14 @@ class Controller:
         task.add_done_callback(self._sending.discard)
 
     async def _list(self, client: Client, worker: str) -> None:
-        """Read a worker's queue, page by page; without an answer the core asks again."""
+        """Read a worker's queue, page by page, one reading at a time; without an answer the core asks again."""
+        if worker in self._listed:
+            return
         rows: list[RequestStatus] = []
         query = QueueQuery(limit=QUEUE_PAGE)
-        with suppress(ControlError, RefusedError):
+        self._listed.add(worker)
+        with suppress(ControlError, RefusedError), ExitStack() as stack:
+            stack.callback(self._listed.discard, worker)
             for _ in range(MAX_QUEUE_PAGES):
                 (page,) = await client.query(worker, "queue", query, timeout_s=QUERY_TIMEOUT_S)
                 rows += page.requests
