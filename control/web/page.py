@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
 from coxswain.control.errors import ControlError
+from coxswain.control.logs import Seldom, log
 from coxswain.control.web.board import MAX_SENT, Board, Message, Of, SentRow, Standing
 
 EVERY_S: Final = 1.0
@@ -64,6 +65,7 @@ class Page:
         self._wanted = asyncio.Event()
         self._closed = False
         self._thread: ThreadPoolExecutor | None = None
+        self._seldom = Seldom()
 
     # What the controller calls
 
@@ -151,7 +153,12 @@ class Page:
             if not self.watchers:
                 await self._wanted.wait()
             self._board = Board(self._fleet)
-            await self._draw_while_watched(self._board)
+            try:
+                await self._draw_while_watched(self._board)
+            except Exception as error:  # noqa: BLE001  (a page that stands still for ever, and nobody is told)
+                if self._seldom.may("picture", str(error)):
+                    log.error("no picture could be made for the page", exc_info=error)
+                await asyncio.sleep(EVERY_S)
             self._board = self._latest = None
             self._messages, self._bytes = [], 0
 

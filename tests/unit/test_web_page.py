@@ -164,6 +164,24 @@ async def test_drawing_does_not_hold_up_the_loop(page: Page, monkeypatch: pytest
         await task
 
 
+async def test_a_picture_that_cannot_be_made_is_logged_and_the_next_one_comes(
+    page: Page, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fault in drawing, by whatever frame, does not leave every page standing still for ever."""
+    draw, faults = Board.draw, iter([True])
+
+    def faulty(board: Board, *arguments: Any) -> bytes:
+        if next(faults, False):
+            raise ZeroDivisionError("of a test")
+        return draw(board, *arguments)
+
+    monkeypatch.setattr(Board, "draw", faulty)
+    async with page.drawing(), aclosing(page.follow()) as pictures:
+        first = await asyncio.wait_for(anext(pictures), 10)
+    assert msgspec.json.decode(first)["controller"]["name"] == "ctl-1"
+    assert "no picture could be made" in "".join(capsys.readouterr())
+
+
 async def test_commands_are_counted_by_worker_and_verb(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     """The latest outcome of each, and how many there were; the one told longest ago gives way."""
     monkeypatch.setattr(pages, "MAX_SENT", 2)
