@@ -3,7 +3,6 @@
 import asyncio
 import os
 import sys
-import time
 
 import duckdb
 import msgspec
@@ -22,16 +21,27 @@ async def main(path: str, *, follow: bool) -> None:
     with duckdb.connect(path) as db:
         db.execute(TABLE)
         [(last,)] = db.execute("SELECT max(unix_s) FROM events").fetchall()
-        rows, stored_at = [], time.monotonic()
-        async with await Client.connect(Connection.from_env(os.environ)) as client:
+        rows: list[list[object]] = []
+        async with (
+            await Client.connect(Connection.from_env(os.environ)) as client,
+            asyncio.TaskGroup() as group,
+        ):
+            storing = group.create_task(store_each_second(db, rows))
             async for event in client.events(
                 start="all" if last is None else last - OVERLAP_S, follow=follow
             ):
                 plain = msgspec.to_builtins(event)
                 rows.append([*map(plain.get, FIELDS), msgspec.json.encode(plain).decode()])
-                if len(rows) >= 1_000 or time.monotonic() - stored_at > 1.0:
+                if len(rows) >= 1_000:
                     store(db, rows)
-                    rows, stored_at = [], time.monotonic()
+            storing.cancel()
+        store(db, rows)
+
+
+async def store_each_second(db: duckdb.DuckDBPyConnection, rows: list[list[object]]) -> None:
+    """Whether or not more come: the last event of a fleet that falls quiet is kept, too."""
+    while True:
+        await asyncio.sleep(1.0)
         store(db, rows)
 
 
@@ -41,6 +51,7 @@ def store(db: duckdb.DuckDBPyConnection, rows: list[list[object]]) -> None:
         db.begin()
         db.executemany("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
         db.commit()
+        rows.clear()
 
 
 asyncio.run(main(sys.argv[1], follow="once" not in sys.argv))

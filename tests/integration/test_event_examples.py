@@ -68,6 +68,32 @@ async def test_events_are_kept_in_duckdb_once_however_often_the_program_runs(
     assert waits == (pytest.approx(sum(e.queued_s for e in made.log if isinstance(e, ev.Finished))),)
 
 
+def written(path: Path, text: bytes) -> bool:
+    """Whether a database has it in its file, or in the log beside it."""
+    return any(text in file.read_bytes() for file in path.parent.glob(f"{path.name}*"))
+
+
+async def test_the_last_events_of_a_fleet_that_falls_quiet_are_kept(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """A program that follows, and is killed a moment after nothing more came, has lost nothing."""
+    path, made = tmp_path / "events.duckdb", served("acme")
+    async with await Client.connect(Connection(urls=(nats_server.url,), fleet="main")) as client:
+        await init(client.js, client.subjects)
+        await store(client, *made.log)
+        program = await run(nats_server, "events_to_duckdb.py", str(path))
+        try:
+            deadline, last = time.monotonic() + 20, made.log[-1].id.encode()
+            while not written(path, last):
+                assert time.monotonic() < deadline, "not written"
+                await asyncio.sleep(0.2)
+        finally:
+            program.kill()
+            await program.communicate()
+    with duckdb.connect(str(path)) as db:
+        assert db.execute("SELECT count(*) FROM events").fetchone() == (len(made.log),)
+
+
 async def test_a_tail_says_what_is_new_of_one_tenant(nats_server: NatsServer) -> None:
     """Only ends, and only its own."""
     async with await Client.connect(Connection(urls=(nats_server.url,), fleet="main")) as client:
