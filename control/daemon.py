@@ -28,6 +28,7 @@ from coxswain.control.policy import Policy
 from coxswain.control.reader import ImpostorError, Reader
 from coxswain.control.rows import Row, Rows
 from coxswain.control.tables import LEASE_TTL_S, Table
+from coxswain.control.told import ANSWER_S
 from coxswain.control.transport import public_urls
 from coxswain.control.web.board import Standing
 from coxswain.control.web.page import Page, Web
@@ -45,6 +46,8 @@ QUEUE_PAGE: Final = 1_000
 MAX_QUEUE_PAGES: Final = 10
 """Of one queue: what waits behind 10,000 is not looked at."""
 QUERY_TIMEOUT_S: Final = 0.5
+COMMAND_TIMEOUT_S: Final = 0.75 * ANSWER_S
+"""Shorter than the core's patience: an answer that came after that would be taken for the next command's."""
 NOBODY: Final = "none"
 """In numbers, the code of commands that nobody answered."""
 JETSTREAM_TIMEOUT_S: Final = 1.0
@@ -258,7 +261,9 @@ class Controller:
     async def _send(self, client: Client, send: Send) -> None:
         ok, code, why = False, None, ""
         try:
-            (reply,) = await client.command(send.worker, send.verb, send.command, role=CONTROLLER)
+            (reply,) = await client.command(
+                send.worker, send.verb, send.command, role=CONTROLLER, timeout_s=COMMAND_TIMEOUT_S
+            )
             ok, code, why = reply.outcome != "rejected", reply.code, reply.error or ""
         except (ControlError, RefusedError) as error:
             why = str(error)

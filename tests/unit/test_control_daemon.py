@@ -3,18 +3,30 @@
 import asyncio
 from typing import Any
 
+from coxswain.control.core import Answer, Send
 from coxswain.control.daemon import Controller
+from coxswain.control.errors import NoAnswerError
 from coxswain.control.policies.edf import Edf
+from coxswain.control.told import ANSWER_S
+from coxswain.schemas.commands import Limit, Reply, Targets
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.status import QueuePage
 
 
 class SlowClient:
-    """Answers about queues when it is let."""
+    """Answers about queues when it is let, and not to commands."""
+
+    patience_s = 0.0
 
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.let = asyncio.Event()
+
+    async def command(self, worker: str, *_: Any, timeout_s: float = 2.0, **__: Any) -> list[Reply]:
+        """Nobody is there."""
+        self.asked.append(worker)
+        self.patience_s = timeout_s
+        raise NoAnswerError("nobody answered")
 
     async def query(self, worker: str, *_: Any, **__: Any) -> list[QueuePage]:
         """An empty queue."""
@@ -34,3 +46,11 @@ async def test_a_worker_is_not_asked_for_its_queue_while_it_is_being_read() -> N
     assert [listing.worker for listing in controller._listings] == ["w1", "w2"]
     await controller._list(client, "w1")
     assert client.asked == ["w1", "w2", "w1"]
+
+
+async def test_the_core_hears_that_nobody_answered_before_it_gives_a_command_up() -> None:
+    """An answer that comes later would be counted as that of the next command."""
+    controller, client = Controller(Connection(urls=(), fleet="main"), Edf(Edf.Params())), SlowClient()
+    await controller._send(client, Send("w1", "limit", Limit(id="a1", targets=Targets(all=True))))
+    assert controller._answers == [Answer("w1", "limit", ok=False)]
+    assert client.patience_s <= ANSWER_S - 0.5
