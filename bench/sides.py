@@ -111,15 +111,25 @@ class Side:
         lengths = random.Random(0)
         if name == "on":
             self._switch_on()
-        # First those that run, so that all sides run the same ones: what was made together is read faster.
-        for _ in range(running):
-            self.scheduler.add_request(self.request(lengths.randint(1, LIFE) if churn else LONG))
+        # First those that run, so that all sides run the same ones.
+        self._fill([lengths.randint(1, LIFE) if churn else LONG for _ in range(running)])
         while self.scheduler.waiting:
             self.step()
-        for _ in range(waiting):
-            self.scheduler.add_request(self.request(LIFE if churn else LONG))
+        self._fill([LIFE if churn else LONG] * waiting)
         if not stock:
             self._spread()
+
+    def _fill(self, lengths: list[int]) -> None:
+        """Add requests that lie in memory in no order, as they do after a day.
+
+        What was made one after the other is read faster one after the other: else the order in which a side runs
+        them decided which is faster, by 4 % at 1,024 running, and arrival's order, which is stock's, were the best.
+        """
+        requests = [(next(self._numbers), tokens) for tokens in lengths]
+        random.Random(2).shuffle(requests)
+        made = sorted((number, self._make(number, tokens)) for number, tokens in requests)
+        for _, request in made:
+            self.scheduler.add_request(request)
 
     def _switch_on(self) -> None:
         self.scheduler.core.emit = self.scheduler.journal.write
@@ -137,11 +147,13 @@ class Side:
 
     def request(self, tokens: int = LIFE, tenant: str = "") -> Any:
         """A request of `tenant`, or the next one, for `scheduler.add_request`."""
+        return self._make(next(self._numbers), tokens, tenant)
+
+    def _make(self, number: int, tokens: int, tenant: str = "") -> Any:
         from ulid import ULID
 
         from coxswain.service.request_id import make
 
-        number = next(self._numbers)
         public = make(bytes.fromhex(KEY), tenant or f"tenant-{number % self._tenants}", "", str(ULID()))
         return self.rig.request(
             f"cmpl-{public}-0-{number:08x}", prompt=16, tokens=tokens, seed=number, arrival_time=float(number)
