@@ -11,6 +11,7 @@ comes of it, and what else people may give for it, is `schemas/request_id.py`.
 import hmac
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote
 
@@ -72,7 +73,15 @@ def read_key(env: Mapping[str, str]) -> bytes | None:
 
 def _sign(key: bytes, text: str) -> str:
     # 64 bits: a forger has one try per HTTP request, and every try is a request that he pays for.
-    return hmac.digest(key, text.encode(), "sha256")[:8].hex()
+    signature = _keyed(key).copy()
+    signature.update(text.encode())
+    return signature.hexdigest()[:16]
+
+
+@lru_cache(maxsize=8)
+def _keyed(key: bytes) -> hmac.HMAC:
+    """The beginning of every signature: half of what one costs is setting the key up. A process has one or two keys."""
+    return hmac.new(key, digestmod="sha256")
 
 
 def make(key: bytes, tenant: str, class_: str, ulid: str) -> str:

@@ -239,6 +239,7 @@ class SteeringCore:
             run_s=0.0 if record.admitted_at is None
             else now - record.arrived_at - record.queued_s - record.held_s,
         )  # fmt: skip
+        record.payload = None  # which has its record: the two would stay until the garbage collector came by
 
     # Time and the leader
 
