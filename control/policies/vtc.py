@@ -112,6 +112,8 @@ class Vtc:
         self._last_left: str | None = None
         self._incarnations: dict[str, str] = {}
         """Per worker, the one whose totals are in V."""
+        self._followed: str | None = None
+        """The incarnation whose own time V is: the first, as long as there was no other."""
         self._turn: dict[str, int] = {}
         self._forget_at = KEEP
         self._fleet = Fleet()
@@ -166,9 +168,11 @@ class Vtc:
             view = fleet.workers.get(worker)
             if view is None or not view.complete:
                 continue
-            known = worker in self._incarnations
-            self._incarnations[worker] = view.incarnation
-            if not known:
+            known = self._incarnations.get(worker)
+            if known != view.incarnation:
+                self._followed = view.incarnation if not (self._incarnations or self.virtual) else None
+                self._incarnations[worker] = view.incarnation
+            if known is None:
                 strangers.append(view)
                 continue
             for tenant, old in tenants.items():
@@ -239,7 +243,8 @@ class Vtc:
         others = [virtual[tenant] for tenant in self.active if tenant not in floors]
         last = virtual.get(self._last_left) if self._last_left is not None else None
         floor_now = min(others) if others else last
-        alone = sum(1 for _ in fleet.live()) == 1  # one worker's own lift is exact
+        # The own lift of one worker is exact, unless it restarted: then it has forgotten whom it served.
+        alone = [view.incarnation for view in fleet.live()] == [self._followed]
         for tenant, floor_before in floors.items():
             change = changes[tenant]
             old = virtual.get(tenant, 0.0) + charges.get(tenant, 0.0) - change.charged

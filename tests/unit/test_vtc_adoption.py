@@ -70,3 +70,11 @@ def test_what_a_worker_charges_after_it_was_heard_of_counts() -> None:
     life = (("01A", 1, 500.0), ("01A", 2, 520.0), ("01B", 1, 7.0))
     frames = [frame("w1", name, seq, row("a", charged=charged, queued=1)) for name, seq, charged in life]
     assert heard(*frames).virtual == {"a": 527.0}
+
+
+def test_who_comes_to_a_worker_that_restarted_stands_where_others_were() -> None:
+    """The only worker of a fleet forgot whom it served, so it lifts nobody: a newcomer would starve them all."""
+    waits = frame("w1", "01A", 1, row("a", charged=400.0, queued=1))
+    left = frame("w1", "01A", 2, row("a", charged=500.0))
+    comes = frame("w1", "01B", 2, row("new", charged=3.0, queued=1, uncached_input_tokens_total=3))
+    assert heard(waits, left, frame("w1", "01B", 1), comes).virtual == {"a": 500.0, "new": 503.0}
