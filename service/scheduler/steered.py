@@ -17,27 +17,21 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from coxswain import __version__
-from coxswain.schemas.commands import Reply
-from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.subjects import ENGINE
 from coxswain.service.bus import BUSES, BusProcess, BusThread
 from coxswain.service.config import Settings
 from coxswain.service.logs import get_logger
 from coxswain.service.port import (
-    AnswerOut,
-    CommandIn,
     Draft,
     FrameOut,
-    LeadIn,
     Port,
-    QueryIn,
-    ReplyOut,
 )
 from coxswain.service.request_id import parse, read_key
 from coxswain.service.scheduler import compat
 from coxswain.service.scheduler.adapter import KvHoldingQueue, SteeredRequestQueue
-from coxswain.service.scheduler.answers import Answer, Answers
+from coxswain.service.scheduler.answers import Answers
 from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.inbox import Inbox
 from coxswain.service.scheduler.journal import Journal
 from coxswain.service.scheduler.mechanism import Mechanism
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
@@ -46,8 +40,6 @@ from coxswain.service.scheduler.verbs import Commands
 
 log = get_logger()
 
-DRAIN_S: Final = 0.005
-"""Time for commands and queries before one step; the rest wait for the next, so that a flood cannot stop steps."""
 JUMP_S: Final = 0.1
 """A wall clock that is further from ours than it was at the start has jumped."""
 STATUS_SHARE: Final = 0.02
@@ -91,7 +83,8 @@ class SteeredScheduler(AsyncScheduler):
         self._identity_key = read_key(os.environ)
         ours = {"signed_ids": self._identity_key is not None, "coxswain": __version__}
         settings = compat.settings(self.vllm_config) | ours
-        self.answers = Answers(self.reporter, partial(self._frame, peek=True), settings)
+        answers = Answers(self.reporter, partial(self._frame, peek=True), settings)
+        self.inbox = Inbox(self.port, self.core, self.commands, answers)
         # Order is the core's; victims of vLLM's own preemption follow class and priority whatever the flag says.
         self.policy = SchedulingPolicy.PRIORITY
         self.waiting = SteeredRequestQueue(self.core, self.mechanism)
@@ -335,32 +328,8 @@ class SteeredScheduler(AsyncScheduler):
             self.core.admitted(now, record, computed, external)
 
     def _drain(self, now: float) -> None:
-        """Apply what waits on the port, in order."""
-        enough = time.monotonic() + DRAIN_S
-        while (item := self.port.take()) is not None:
-            if isinstance(item, CommandIn):
-                self.port.put(ReplyOut(item.token, self._apply(now, item)))
-            elif isinstance(item, LeadIn):
-                self.core.heard(now, item.lead)
-            else:
-                self.port.put(AnswerOut(item.token, self._answer(now, item)))
-            if time.monotonic() > enough:
-                break
+        self.inbox.work(now)
         self._tick_at = self.core.deadline() or float("inf")
-
-    def _apply(self, now: float, item: CommandIn) -> Reply:
-        try:
-            return self.commands.apply(now, item.role, item.verb, item.command, item.ignored)
-        except Exception:  # a fault of ours in one command must not end everybody's requests
-            log.exception("command.failed", verb=item.verb, command=item.command.id, role=item.role)
-            return self.commands.failed(now, item.command)
-
-    def _answer(self, now: float, item: QueryIn) -> Answer:
-        try:
-            return self.answers.answer(now, item)
-        except Exception:  # as above
-            log.exception("query.failed", what=item.what)
-            return RefusedError(Code.NOT_POSSIBLE, "this worker failed on it: its log says how")
 
     def _tick(self, now: float) -> None:
         self.core.tick(now)

@@ -4,9 +4,7 @@
 unchanged; the same id within its horizon is applied once and answered again.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final, NamedTuple
 
 from msgspec import UNSET
 
@@ -17,6 +15,7 @@ from coxswain.schemas.names import RESERVED
 from coxswain.schemas.request_id import normalise
 from coxswain.schemas.status import CommandStats
 from coxswain.schemas.subjects import CONTROLLER, ENGINE, OPERATOR
+from coxswain.service.scheduler.answered import Answered
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.groups import NO_CAPS, Caps
 from coxswain.service.scheduler.limits import Target
@@ -24,29 +23,8 @@ from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.tenants import MAX_TENANTS
 
-MAX_REMEMBERED: Final = 65_536
-"""Ids remembered so that a repeated command is answered, not applied; the oldest give way."""
-MAX_REMEMBERED_RESULTS: Final = 65_536
-"""Results and ignored fields in the replies remembered for them, all together (some 10 MB; a name may have 512
-characters)."""
-
 Outcome = tuple[c.Outcome, str, int]
 """(outcome, detail, tokens in flight) of one target."""
-
-
-class Known(NamedTuple):
-    """A command that was applied."""
-
-    until: float
-    """When it may be forgotten."""
-    role: str
-    verb: str
-    reply: c.Reply
-
-    @property
-    def size(self) -> int:
-        """What grows in it."""
-        return len(self.reply.results) + len(self.reply.ignored)
 
 
 class Commands:
@@ -65,9 +43,7 @@ class Commands:
         self.applied_total = 0
         self.rejected_total: dict[str, int] = {}
         self.outcomes_total: dict[str, dict[str, int]] = {}
-        self._answered: OrderedDict[str, Known] = OrderedDict()
-        self._results = 0
-        """Results and ignored fields in all of them."""
+        self._answered = Answered()
         self._verbs: dict[str, Callable[[float, str, c.Command], list[tuple[Record | str, Outcome]]]] = {
             "prioritize": self._prioritize,
             "preempt": self._preempt,
@@ -84,7 +60,7 @@ class Commands:
     ) -> c.Reply:
         """Apply a command now; the reply says what became of it. Never raises for what a command contains."""
         try:
-            remembered = self._remembered(now, role, verb, command)
+            remembered = self._answered.find(now, role, verb, command)
             if remembered is not None:
                 return remembered
             self._check(now, role, verb, command)
@@ -94,7 +70,7 @@ class Commands:
         reply = self._reply(now, command, results, ignored)
         self.applied_total += 1
         self._count(verb, reply.outcome)
-        self._remember(now, role, verb, command, reply)
+        self._answered.keep(now, role, verb, command, reply)
         self.core.roster.changed = True
         # A rank comes many times a second: the log of commands is for what people and programs decide.
         if verb != "rank":
@@ -144,35 +120,6 @@ class Commands:
                 f"epoch {list(command.epoch)} is older than {list(core.epoch)}: another controller leads",
             )
         core.obeyed(now, command.epoch)
-
-    # Memory of ids
-
-    def _remembered(self, now: float, role: str, verb: str, command: c.Command) -> c.Reply | None:
-        known = self._answered.get(command.id)
-        if known is None or known.until < now:
-            return None
-        if (known.role, known.verb) != (role, verb):
-            text = f"id {command.id} was used for `{known.verb}` by {known.role}: every command needs its own"
-            raise RefusedError(Code.MALFORMED, text)
-        return known.reply
-
-    def _remember(self, now: float, role: str, verb: str, command: c.Command, reply: c.Reply) -> None:
-        self._forget(command.id)
-        known = Known(command.expires_at or now + c.MAX_AHEAD_S, role, verb, reply)
-        self._answered[command.id] = known
-        self._results += known.size
-        while self._answered:
-            oldest = next(iter(self._answered))
-            if self._answered[oldest].until >= now and not self._is_full():
-                break
-            self._forget(oldest)
-
-    def _is_full(self) -> bool:
-        return len(self._answered) > MAX_REMEMBERED or self._results > MAX_REMEMBERED_RESULTS
-
-    def _forget(self, command_id: str) -> None:
-        if known := self._answered.pop(command_id, None):
-            self._results -= known.size
 
     # Targets
 

@@ -218,7 +218,7 @@ def engine(
         "block_size": 16, "num_gpu_blocks_override": 48,
     }  # fmt: skip
     # Commands are not put off on a slow machine: what a seed does is the same everywhere.
-    patient = patch("coxswain.service.scheduler.steered.DRAIN_S", float("inf"))
+    patient = patch("coxswain.service.scheduler.inbox.DRAIN_S", float("inf"))
     with patch.dict(os.environ, env), patient:
         os.environ.pop("COX_NATS_URL", None)
         arguments = EngineArgs(

@@ -12,7 +12,7 @@ from coxswain.schemas.commands import COMMANDS, Reply, Targets
 from coxswain.schemas.errors import Code
 from coxswain.schemas.policy import ClassPolicy, Prices, TenantPolicy, TenantRank
 from coxswain.schemas.subjects import CONTROLLER, OPERATOR
-from coxswain.service.scheduler import verbs
+from coxswain.service.scheduler import answered, verbs
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.verbs import Commands
@@ -379,11 +379,11 @@ def test_refused_id_may_be_used_again(steered: Steered) -> None:
 
 def test_remembered_ids_are_bounded(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many commands come within a minute, the oldest ids give way."""
-    monkeypatch.setattr(verbs, "MAX_REMEMBERED", 100)
+    monkeypatch.setattr(answered, "MAX_REMEMBERED", 100)
     steered.engine.submit()
     for i in range(1_000):
         steered("continue", "r1", id=f"c{i}")
-    assert len(steered.commands._answered) <= 101
+    assert len(steered.commands._answered._known) <= 101
     total = steered.commands.applied_total
     steered("continue", "r1", id="c999")
     assert steered.commands.applied_total == total
@@ -393,32 +393,32 @@ def test_remembered_ids_are_bounded(steered: Steered, monkeypatch: pytest.Monkey
 
 def test_results_in_remembered_replies_are_bounded(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long replies are remembered while they fit, all together; the oldest give way, short ones live longer."""
-    monkeypatch.setattr(verbs, "MAX_REMEMBERED_RESULTS", 100)
+    monkeypatch.setattr(answered, "MAX_REMEMBERED_RESULTS", 100)
     record = steered.engine.submit()
     names = [f"missing{i}" for i in range(29)]
     for i in range(50):
         steered("prioritize", record, *names, priority=i, id=f"long{i}")
-    assert list(steered.commands._answered) == ["long47", "long48", "long49"]
+    assert list(steered.commands._answered._known) == ["long47", "long48", "long49"]
     total = steered.commands.applied_total
     steered("prioritize", record, *names, priority=0, id="long47")
     assert (steered.commands.applied_total, record.priority) == (total, 49)
     for i in range(50):
         steered("prioritize", record, priority=100 + i, id=f"short{i}")
-    assert len(steered.commands._answered) == 53
+    assert len(steered.commands._answered._known) == 53
     steered("prioritize", record, *(f"missing{i}" for i in range(150)), priority=0, id="too long")
-    assert not steered.commands._answered
+    assert not steered.commands._answered._known
 
 
 def test_ignored_fields_in_remembered_replies_are_bounded(
     steered: Steered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a sender wrote beside the contract is remembered no longer than results are."""
-    monkeypatch.setattr(verbs, "MAX_REMEMBERED_RESULTS", 100)
+    monkeypatch.setattr(answered, "MAX_REMEMBERED_RESULTS", 100)
     record = steered.engine.submit()
     unknown = tuple(f"field{i}" for i in range(40))
     for i in range(10):
         steered("prioritize", record, priority=i, id=f"c{i}", ignored=unknown)
-    assert list(steered.commands._answered) == ["c8", "c9"]
+    assert list(steered.commands._answered._known) == ["c8", "c9"]
 
 
 def test_command_that_is_applied_is_told(steered: Steered) -> None:
