@@ -32,6 +32,8 @@ import psutil
 from ulid import ULID
 
 FLEET, WORKER = "bench", "bench-1"
+UP_S = 180.0
+"""What an engine may take until it runs all that it is given."""
 QUIET_S = 1.0
 """Between two windows, so that one's backlog is not the next one's."""
 
@@ -41,6 +43,8 @@ QUIET_S = 1.0
 
 def serve(running: int, step_s: float, switch_s: float | None) -> None:
     """An engine with `running` requests that never end, until its standard input closes."""
+    from vllm.utils.gc_utils import freeze_gc_heap
+
     from bench.rig import Rig, vllm_config
     from coxswain.service.scheduler import SteeredScheduler
 
@@ -55,6 +59,7 @@ def serve(running: int, step_s: float, switch_s: float | None) -> None:
     # One that waits, so that there is something to steer when nothing runs.
     for index in range(max(running, 1)):
         rig.submit(f"cmpl-r{index}-0-{index:08x}", prompt=16, tokens=18_000, seed=index)
+    freeze_gc_heap()  # as EngineCore does: one collection of all that was imported takes half a second
     sys.stdout.write("up\n")
     sys.stdout.flush()
     sys.stdin.read()
@@ -104,19 +109,12 @@ def http_engine(url: str, folder: Path, streams: int) -> Iterator[Callable[[], p
     quiet: dict[str, Any] = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     worker = subprocess.Popen(
         [*python, "coxswain.service.worker", model, "--device", "simulated", "--served-model-name", "m",
-         "--port", str(port), "--max-num-seqs", str(streams), "--max-model-len", "8192"], **quiet,
+         "--port", str(port), "--max-num-seqs", str(streams), "--max-model-len", "4096"], **quiet,
     )  # fmt: skip
     load = subprocess.Popen(
-        [
-            *python,
-            "bench.steering",
-            "--load",
-            str(streams),
-            "--url",
-            f"http://127.0.0.1:{port}/v1/completions",
-        ],
+        [*python, "bench.steering", "--load", str(streams), "--url", f"http://127.0.0.1:{port}/v1/completions"],
         **quiet,
-    )
+    )  # fmt: skip
     try:
         yield find
     finally:
@@ -130,7 +128,7 @@ async def read_streams(url: str, streams: int) -> None:
     """Keep `streams` completions open and read them, for ever."""
     import httpx
 
-    body = {"model": "m", "prompt": "a", "max_tokens": 8_000, "stream": True, "ignore_eos": True}
+    body = {"model": "m", "prompt": "a", "max_tokens": 4_000, "stream": True, "ignore_eos": True}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
 
@@ -224,9 +222,9 @@ async def measure(
 
     windows: dict[int, list[Window]] = {rate: [] for rate in rates}
     async with await Client.connect(Connection(urls=(url,), fleet=FLEET)) as client:
-        # The worker connects when it is ready.
-        while not (found := await client.statuses(wait_s=0.5)) or found[WORKER].running < max(running, 1):  # noqa: ASYNC110
-            await asyncio.sleep(0.2)
+        async with asyncio.timeout(UP_S):  # the worker connects when it is ready
+            while not (found := await client.statuses(wait_s=0.5)) or found[WORKER].running < max(running, 1):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
         if not running:
             await client.command(WORKER, "preempt", Preempt(id=str(ULID()), targets=Targets(all=True)))
         engine = find()
