@@ -1,7 +1,6 @@
 """Controllers as real processes whose policy, somebody else's package, raises: who leads, and what still works."""
 
 import os
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -11,13 +10,13 @@ import pytest
 from coxswain.control.client import Client
 from coxswain.control.tables import init
 from coxswain.schemas.policy import TenantPolicy
+from tests.support.leaders import Leaders
 from tests.support.nats import NatsServer
-from tests.support.working import FLEET, Working, connection, until, working
+from tests.support.working import Working, connection, until, working
 
 pytestmark = pytest.mark.nats
 
 SOON_S = 30.0
-COX = "from coxswain.control.cli import main; main()"
 MODULE = '''
 import os
 from pathlib import Path
@@ -41,12 +40,11 @@ async def client(nats_server: NatsServer) -> AsyncIterator[Client]:
         yield client
 
 
-class Crew:
+class Crew(Leaders):
     """Controllers with the policy `moody`, each in a process of its own."""
 
     def __init__(self, server: NatsServer, folder: Path) -> None:
-        self._server, self._folder = server, folder
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        super().__init__(server, folder, "moody")
         (folder / "moody.py").write_text(MODULE)
         info = folder / "moody-1.0.dist-info"
         info.mkdir()
@@ -55,30 +53,12 @@ class Crew:
 
     def mood(self, name: str) -> Path:
         """The file that makes it raise."""
-        return self._folder / f"{name}.mood"
+        return self.folder / f"{name}.mood"
 
-    def log(self, name: str) -> str:
-        """What it said."""
-        return (self._folder / f"{name}.log").read_text()
-
-    def start(self, name: str) -> None:
-        """Start one."""
-        words = (
-            "--nats",
-            self._server.url,
-            "--fleet",
-            FLEET,
-            "controller",
-            "--policy",
-            "moody",
-            "--name",
-            name,
-        )
-        path = os.pathsep.join([str(self._folder), *sys.path])
-        env = {**os.environ, "PYTHONPATH": path, "MOODY": str(self.mood(name))}
-        with (self._folder / f"{name}.log").open("wb") as log:
-            command = [sys.executable, "-c", COX, *words]
-            self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+    def join(self, name: str) -> None:
+        """Start one that finds its policy."""
+        path = os.pathsep.join([str(self.folder), *sys.path])
+        self.start(name, env={"PYTHONPATH": path, "MOODY": str(self.mood(name))})
 
     def said(self, name: str, what: str) -> Callable[[], bool]:
         """Whether its log has it."""
@@ -90,9 +70,7 @@ def crew(nats_server: NatsServer, tmp_path: Path) -> Iterator[Crew]:
     """Processes that end with the test."""
     made = Crew(nats_server, tmp_path)
     yield made
-    for process in made.processes.values():
-        process.kill()
-        process.wait(10)
+    made.stop()
 
 
 def configured(worker: Working, tenant: str) -> bool:
@@ -106,9 +84,9 @@ async def test_a_policy_that_raises_ends_no_controller(
 ) -> None:
     """A standby takes over; with none that works, whoever leads still brings tables out; and it mends."""
     async with working(nats_server) as worker:
-        crew.start("one")
+        crew.join("one")
         await until(lambda: worker.leader == "one", SOON_S)
-        crew.start("two")
+        crew.join("two")
         await until(crew.said("two", "connected to NATS"), SOON_S)
         crew.mood("one").touch()
         await until(lambda: worker.leader == "two", SOON_S)

@@ -1,10 +1,7 @@
 """Controllers as real processes on a real NATS: killed, paused, cut off, and their lease taken away."""
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
@@ -18,57 +15,15 @@ from coxswain.control.lease import KEY
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.tables import init
 from coxswain.schemas.policy import TenantPolicy, digest
+from tests.support.leaders import Leaders
 from tests.support.nats import NatsServer
 from tests.support.proxy import Proxy
-from tests.support.working import FLEET, Working, connection, until, working
+from tests.support.working import Working, connection, until, working
 
 pytestmark = pytest.mark.nats
 
 SOON_S = 8.0
 """Time for a takeover on a machine that has other things to do; what it takes is measured in bench/failover.py."""
-COX = "from coxswain.control.cli import main; main()"
-
-
-class Leaders:
-    """Controllers, each in a process of its own."""
-
-    def __init__(self, server: NatsServer, directory: Path) -> None:
-        self._server = server
-        self._directory = directory
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self, name: str, *settings: str) -> None:
-        """Start one."""
-        words = [
-            "--nats",
-            self._server.url,
-            "--fleet",
-            FLEET,
-            "controller",
-            "--policy",
-            "vtc",
-            "--name",
-            name,
-        ]
-        words += [word for setting in settings for word in ("--set", setting)]
-        with (self._directory / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen([sys.executable, "-c", COX, *words], stdout=log, stderr=log)
-        self.processes[name] = process
-
-    def send(self, name: str, number: signal.Signals) -> None:
-        """Send a signal."""
-        os.kill(self.processes[name].pid, number)
-
-    def log(self, name: str) -> str:
-        """What it said."""
-        return (self._directory / f"{name}.log").read_text()
-
-    def stop(self) -> None:
-        """End all of them."""
-        for process in self.processes.values():
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-            process.wait(10)
 
 
 @pytest.fixture

@@ -272,10 +272,10 @@ def test_refusal_says_why_and_changes_nothing(steered: Steered, name: str) -> No
     assert (reply.outcome, reply.code) == ("rejected", code)
     assert text in str(reply.error)
     assert picture(steered.engine.core) == before
-    assert steered.commands.rejected_total == {str(int(code)): 1}
+    assert steered.commands.stats(0).rejected_total == {str(int(code)): 1}
     (counts,) = steered.commands.stats(0).outcomes_total.values()
     assert counts == {str(int(code)): 1}
-    assert steered.commands.applied_total == 0
+    assert steered.commands.stats(0).applied_total == 0
     told = steered.engine.seen(ev.CommandSeen)
     assert [each["code"] for each in told] == ([] if "incarnation" in text else [code])
 
@@ -335,7 +335,7 @@ def test_same_id_is_applied_once_and_answered_again(steered: Steered) -> None:
     steered.engine.wait(59)
     assert steered("preempt", record, id="once") is first
     assert not record.holds
-    assert steered.commands.applied_total == 2
+    assert steered.commands.stats(0).applied_total == 2
 
 
 @pytest.mark.parametrize(("verb", "role"), [("continue", "operator"), ("preempt", "engine")])
@@ -384,11 +384,11 @@ def test_remembered_ids_are_bounded(steered: Steered, monkeypatch: pytest.Monkey
     for i in range(1_000):
         steered("continue", "r1", id=f"c{i}")
     assert len(steered.commands._answered._known) <= 101
-    total = steered.commands.applied_total
+    total = steered.commands.stats(0).applied_total
     steered("continue", "r1", id="c999")
-    assert steered.commands.applied_total == total
+    assert steered.commands.stats(0).applied_total == total
     steered("continue", "r1", id="c1")
-    assert steered.commands.applied_total == total + 1
+    assert steered.commands.stats(0).applied_total == total + 1
 
 
 def test_results_in_remembered_replies_are_bounded(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,9 +399,9 @@ def test_results_in_remembered_replies_are_bounded(steered: Steered, monkeypatch
     for i in range(50):
         steered("prioritize", record, *names, priority=i, id=f"long{i}")
     assert list(steered.commands._answered._known) == ["long47", "long48", "long49"]
-    total = steered.commands.applied_total
+    total = steered.commands.stats(0).applied_total
     steered("prioritize", record, *names, priority=0, id="long47")
-    assert (steered.commands.applied_total, record.priority) == (total, 49)
+    assert (steered.commands.stats(0).applied_total, record.priority) == (total, 49)
     for i in range(50):
         steered("prioritize", record, priority=100 + i, id=f"short{i}")
     assert len(steered.commands._answered._known) == 53
