@@ -94,9 +94,9 @@ class Bus:
 
     async def full(self, item: Inbound) -> None:
         """Answer what the engine had no room for."""
-        if self._session is not None and not isinstance(
-            item, LeadIn
-        ):  # nobody waits for a heartbeat's answer
+        if isinstance(item, LeadIn):
+            return  # nobody waits for a heartbeat's answer
+        if self._session is not None:
             await self._session.refuse_full(item)
 
     @property

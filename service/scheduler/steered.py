@@ -21,11 +21,7 @@ from coxswain.schemas.subjects import ENGINE
 from coxswain.service.bus import BUSES, BusProcess, BusThread
 from coxswain.service.config import Settings
 from coxswain.service.logs import get_logger
-from coxswain.service.port import (
-    Draft,
-    FrameOut,
-    Port,
-)
+from coxswain.service.port import Draft, FrameOut, Port
 from coxswain.service.request_id import parse, read_key
 from coxswain.service.scheduler import compat
 from coxswain.service.scheduler.adapter import KvHoldingQueue, SteeredRequestQueue
@@ -285,9 +281,8 @@ class SteeredScheduler(AsyncScheduler):
         if not request.resumable:
             return bool(super()._handle_stopped_request(request))
         self.core.turn_ended(record, request.num_output_placeholders)
-        if (
-            lost := not record.has_kv
-        ):  # with this very step under way: it is queued, and vLLM queues it once more
+        lost = not record.has_kv
+        if lost:  # with this very step under way: it is queued, and vLLM queues it once more
             self.core.queue.remove(record)
         finished = bool(super()._handle_stopped_request(request))
         if lost and not finished:
@@ -295,9 +290,8 @@ class SteeredScheduler(AsyncScheduler):
         return finished
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
-        if (
-            lost := not session.steering.has_kv
-        ):  # vLLM keeps of a session's words what has KV: all but the last
+        lost = not session.steering.has_kv
+        if lost:  # vLLM keeps of a session's words what has KV: all but the last
             session.num_computed_tokens = session.num_tokens - 1
         self.core.next_turn_begins(session.steering)
         super()._update_request_as_session(session, update)

@@ -4,6 +4,7 @@
 unchanged; the same id within its horizon is applied once and answered again.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from msgspec import UNSET
@@ -40,9 +41,8 @@ class Commands:
         self.core = core
         self.worker = worker
         self.incarnation = incarnation
-        self.applied_total = 0
-        self.rejected_total: dict[str, int] = {}
-        self.outcomes_total: dict[str, dict[str, int]] = {}
+        self._outcomes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        """Per verb, how many ended so: `applied`, `partial`, or the refusal's code."""
         self._answered = Answered()
         self._verbs: dict[str, Callable[[float, str, c.Command], list[tuple[Record | str, Outcome]]]] = {
             "prioritize": self._prioritize,
@@ -68,8 +68,7 @@ class Commands:
         except RefusedError as refusal:
             return self._refused(now, role, verb, command, refusal, ignored)
         reply = self._reply(now, command, results, ignored)
-        self.applied_total += 1
-        self._count(verb, reply.outcome)
+        self._outcomes[verb][reply.outcome] += 1
         self._answered.keep(now, role, verb, command, reply)
         self.core.roster.changed = True
         # A rank comes many times a second: the log of commands is for what people and programs decide.
@@ -87,9 +86,10 @@ class Commands:
 
     def stats(self, queue_depth: int) -> CommandStats:
         """What became of commands so far, and how many wait."""
+        total = sum(self._outcomes.values(), Counter[str]())
         return CommandStats(
-            applied_total=self.applied_total, rejected_total=dict(self.rejected_total), queue_depth=queue_depth,
-            outcomes_total={verb: dict(counts) for verb, counts in self.outcomes_total.items()},
+            applied_total=total.pop("applied", 0) + total.pop("partial", 0), rejected_total=dict(total),
+            outcomes_total={verb: dict(counts) for verb, counts in self._outcomes.items()}, queue_depth=queue_depth,
         )  # fmt: skip
 
     # Checks
@@ -342,9 +342,7 @@ class Commands:
         refusal: RefusedError,
         ignored: tuple[str, ...],
     ) -> c.Reply:
-        code = str(int(refusal.code))
-        self.rejected_total[code] = self.rejected_total.get(code, 0) + 1
-        self._count(verb, code)
+        self._outcomes[verb][str(int(refusal.code))] += 1
         self.core.roster.changed = True
         if verb != "rank":
             self.core.tell(
@@ -353,10 +351,6 @@ class Commands:
                 reason=getattr(command, "reason", ""),
             )  # fmt: skip
         return self._rejection(now, command, refusal, ignored)
-
-    def _count(self, verb: str, outcome: str) -> None:
-        counts = self.outcomes_total.setdefault(verb, {})
-        counts[outcome] = counts.get(outcome, 0) + 1
 
     def _rejection(
         self, now: float, command: c.Command, refusal: RefusedError, ignored: tuple[str, ...]
