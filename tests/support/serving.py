@@ -144,6 +144,15 @@ class Stream:
         """All tokens so far."""
         return [token for piece in self.pieces for token in piece.tokens]
 
+    def time_of(self, token: int) -> float:
+        """When the token with this index (from 0) arrived, in s of `time.perf_counter`."""
+        seen = 0
+        for piece in self.pieces:
+            seen += len(piece.tokens)
+            if seen > token:
+                return piece.at
+        raise IndexError(token)
+
     @property
     def finish(self) -> str | None:
         """How it ended, once it has."""
