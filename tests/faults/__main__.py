@@ -13,6 +13,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,26 +26,37 @@ from tests.faults.faults import FAULTS
 from tests.faults.rounds import Verdict, rigged
 from tests.faults.steps import Taken, steer
 
+Told = Callable[[Verdict], None]
 
-async def soak(names: list[str], seconds: float, seed: int, folder: Path, console: Console) -> list[Verdict]:
-    """Play these faults until the time is over, each once at least; those of a cluster then, in a fleet on one."""
-    verdicts: list[Verdict] = []
+
+async def soak(
+    names: list[str], seconds: float, seed: int, folder: Path, console: Console, told: Told
+) -> None:
+    """Play these faults until the time is over, each once at least; those of a cluster then, in a fleet on one.
+
+    Args:
+        names: of the faults.
+        seconds: shared by both kinds.
+        seed: of their order from the second round on.
+        folder: for logs and stores.
+        console: has a line per fault.
+        told: hears each verdict.
+    """
     for cluster in (False, True):
         of = [name for name in names if FAULTS[name].cluster == cluster]
         if of:
             place = folder / ("cluster" if cluster else "server")
             place.mkdir()
             time_s = seconds * len(of) / len(names)
-            verdicts += await play(of, time_s, seed, place, console, cluster=cluster)
-    return verdicts
+            await play(of, time_s, seed, place, console, told, cluster=cluster)
 
 
 async def play(
-    names: list[str], seconds: float, seed: int, folder: Path, console: Console, *, cluster: bool
-) -> list[Verdict]:
+    names: list[str], seconds: float, seed: int, folder: Path, console: Console, told: Told, *, cluster: bool
+) -> None:
     """Play faults of one kind."""
     dice = random.Random(seed)
-    verdicts: list[Verdict] = []
+    played = 0
     began = time.monotonic()
     async with rigged(folder, cluster=cluster) as rig:
         console.print(
@@ -53,20 +65,18 @@ async def play(
         began = time.monotonic()
         coming: list[str] = []
         first: checks.Level | None = None
-        while len(verdicts) < len(names) or time.monotonic() - began < seconds:
+        while played < len(names) or time.monotonic() - began < seconds:
             if not coming:
-                coming = dice.sample(names, len(names)) if verdicts else names[::-1]
+                coming = dice.sample(names, len(names)) if played else names[::-1]
             verdict = await rig.play(FAULTS[coming.pop()])
-            verdicts.append(verdict)
-            if len(verdicts) == len(names):
+            played += 1
+            if played == len(names):
                 first = rig.level
-            elif (
-                len(verdicts) > len(names) and first and rig.level
-            ):  # what leaks slowly is seen against the first round
+            elif first and rig.level:  # what leaks slowly is seen against the first round
                 problems = [f"since the first round: {each}" for each in checks.grown(first, rig.level)]
                 verdict.problems += problems
             console.print(f"{verdict.fault}: {'; '.join(verdict.problems) or 'all held'}", highlight=False)
-    return verdicts
+            told(verdict)
 
 
 def table(verdicts: list[Verdict]) -> Table:
@@ -148,7 +158,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cores", type=int, default=0, help="for the random steps; without it all")
-    parser.add_argument("--json", type=Path, help="written after the faults, and after each run of steps")
+    parser.add_argument("--json", type=Path, help="written after each fault and each run of steps")
     parser.add_argument(
         "--markdown", type=Path, metavar="JSON", help="print the table of an earlier run and end"
     )
@@ -168,10 +178,16 @@ def main() -> int:
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="cox-soak-"))
     names = list(FAULTS) if options.only is None else options.only
-    verdicts = asyncio.run(soak(names, options.seconds, options.seed, folder, console)) if names else []
+    verdicts: list[Verdict] = []
     report = partial(write, options.json, began, verdicts)
-    report([])
-    runs = []
+    runs: list[Taken] = []
+
+    def told(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        report(runs)
+
+    if names:
+        asyncio.run(soak(names, options.seconds, options.seed, folder, console, told))
     if options.steps:
         runs = steer(options.steps, options.seed, console, cores=options.cores, told=report)
     if verdicts:
