@@ -295,13 +295,12 @@ class ControlCore:
         """The rows that a worker does not have: by what it was just told, else by what it reports."""
         rows: dict[str, TenantRank] = {}
         for tenant, rank in wanted.items():
-            row = view.tenants.get(tenant)
+            has: TenantRank | TenantStatus | None = None
             said = told.ranks.get(tenant)
-            has: TenantRank | TenantStatus | None = row
-            if said is not None and (row is None or now - said.at < ECHO_S):
-                has = said.rank
+            if said is None or now - said.at >= ECHO_S:
+                has = view.tenants.get(tenant)
             if has is None:
-                has = TenantRank(weight=weight_of(tables.tenants, tenant))
+                has = said.rank if said else TenantRank(weight=weight_of(tables.tenants, tenant))
             expected = rank.expected_output
             if (
                 abs(rank.base - has.base) > TOLERANCE
@@ -319,12 +318,17 @@ class ControlCore:
         for view in self.fleet.live():
             told, orders, worker = self._told[view.worker], [], view.worker
             wanted, moves = directives.priorities.get(worker, {}), directives.moves.get(worker, {})
+            holds, caps = directives.holds.get(worker, {}), directives.caps.get(worker, {})
             if (wanted or moves) and told.retries["prioritize"].ready(now):
                 orders += requests.prioritize(now, view, told, wanted, moves)
-            if told.retries["preempt"].ready(now) and told.retries["continue"].ready(now):
-                orders += requests.hold(now, view, told, directives.holds.get(worker, {}))
-            if told.retries["limit"].ready(now):
-                orders += requests.limit(now, view, told, directives.caps.get(worker, {}), tables)
+            if (
+                (holds or view.requests)
+                and told.retries["preempt"].ready(now)
+                and told.retries["continue"].ready(now)
+            ):
+                orders += requests.hold(now, view, told, holds)
+            if (caps or told.caps or told.inherited) and told.retries["limit"].ready(now):
+                orders += requests.limit(now, view, told, caps, tables)
             sends += [self._send(now, view, told, verb, fields) for verb, fields in orders]
         return sends
 

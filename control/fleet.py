@@ -7,6 +7,7 @@ Pure: the clock is passed in. Called by `core`; policies read it and never chang
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from sys import intern
 from typing import Final, Literal
 
 import msgspec
@@ -95,15 +96,18 @@ class WorkerView:
         self._served = Served(float) if served is None else served
         self._seen = seen
         self._assembler: Assembler[Frame] = Assembler()
-        self._heard: tuple[int, frozenset[int]] = (-1, frozenset())
+        self._seq = -1
+        self._parts: set[int] = set()
+        """Of the frame `_seq`: those that came."""
 
     def merge(self, frame: Frame, now: float, changed: Changed | None = None) -> None:
         """Take a frame of this incarnation, unless it is older than what we have; note in `changed` what happened."""
-        seq, parts = self._heard
-        if frame.seq < seq or (frame.seq == seq and frame.part in parts):
+        if frame.seq < self._seq or (frame.seq == self._seq and frame.part in self._parts):
             return
+        if frame.seq > self._seq:
+            self._seq, self._parts = frame.seq, set()
+        self._parts.add(frame.part)
         changed = {} if changed is None else changed
-        self._heard = (frame.seq, (parts if frame.seq == seq else frozenset()) | {frame.part})
         self.heard_at = now
         self.frame = frame
         if not frame.full:
@@ -125,7 +129,8 @@ class WorkerView:
         # What a delta names has changed: that is why it is there.
         self._put(frame.tenants, changed)
         self._put_classes(frame)
-        self.requests.update(((row.request, row.child), row) for row in frame.requests)
+        if frame.requests:
+            self.requests.update(((row.request, row.child), row) for row in frame.requests)
         for gone in frame.gone:
             self._gone(self.requests.pop((gone.request, gone.child), None), gone.output_tokens)
         self._tidy(frame)
@@ -155,26 +160,28 @@ class WorkerView:
 
     def _put(self, rows: Iterable[TenantStatus], changed: Changed) -> None:
         # Thousands of rows in every step of a large fleet, most of tenants that wait, and were served a little.
-        tenants, served, seen, complete = self.tenants, self._served, self._seen, self.complete
+        tenants = self.tenants
+        served, seen = (self._served, self._seen) if self.complete else (Served(float), None)
         for row in rows:
             name = row.tenant
             old = tenants.get(name)
+            if old is None:
+                # All workers share one string, which every look-up compares: so it stays in the processor's cache.
+                name = intern(name)
+                tenants[name] = row
+                served[name] += row.charged
+                self._happened(name, row, None, changed)
+                continue
             tenants[name] = row
-            if complete:
-                served[name] += row.charged - old.charged if old is not None else row.charged
-                if seen is not None and old is not None:
-                    seen(self.worker, row, old)
-            if (
-                old is None
-                or not (old.queued and row.queued)
-                or row.lift != old.lift
-                or row.class_ != old.class_
-            ):
-                self._happened(row, old, changed)
+            served[name] += row.charged - old.charged
+            if seen is not None:
+                seen(self.worker, row, old)
+            if not (old.queued and row.queued) or row.lift != old.lift or row.class_ != old.class_:
+                self._happened(intern(name), row, old, changed)
 
-    def _happened(self, row: TenantStatus, old: TenantStatus | None, changed: Changed) -> None:
+    def _happened(self, name: str, row: TenantStatus, old: TenantStatus | None, changed: Changed) -> None:
         """A row says perhaps more than that its tenant was served."""
-        name, presence = row.tenant, self._presence
+        presence = self._presence
         before = old is not None and old.queued > 0
         if old is None or row.class_ != old.class_:
             presence.classes.add(row.class_)
@@ -208,8 +215,9 @@ class WorkerView:
                 self.beyond = {}
 
     def _put_classes(self, frame: Frame) -> None:
-        self.classes.update((row.class_, row) for row in frame.classes)
-        self._presence.classes.update(row.class_ for row in frame.classes)
+        for row in frame.classes:
+            self.classes[row.class_] = row
+            self._presence.classes.add(row.class_)
 
     def _toggle(self, mine: set[str], where: dict[str, set[str]], name: str) -> None:
         here = name not in mine

@@ -258,8 +258,10 @@ decode_config = msgspec.json.Decoder(Config).decode
 def decode_glance(payload: bytes) -> Frame:
     """A frame as `decode_frame` gives it, but without single requests: a fraction of the time where there are many."""
     # Workers write requests last, and inside of a JSON string these bytes cannot be: what follows need not be read.
-    end = payload.find(b',"requests":[')
-    if end > 0 and payload.find(b'"tenants":[', 0, end) > 0 and payload.rfind(b'"classes":[', 0, end) > 0:
+    tenants = payload.find(b'"tenants":[')
+    # To where their rows end is found many times faster than what comes there.
+    end = payload.find(b',"requests":[', payload.find(b"]", tenants))
+    if end > tenants > 0 and payload.rfind(b'"classes":[', tenants, end) > 0:
         try:
             return decode_frame(payload[:end] + b"}")
         except msgspec.MsgspecError:

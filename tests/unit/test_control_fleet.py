@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from coxswain.control.fleet import GONE_S, STALE_S, Fleet
+from coxswain.schemas.commands import encode
 from coxswain.schemas.parts import Assembler
-from coxswain.schemas.status import Frame, Gone
+from coxswain.schemas.status import Frame, Gone, decode_frame
 from tests.support.frames import frame, request, row
 
 TENANTS = ("a", "b", "c")
@@ -201,3 +202,14 @@ def test_a_tenant_that_is_only_served_is_not_named() -> None:
     fleet.merge(frame("w1", "01A", 2, served, lifted, came, full=False), 0.1)
     assert fleet.changed["w1"].keys() == {"b", "c"}
     assert fleet.served["a"] == 5.0
+
+
+def test_a_tenant_has_one_name_in_memory_on_all_workers() -> None:
+    """In a large fleet a hundred equal strings would be compared, each at a place of its own, for every row heard."""
+    fleet = Fleet()
+    for worker in ("w1", "w2"):
+        payload = encode(frame(worker, "01A", 0, row("acme", queued=1)))
+        fleet.merge(decode_frame(payload), 0.0)
+    (first,), (second,) = (view.tenants for view in fleet.workers.values())
+    (third,) = fleet.workers["w2"].waiting
+    assert first is second is third
