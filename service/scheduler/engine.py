@@ -88,5 +88,8 @@ class Engine(Protocol):
     def spare_slots(self) -> int:
         """Holds that would cost no other request its slot; below 0 when holds do."""
 
+    def released(self) -> list[Record]:
+        """Those that were released from a park and have not been admitted since: the next steps will, in any order."""
+
     def worst_running(self) -> Iterator[Record]:
         """Running requests, worst first: by class and priority, then the latest admitted."""

@@ -93,7 +93,7 @@ class Holds:
         return True
 
     def _begin(self, now: float, record: Record, kv: str) -> None:
-        was = record.state
+        was, slotless = record.state, self._engine.waits_with_kv(record)
         self._roster.move(record, Transition.HOLD_DROP if kv == "drop" else Transition.HOLD_KEEP)
         self._ledger.settle(record)
         record.held_since = now
@@ -105,6 +105,8 @@ class Holds:
             self._ledger.lose_kv(record)
             self._engine.drop(record)
         else:
+            if slotless:  # parked, released, and not admitted since
+                self._roster.move(record, Transition.PARK)
             self._engine.hold(record)
 
     def _note_returning(self, record: Record) -> None:

@@ -66,10 +66,15 @@ class Mechanism:
 
         Drafts stay right while it says nothing more. Where the runner has none of its own any more (V1, async), it
         takes the placeholders for drafts that are rejected, as for any request that a step passed over.
+
+        One that was released from a park, and not admitted since, leaves vLLM's queue; it has no slot to keep.
         """
         request, scheduler = record.payload, self._scheduler
-        _take_out(scheduler.running, request)
-        scheduler._inflight_prefills.discard(request)  # noqa: SLF001
+        if request.status == RequestStatus.RUNNING:
+            _take_out(scheduler.running, request)
+            scheduler._inflight_prefills.discard(request)  # noqa: SLF001
+        else:
+            scheduler.kv_holding_waiting.remove_requests([request])
         self.fit()
 
     def park(self, record: Record) -> None:
@@ -143,7 +148,7 @@ class Mechanism:
             return "a streaming session cannot be held in this version"
         if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
             return "its KV is being loaded from a remote store: try again"
-        if self.waits_with_kv(record) or (record.state is State.QUEUED and record not in self.core.queue):
+        if record.state is State.QUEUED and record not in self.core.queue:
             return "vLLM itself has it waiting for something: try again"
         if (
             kv == "keep"
@@ -221,6 +226,11 @@ class Mechanism:
     def spare_slots(self) -> int:
         """Slots of the model runner beyond the active ones that no kept request has."""
         return self._total - self._active - len(self.core.roster.kept)
+
+    def released(self) -> list[Record]:
+        """Of vLLM's queue for what waits with KV, those that run as far as steering is concerned."""
+        waiting = (request.steering for request in self._scheduler.kv_holding_waiting)
+        return [record for record in waiting if record.state is State.RUNNING]
 
     def worst_running(self) -> Iterator[Record]:
         """From the end of vLLM's running list, which `sort` keeps in order."""

@@ -18,6 +18,7 @@ Acts through `Holds` and the port `Engine`. No policy.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Final
 
 from coxswain.schemas.policy import ClassPolicy
@@ -128,8 +129,9 @@ class Room:
 
     def _stop_excess(self, now: float) -> None:
         """Hold what runs beyond its caps and may not borrow, the worst first; it goes on when there is room."""
-        for record, group in self._limits.to_stop(self._engine.worst_running):
-            if self._engine.obstacle(record, "keep") is None:
+        engine = self._engine
+        for record, group in self._limits.to_stop(lambda: chain(engine.released(), engine.worst_running())):
+            if engine.obstacle(record, "keep") is None:
                 self._holds.hold(now, record, ENGINE, "keep", None, f"over the cap of {group.name}")
 
     def _place(self, now: float) -> None:

@@ -187,12 +187,16 @@ class FakeEngine:
     # The port `Engine`
 
     def obstacle(self, record: Record, kv: str) -> str | None:
-        """Why the request cannot be held: what the test said, or that it is about to run again."""
-        return "it is about to run again" if record in self.again else record.payload.obstacle
+        """Why the request cannot be held: what the test said."""
+        return record.payload.obstacle
 
     def hold(self, record: Record) -> None:
-        """Stop running it; its KV stays."""
-        del self.running[record]
+        """Stop running it; its KV stays. One that was released from a park, and not admitted since, has no slot."""
+        if record in self.again:
+            del self.again[record]
+            self.slotless[record] = None
+        else:
+            del self.running[record]
 
     def park(self, record: Record) -> None:
         """Take its slot."""
@@ -202,6 +206,7 @@ class FakeEngine:
     def drop(self, record: Record) -> None:
         """Free its KV."""
         self.running.pop(record, None)
+        self.again.pop(record, None)
         self.slotless.pop(record, None)
         self._lose(record)
 
@@ -297,6 +302,10 @@ class FakeEngine:
     def spare_slots(self) -> int:
         """Spare slots that nothing kept has."""
         return self.spare - len(self.core.roster.kept)
+
+    def released(self) -> list[Record]:
+        """What runs from the next step that has a slot for it."""
+        return list(self.again)
 
     def worst_running(self) -> Iterator[Record]:
         """By class and priority, the latest admitted first."""

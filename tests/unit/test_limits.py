@@ -16,6 +16,7 @@ from coxswain.service.scheduler import limits
 from coxswain.service.scheduler.groups import Caps
 from coxswain.service.scheduler.limits import Target
 from coxswain.service.scheduler.rows import class_row, tenant_row
+from coxswain.service.scheduler.states import State
 from tests.support.fake_engine import FakeEngine, picture
 from tests.unit.test_verbs import EPOCH, Steered
 
@@ -220,6 +221,28 @@ def test_lowered_cap_names_the_excess_and_raised_one_lets_in(steered: Steered) -
     steered("limit", to=A, max_running=2)
     assert (bool(core.queue), core.limits.room(victims[0])) == (True, True)
     engine.check()
+
+
+def test_cap_holds_for_what_was_released_from_a_park_and_not_admitted_since(steered: Steered) -> None:
+    """It counts as running before it does: what is too many of it is held again, and keeps its KV."""
+    engine, core = steered.engine, steered.engine.core
+    parked = [engine.submit("a", tokens=50) for _ in range(2)]
+    engine.step()
+    for record in parked:
+        steered("preempt", record)
+        core.holds.park(engine.now, record, "test")
+        core.holds.release(engine.now, record, ("operator",), "engine", "room")
+    assert core.tenants.accounts["a"].running == len(engine.again) == 2
+    steered("limit", to=A, max_running=1)
+    engine.step()
+    assert running(engine) == "a"
+    (held,) = core.roster.held
+    assert (held.state, held in engine.kv) == (State.HELD_PARKED, True)
+    engine.check()
+    steered("limit", to=A, max_running=None)
+    engine.step()
+    assert running(engine) == "aa"
+    assert held.recomputed_tokens == 0
 
 
 def test_held_requests_do_not_count_as_running(steered: Steered) -> None:
