@@ -15,7 +15,7 @@ def met(record: Record, queue: SteeredQueue, roster: Roster) -> dict[str, Any]:
     account, first = record.account, queue.peek() if queue else None
     fields: dict[str, Any] = {
         "prompt_tokens": record.prompt_tokens, "waiting": len(queue), "tenant_waiting": account.queued - 1,
-        "running": len(roster.running), "virtual_time": account.virtual_time,
+        "running": len(roster.running), "virtual_time": account.rank[0],
     }  # fmt: skip
     if first is not None:
         fields |= {

@@ -90,15 +90,16 @@ class Ledger:
             self._settle_recompute(record)
 
     def _settle_output(self, account: Account) -> None:
-        meter, price = account.meter, self._tenants.prices.output
+        meter = account.meter
+        if not (meter.expected or account.ahead):
+            account.settle()
+            return
+        self._tenants.ahead[account] = None
+        before = account.virtual_time
         news = meter.read() - account.output_tokens
-        if meter.expected or account.ahead:
-            before = account.virtual_time
-            account.deliver(news, price, meter.owed())
-            if account.virtual_time < before:
-                self.moved_back(account)
-        elif news:
-            account.deliver(news, price)
+        account.deliver(news, self._tenants.prices.output, meter.owed())
+        if account.virtual_time < before:
+            self.moved_back(account)
 
     def learn(self, account: Account, tokens: float) -> None:
         """So many output tokens are expected of each request that the account has admitted from now on.
@@ -132,25 +133,33 @@ class Ledger:
             self._recomputing.pop(record, None)
 
     def settle_all(self) -> None:
-        """Settle whatever may be delivered tokens now: before order or totals are read.
+        """Settle whatever may be delivered tokens now: before totals are read, prices or weights change.
 
-        Before every step that admits, so it looks at tenants, and only at those that have something with a slot. What
-        was in flight when a request lost its KV may be delivered later: it is settled when that request moves on.
+        What was in flight when a request lost its KV may be delivered later: it is settled when that request moves on.
         """
-        metered, price = self._tenants.metered, self._tenants.prices.output
+        self.settle_ahead()
+        metered, ahead = self._tenants.metered, self._tenants.ahead
         idle = []
         for account in metered:
-            meter = account.meter
-            if meter.expected or account.ahead:
-                self._settle_output(account)
-            elif news := meter.past + sum(map(len, meter.lists.values())) - account.output_tokens:
-                account.deliver(news, price)
-            if not meter.lists and not meter.expected:
+            if account not in ahead:
+                account.settle()
+            if not account.meter.lists:
                 idle.append(account)
         for account in idle:
             del metered[account]
         for record in list(self._recomputing):
             self._settle_recompute(record)
+
+    def settle_ahead(self) -> None:
+        """Settle who is charged for output that is expected: before every step that admits.
+
+        Their virtual times may have fallen, which no heap sees by itself. All others' only grow: they are settled
+        when somebody looks at their rank (`Account.rank`), and of a thousand tenants few are looked at.
+        """
+        for account in list(self._tenants.ahead):
+            self._settle_output(account)
+            if not (account.ahead or account.meter.expected):
+                del self._tenants.ahead[account]
 
     def lose_kv(self, record: Record) -> None:
         """The KV of a request is about to be freed, by vLLM or by us: remember what had been computed."""
@@ -263,8 +272,9 @@ class Ledger:
             self.refund_input(record)
             return
         self._expect_no_more(record)
-        # Its tenant is settled with all others: it may have a thousand that run.
+        # Its tenant is settled when somebody looks at it: it may have a thousand that run.
         record.account.meter.catch_up(record)
+        record.account.settled_at = -1
         self._tenants.metered[record.account] = None
         if record.lost_mark > record.resumed_at:
             self._settle_recompute(record)
@@ -285,8 +295,7 @@ class Ledger:
             assert record.lost_mark <= record.resumed_at or record in self._recomputing, record
             assert record.has_kv or record.state is not State.HELD_KEPT, record
         for account in self._tenants.accounts.values():
-            # Whoever is charged ahead is settled before the next step that admits.
-            assert not account.ahead or account.meter.expected or account in self._tenants.metered, account
+            assert account in self._tenants.ahead or not (account.ahead or account.meter.expected), account
             assert account.meter.expected.keys() <= set(self._roster.records.values()), account
 
 

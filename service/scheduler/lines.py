@@ -38,8 +38,7 @@ class Line:
         if self.by_head:
             self.head()
             return self.items[0][:3]
-        account = self.account
-        return account.virtual_time, account.name
+        return self.account.rank
 
     def head(self) -> Record:
         """The first live request; the line must not be empty."""

@@ -3,8 +3,8 @@
 And how many more are expected, where somebody said what to expect: that does look at each of them.
 
 vLLM appends to a list per request as tokens are delivered. What a tenant got is the lengths of those lists, which C
-sums at some 20 ns each: order is settled before every step that admits, with a thousand requests running.
-Started and stopped by `roster.py` as requests get and lose their slot, read by `ledger.py`.
+sums at some 20 ns each: whose turn it is, is asked in every step that admits, with a thousand requests running.
+Started and stopped by `roster.py` as requests get and lose their slot, read by `Account.settle` and `ledger.py`.
 """
 
 from typing import TYPE_CHECKING, Any

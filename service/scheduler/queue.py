@@ -40,7 +40,9 @@ class SteeredQueue:
 
     def __bool__(self) -> bool:
         """Whether there is anything that may run: not the same as its length."""
-        return self._size > 0 and self._next() is not None
+        return any(class_line.offers for class_line in self._order) or any(
+            class_line.size for class_line in self._borrowing
+        )
 
     def __contains__(self, record: Record) -> bool:
         return record.ticket != 0

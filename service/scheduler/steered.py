@@ -158,8 +158,8 @@ class SteeredScheduler(AsyncScheduler):
         self.mechanism.sort()
         if core.budget or self.mechanism.bounds_prefill:  # once more after the last bound went: to lift it
             self.mechanism.bound_prefill(core.budget.begin(now, self.mechanism.best_running()))
-        if len(self.running) < self.max_num_active_reqs and core.queue:
-            core.ledger.settle_all()
+        if core.tenants.ahead and len(self.running) < self.max_num_active_reqs:
+            core.ledger.settle_ahead()
         output = super().schedule(*args, **kwargs)
         self.mechanism.scheduled()
         core.step = self.port.step = self.current_step
@@ -181,6 +181,7 @@ class SteeredScheduler(AsyncScheduler):
             for request, drafts in compat.rejected_drafts(self.requests, *args, **kwargs):
                 core.ledger.reject_drafts(request.steering, drafts)
         outputs = super().update_from_output(*args, **kwargs)
+        core.tenants.deliveries += 1
         while self._again:  # vLLM takes them for finished, and has just taken them out
             self._enqueue_waiting_request(self._again.pop())
         if core.roster.awaiting_first:

@@ -32,17 +32,17 @@ class Account(Group):
     Args:
         name: the tenant.
         policy: its row of the table in force.
-        touched: where it notes itself when it changes; shared by all accounts of a worker (`Tenants.touched`).
+        tenants: all accounts of its worker: prices, and where it notes itself when it changes.
     """
 
     __slots__ = (
         "ahead", "base", "cached_input_tokens", "charged", "discarded_tokens", "expected_output",
         "external_input_tokens", "finished", "lift", "meter", "output_tokens", "policy", "recomputed_tokens",
-        "reloaded_tokens", "restored_tokens", "seen", "shut", "touched", "uncached_input_tokens",
-        "uncomputed_input_tokens", "virtual_time", "waiting", "weight",
+        "reloaded_tokens", "restored_tokens", "seen", "settled_at", "shut", "tenants", "touched",
+        "uncached_input_tokens", "uncomputed_input_tokens", "virtual_time", "waiting", "weight",
     )  # fmt: skip
 
-    def __init__(self, name: str, policy: TenantPolicy, touched: "dict[Account, bool]") -> None:
+    def __init__(self, name: str, policy: TenantPolicy, tenants: "Tenants") -> None:
         super().__init__(name)
         self.policy = policy
         self.weight = policy.weight
@@ -54,6 +54,7 @@ class Account(Group):
         """Output tokens that the controller expects of a request."""
         self.lift = 0.0
         self.virtual_time = 0.0
+        """base + charged + lift, as of when it was last settled; `rank` is as of now."""
         self.waiting: OrderedDict[Record, None] = OrderedDict()
         """Its queued requests, the longest waiting first."""
         self.uncached_input_tokens = self.cached_input_tokens = self.external_input_tokens = 0
@@ -65,7 +66,10 @@ class Account(Group):
         """Whether it ever had a request here, or caps of its own: only those are listed in status."""
         self.shut = False
         """The queue's: whether its lines stand aside because it was full when the queue was last told."""
-        self.touched = touched
+        self.tenants = tenants
+        self.touched = tenants.touched
+        self.settled_at = 0
+        """What `Tenants.deliveries` was then."""
 
     def __repr__(self) -> str:
         return (
@@ -80,13 +84,26 @@ class Account(Group):
 
     @property
     def rank(self) -> tuple[float, str]:
-        """What orders tenants."""
+        """What orders tenants. Settles first, but for who is charged ahead: that may fall (`Ledger.settle_ahead`)."""
+        if self.settled_at != self.tenants.deliveries and not self.ahead:
+            self.settle()
         return self.virtual_time, self.name
 
     @property
     def level(self) -> float:
         """Virtual time without what is charged ahead: what it has been given. Lifts go by this."""
-        return self.virtual_time - self.ahead
+        return self.rank[0] - self.ahead
+
+    def settle(self) -> None:
+        """Count and charge the output that was delivered since this was last called; nobody expected it."""
+        tenants, meter = self.tenants, self.meter
+        self.settled_at = tenants.deliveries
+        if news := meter.past + sum(map(len, meter.lists.values())) - self.output_tokens:
+            self.output_tokens += news
+            self.charged += news * tenants.prices.output / self.weight
+            self.virtual_time = self.base + self.charged + self.lift
+            if self not in self.touched:
+                self.touched[self] = False
 
     def charge(self, cost: float) -> None:
         """Add `cost` (tokens × price) at the weight in force now."""
@@ -135,6 +152,10 @@ class Tenants:
         """Changed since the last status frame, ages apart; False: it was charged and delivered to, nothing else."""
         self.metered: dict[Account, None] = {}
         """Those to which something may have been delivered since it was last charged."""
+        self.ahead: dict[Account, None] = {}
+        """Those that are charged for output that is expected."""
+        self.deliveries = 0
+        """How often requests were delivered tokens: whoever was settled since then need not be looked at."""
         self._open: RankHeap[Account] = RankHeap()
         """Those with anything queued that are not at their cap."""
         self._last_left: Account | None = None
@@ -149,7 +170,7 @@ class Tenants:
         if found is None:
             if len(self.accounts) >= MAX_TENANTS and name != OVERFLOW:
                 return self.account(OVERFLOW)
-            found = self.accounts[name] = Account(name, self.policy_of(name), self.touched)
+            found = self.accounts[name] = Account(name, self.policy_of(name), self)
             if self.on_new is not None:
                 self.on_new(found)
         return found
@@ -235,7 +256,8 @@ class RankHeap(Generic[R]):
     __slots__ = ("_heap", "_serial", "_serials")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[Any, ...], int, R]] = []
+        # Flat, for they are compared a lot: (*rank, serial, item).
+        self._heap: list[tuple[Any, ...]] = []
         self._serials: dict[R, int] = {}
         self._serial = 0
 
@@ -250,7 +272,7 @@ class RankHeap(Generic[R]):
         """Add a member, or tell that its rank fell."""
         self._serial += 1
         self._serials[item] = self._serial
-        heapq.heappush(self._heap, (item.rank, self._serial, item))
+        heapq.heappush(self._heap, (*item.rank, self._serial, item))
         self._compact()
 
     def discard(self, item: R) -> None:
@@ -264,18 +286,20 @@ class RankHeap(Generic[R]):
 
     def _rebuild(self) -> None:
         """Every member once, with the key that it has now."""
-        self._heap = [(item.rank, serial, item) for item, serial in self._serials.items()]
+        self._heap = [(*item.rank, serial, item) for item, serial in self._serials.items()]
         heapq.heapify(self._heap)
 
     def least(self) -> R | None:
         """The member that comes first, or None."""
-        heap = self._heap
+        heap, serials = self._heap, self._serials
         while heap:
-            key, serial, item = heap[0]
-            if self._serials.get(item) != serial:
+            entry = heap[0]
+            item: R = entry[-1]
+            serial = serials.get(item)
+            if serial != entry[-2]:
                 heapq.heappop(heap)
-            elif (rank := item.rank) > key:
-                heapq.heapreplace(heap, (rank, serial, item))
+            elif (now := (*item.rank, serial, item)) > entry:
+                heapq.heapreplace(heap, now)
             else:
                 return item
         return None
@@ -288,24 +312,24 @@ class RankHeap(Generic[R]):
         have grown, it is cheaper to rebuild the heap and go on behind what was already given.
         """
         heap = self._heap
-        frontier = [(*heap[0][:2], 0)] if heap else []
+        frontier = [(heap[0], 0)] if heap else []
         given = grown = 0
         while frontier:
-            key, serial, index = heapq.heappop(frontier)
-            item = heap[index if index >= 0 else ~index][2]
+            entry, index = heapq.heappop(frontier)
+            item: R = entry[-1]
             if index >= 0:
                 for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
-                    entry = heap[child]
-                    heapq.heappush(frontier, (entry[0], entry[1], child))
-                if self._serials.get(item) != serial:
+                    heapq.heappush(frontier, (heap[child], child))
+                serial = self._serials.get(item)
+                if serial != entry[-2]:
                     continue
-                if (rank := item.rank) > key:
+                if (now := (*item.rank, serial, item)) > entry:
                     grown += 1
                     if grown > MANY_GREW + len(heap) // 8:
                         self._rebuild()
                         yield from islice(self.walk(), given, None)
                         return
-                    heapq.heappush(frontier, (rank, serial, ~index))
+                    heapq.heappush(frontier, (now, ~index))
                     continue
             given += 1
             yield item
@@ -313,6 +337,6 @@ class RankHeap(Generic[R]):
     def validate(self) -> None:
         """Check every invariant; for tests."""
         assert len(self._heap) <= 2 * len(self._serials) + 64
-        live = {item: key for key, serial, item in self._heap if self._serials.get(item) == serial}
+        live = {entry[-1]: entry for entry in self._heap if self._serials.get(entry[-1]) == entry[-2]}
         assert live.keys() == self._serials.keys()
-        assert all(key <= item.rank for item, key in live.items()), "a fall was not told"
+        assert all(entry[:-2] <= item.rank for item, entry in live.items()), "a fall was not told"

@@ -138,6 +138,7 @@ class FakeEngine:
     def deliver(self, record: Record, tokens: int = 1) -> None:
         """Output tokens reach the client."""
         record.outputs.extend([7] * tokens)
+        self.core.tenants.deliveries += 1
         self._owe(record, tokens * self.core.tenants.prices.output)
         if record in self.core.roster.awaiting_first:
             self.core.first_token(self.now, record)
@@ -149,7 +150,7 @@ class FakeEngine:
         self.core.tick(self.now)
         self.core.queue.age(self.now)
         self.core.room.plan(self.now)
-        self.core.ledger.settle_all()
+        self.core.ledger.settle_ahead()
         for record in list(self.again):
             if self.active <= len(self.running):
                 break

@@ -87,7 +87,7 @@ async def steer(url: str) -> AsyncIterator[Steer]:
         await client.close()
 
 
-async def eventually(condition: Callable[[], Any], within_s: float = 5.0) -> Any:
+async def eventually(condition: Callable[[], Any], within_s: float = 30.0) -> Any:
     """The condition's first true value; AssertionError if it has none in time."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):

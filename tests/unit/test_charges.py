@@ -44,6 +44,20 @@ def test_skip_refunds_what_the_admission_charged() -> None:
     engine.check()
 
 
+def test_what_was_delivered_counts_in_the_next_look_at_the_queue() -> None:
+    """Nobody settles all tenants for it: whose turn it is was charged to the last token, and so is who is lifted."""
+    engine = FakeEngine()
+    for tenant in ("a", "b", "a", "b"):
+        engine.submit(tenant)
+    first, second = engine.admit(), engine.admit()
+    assert engine.core.queue.peek().account.name == "a"
+    engine.deliver(first, 3)
+    assert engine.core.queue.peek().account.name == "b"
+    engine.deliver(second, 5)
+    assert engine.core.queue.peek().account.name == "a"
+    assert engine.submit("c").account.lift == first.account.virtual_time == 16 + 3 * 2
+
+
 def test_charge_at_admission_counts_for_the_next_pick_of_the_same_step() -> None:
     """A flooding tenant's first long prompt puts it behind the others before the step's second pick."""
     engine = FakeEngine()

@@ -14,7 +14,7 @@ from coxswain.service.scheduler.groups import Caps, ClassGroup
 from coxswain.service.scheduler.lines import Line
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.tenants import Account
+from coxswain.service.scheduler.tenants import Account, Tenants
 
 EXAMPLES, OPERATIONS = 70, 150
 TENANTS = ("a", "b", "c", "d")
@@ -55,7 +55,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.queue = SteeredQueue()
-        self.accounts = [Account(name, TenantPolicy(), {}) for name in TENANTS]
+        self.accounts = [Account(name, TenantPolicy(), Tenants()) for name in TENANTS]
         self.members: dict[Record, None] = {}
         self.running: dict[Record, None] = {}
         self.table = TABLES[0]
@@ -295,7 +295,7 @@ def test_empty_queue_has_no_head() -> None:
     for ask in (queue.peek, queue.pop):
         with pytest.raises(IndexError):
             ask()
-    absent = make_record(Account("a", TenantPolicy(), {}), "r")
+    absent = make_record(Account("a", TenantPolicy(), Tenants()), "r")
     assert queue.position(absent) is None
     assert absent not in queue
     assert list(queue.walk(5)) == []
@@ -305,7 +305,7 @@ def test_request_cannot_be_queued_twice() -> None:
     """A second add of the same request is a bug of the caller and is not believed."""
     queue = SteeredQueue()
     queue.set_classes(groups_of(TABLES[0]))
-    record = make_record(Account("a", TenantPolicy(), {}), "r")
+    record = make_record(Account("a", TenantPolicy(), Tenants()), "r")
     queue.add(record)
     with pytest.raises(AssertionError, match="already queued"):
         queue.add(record)
@@ -335,7 +335,7 @@ def crowd(count: int, tenants: int = 1, order: str = "fair") -> tuple[SteeredQue
     """A queue of `count` requests with counted priorities."""
     queue = SteeredQueue()
     queue.set_classes(groups_of({"default": ClassPolicy(order=order)}))
-    accounts = [Account(f"t{i}", TenantPolicy(), {}) for i in range(tenants)]
+    accounts = [Account(f"t{i}", TenantPolicy(), Tenants()) for i in range(tenants)]
     records = [
         make_record(accounts[i % tenants], f"r{i}", priority=Counted(i * 7_919 % 10_007))
         for i in range(count)

@@ -19,7 +19,7 @@ Operations = list[tuple[int, int, float]]
 
 def account(name: str = "a") -> Account:
     """An account with nothing in it."""
-    return Account(name, TenantPolicy(), {})
+    return Account(name, TenantPolicy(), Tenants())
 
 
 # Virtual time
@@ -199,7 +199,7 @@ def test_walk_mends_a_heap_of_which_most_has_grown() -> None:
         item.charge(1 + i * 7_919 % 1_000)
     expected = sorted(accounts, key=lambda item: (item.virtual_time, item.name))
     assert list(islice(heap.walk(), 64)) == expected[:64]
-    assert all(key == item.rank for key, _, item in heap._heap)
+    assert all(entry[:-2] == entry[-1].rank for entry in heap._heap)
     assert list(heap.walk()) == expected
 
 
