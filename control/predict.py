@@ -1,6 +1,7 @@
 """How long output will be, as far as experience tells: what predictive policies ask. Pure; called by `policies`.
 
-The moving average is that of VTC's authors (OSDI'24, artifact: vtc_pred_len_req_queue.py).
+The moving average is that of VTC's authors (OSDI'24, artifact: vtc_pred_len_req_queue.py). Theirs expects nothing of a
+tenant that is not known yet; here it is taken for one like the others, or it would be let in once more than they.
 """
 
 from coxswain.schemas.status import RequestStatus
@@ -11,14 +12,19 @@ class MovingAverage:
 
     def __init__(self) -> None:
         self._expected: dict[str, float] = {}
+        self._sum = 0.0
 
     def expect(self, tenant: str) -> float:
-        """Output tokens of a request of the tenant: its average so far; 0 before any of its requests ended."""
-        return self._expected.get(tenant, 0.0)
+        """Output tokens of a request of the tenant: its average so far, or the mean of all tenants' before it has one.
+
+        0 before any request ended.
+        """
+        found = self._expected.get(tenant)
+        return self._sum / max(1, len(self._expected)) if found is None else found
 
     def learn(self, row: RequestStatus) -> None:
         """A request ended, and `row` is the last that was heard of it: move its tenant's average."""
         old = self._expected.get(row.tenant)
-        self._expected[row.tenant] = (
-            float(row.output_tokens) if old is None else (4.0 * old + row.output_tokens) / 5.0
-        )
+        new = float(row.output_tokens) if old is None else (4.0 * old + row.output_tokens) / 5.0
+        self._expected[row.tenant] = new
+        self._sum += new - (old or 0.0)

@@ -91,7 +91,7 @@ class Edf:
         line: Token = "deadline"
         """Name of the class in which they all wait."""
         expected_tokens: Annotated[float, msgspec.Meta(ge=1, le=1e9)] = 256.0
-        """Output tokens of a request of a tenant none of whose requests has ended yet."""
+        """Output tokens of a request before any has ended."""
         every_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.2
         """How often the queue is looked through."""
 

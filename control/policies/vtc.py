@@ -18,7 +18,8 @@ were heard of, lifted only when a tenant returns from idleness on *every* worker
 what does not come is given back at the end. Workers do that too, told what to expect of each tenant: so it is in
 the order of the very step, and `charged` has all of it. Unlike the paper's, their lifts leave out what is charged
 ahead: others get that from now on, while who returns waits beside them. V of several workers has it, so there who
-returns waits up to a request longer. `preempt_gap` goes beyond the paper, whose engine cannot:
+returns waits up to a request longer. Nor is a long output charged ahead whole while others wait whose own are short
+(`NEAR`): as these end, who comes next is decided anew. `preempt_gap` goes beyond the paper, whose engine cannot:
 while the least counter of those that wait on a worker is more than that below a running request's, the request is
 held. `fill` bounds how many run, so that those that do keep their KV (`crowd`): vLLM's preemption strikes whoever
 came last, which with VTC is who waited least because its tenant asks least.
@@ -31,6 +32,7 @@ only watches.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import inf
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
@@ -51,6 +53,13 @@ KEEP: Final = 1_024
 """Counters kept whatever their tenants do; beyond, those that a lift would overtake anyway are forgotten."""
 ABSENT_ROWS: Final = 32
 """Tenants that do not wait on a worker and are told to it in one rank, in turns: they may come."""
+NEAR: Final = 2.0
+"""Of a long output, at most so many times the shortest that is expected of anybody who waits is charged ahead.
+
+Charged whole, long ones are let in together until they have all slots, and the short ones are served in bursts when
+they end. At 1, two tenants of which one's outputs are four times the other's swing as without prediction: no more than
+half of what a request costs is charged when it is let in, so each correction overshoots (docs/results/policies.md).
+"""
 
 
 class Change(NamedTuple):
@@ -299,16 +308,22 @@ class Vtc:
         chosen = [*above[turn : turn + ABSENT_ROWS], *above[: max(0, turn + ABSENT_ROWS - len(above))]]
         self._turn[view.worker] = (turn + ABSENT_ROWS) % max(1, len(above))
         virtual, rows, table, lengths = self.virtual, view.tenants, self._tables.tenants, self.lengths
-        usual = weight_of(table, DEFAULT)
+        usual, near = weight_of(table, DEFAULT), self._near(view)
         ranks = {}
         for tenant in {**dict.fromkeys(sorted(view.waiting)), **dict.fromkeys(chosen)}:
             row, base = rows.get(tenant), virtual.get(tenant, 0.0)
             if row is not None:
                 base -= row.charged + row.lift
             weight = table[tenant].weight if tenant in table else usual
-            expected = lengths.expect(tenant) if lengths is not None else 0.0
+            expected = min(near, lengths.expect(tenant)) if lengths is not None else 0.0
             ranks[tenant] = TenantRank(base=base, weight=weight, expected_output=expected)
         return ranks
+
+    def _near(self, view: WorkerView) -> float:
+        """How much output of one request is charged ahead at most on a worker, in tokens."""
+        if (lengths := self.lengths) is None:
+            return 0.0
+        return NEAR * min(map(lengths.expect, view.waiting), default=inf)
 
 
 class _Ranks(Mapping[str, Mapping[str, TenantRank]]):

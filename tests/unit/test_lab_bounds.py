@@ -1,5 +1,7 @@
 """VTC's theorems on runs of the real scheduler, and what steering adds to VTC there."""
 
+from itertools import pairwise
+
 import msgspec
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from coxswain.lab.experiment import run
 from coxswain.lab.life import Life
 from coxswain.lab.metrics import measure
 from coxswain.lab.setup import Setup
-from coxswain.lab.suites import SUITES, adversary, steady
+from coxswain.lab.suites import SUITES, adversary, poisson, steady
 from coxswain.lab.trace import Arrival, ordered
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 
@@ -169,6 +171,23 @@ def test_a_bound_on_several_classes_holds_hardly_anybody():
     outcome = run(arrivals, setup)
     assert all(life.done for life in outcome.lives)
     assert sum(state == "held" for life in outcome.lives for _, _, state in life.spans()) < 10
+
+
+def test_with_prediction_short_outputs_are_not_served_in_bursts_between_long_ones():
+    """Charged ahead whole, long ones are let in together until they have all slots, and end together."""
+    arrivals = ordered(poisson((20.0, 4.0), 12, (128, 8), (8, 128))(np.random.RandomState(42)))
+    pauses = {}
+    for settings in ((), ("predict=average",)):
+        setup = Setup(policy="vtc", settings=settings, admission="reserve", device=small(1_500))
+        lives = run(arrivals, setup).lives
+        assert all(each.done for each in lives)
+        short, long = (
+            sorted(each.first_token_s for each in lives if each.arrival.tenant == name)
+            for name in ("c0", "c1")
+        )
+        pauses[settings] = max(later - at for at, later in pairwise(short) if later <= long[-1])
+    plain, predicting = pauses.values()
+    assert predicting < 1.5 * plain
 
 
 def test_prediction_costs_nobody_who_asks_for_less_than_its_share():

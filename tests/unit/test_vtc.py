@@ -257,7 +257,7 @@ def test_workers_are_told_what_to_expect_of_each_tenant() -> None:
     loop.turn(1)
     expected = worker.account("a").expected_output
     assert 18 <= expected <= 20
-    assert worker.account("b").expected_output == 0.0
+    assert worker.account("b").expected_output == expected, "not known yet, so it is like the others"
     told = len(worker.got)
     loop.policy.lengths._expected["a"] *= 1.04
     loop.turn(0)
@@ -274,7 +274,27 @@ def test_the_moving_average_learns_from_what_ended() -> None:
     for length in (100, 50):
         average.learn(request("r", "a", output_tokens=length))
     assert average.expect("a") == (4 * 100 + 50) / 5
-    assert average.expect("b") == 0.0
+
+
+def test_who_is_not_known_yet_is_expected_to_be_like_the_others() -> None:
+    """The mean of tenants, not of requests: one that asks often is one of them."""
+    average = MovingAverage()
+    for tenant, length in (("a", 100), ("a", 100), ("b", 50), ("a", 50)):
+        average.learn(request("r", tenant, output_tokens=length))
+    assert average.expect("b") == 50.0
+    assert average.expect("new") == (90.0 + 50.0) / 2
+
+
+def test_long_outputs_are_charged_ahead_no_further_than_short_ones_wait() -> None:
+    """Beside a tenant whose own are short, twice those; whole when it waits alone."""
+    policy, fleet = _two_workers(long=0.0, short=0.0)
+    policy.lengths = MovingAverage()
+    for tenant, length in (("long", 500), ("short", 20)):
+        policy.lengths.learn(request("r", tenant, output_tokens=length))
+    rows = row("long", queued=1), row("short", queued=1)
+    for seq, waiting, expected in ((2, rows, 2 * 20.0), (3, rows[:1], 500.0)):
+        _observe(policy, fleet, seq / 10, frame("w1", "01A", seq, *waiting))
+        assert policy.decide(seq / 10).ranks["w1"]["long"].expected_output == expected
 
 
 # Preemption
