@@ -9,6 +9,8 @@ run and is written after each; what is in it is not run again, so a run that was
 each time, and so is the file, whatever the machine. `real` needs a trace file (docs/lab.md).
 
 `--devices 5` runs `real` on five devices, evenly between 2 % faster and 2 % slower: its figures move with small causes.
+`--pace 0.9` runs on a device on which each step takes nine tenths of the time: what a side that serves more is to be
+held against. Such rows are in the file, and not in the tables.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import msgspec
 
 from coxswain.lab.bound import gap
 from coxswain.lab.command import seeded
-from coxswain.lab.devices import DEVICES
+from coxswain.lab.devices import DEVICES, Device
 from coxswain.lab.experiment import run
 from coxswain.lab.metrics import measure
 from coxswain.lab.published import peer
@@ -49,9 +51,10 @@ SIDES: Final = {
     "bucket": Side("bucket20"),
     "vllm": Side("vtc", "vllm"),
     "fill": Side("vtc:fill=0.95", "vllm"),
+    "both": Side("vtc:predict=average:fill=0.95", "vllm"),
     "preempt": Side("vtc:preempt_gap=2000", "vllm"),
 }
-SEEDED: Final = ("vtc", "predict", "vllm", "fill")
+SEEDED: Final = ("vtc", "predict", "vllm", "fill", "both", "preempt")
 """What `--devices` repeats."""
 OF_FCFS: Final = ("overload-fcfs", "poisson_short_long_2-fcfs")
 """Longer or shorter only because FCFS was published so: nothing else is run on them."""
@@ -63,19 +66,27 @@ def sides_of(suite: Suite, asked: Sequence[str]) -> list[str]:
     """Those of the asked that say something on a suite."""
     if suite.name in OF_FCFS:
         return [name for name in asked if name == "fcfs"]
-    return [name for name in asked if SIDES[name].admission != suite.admission]
+    return [name for name in asked if SIDES[name] != Side("vtc", suite.admission)]
 
 
-def measured(suite: Suite, arrivals: Sequence[Arrival], name: str, number: int, devices: int) -> Row:
+def device_of(suite: Suite, number: int, devices: int, pace: float) -> Device:
+    """The suite's, or another of `devices`; every step takes `pace` times as long."""
+    device = (
+        seeded(Setup(device=DEVICES[suite.device]), number, devices).device
+        if number
+        else DEVICES[suite.device]
+    )
+    return msgspec.structs.replace(device, pace=device.pace * pace)
+
+
+def measured(suite: Suite, arrivals: Sequence[Arrival], name: str, device: Device) -> Row:
     """One run."""
     side = SIDES[name]
     policy, *settings = side.policy.split(":")
     setup = Setup(
-        policy=policy, settings=tuple(settings), device=DEVICES[suite.device], tables=suite.tables,
+        policy=policy, settings=tuple(settings), device=device, tables=suite.tables,
         admission=side.admission or suite.admission,
     )  # fmt: skip
-    if number:
-        setup = seeded(setup, number, devices)
     outcome = run(arrivals, setup)
     metrics, apart = measure(outcome.lives), gap(outcome.lives, setup)
     theirs = peer(suite.name, side.policy) if side.admission is None else None
@@ -174,6 +185,7 @@ def main() -> None:
     parser.add_argument("--suite", nargs="*", choices=SUITES, default=list(SUITES))
     parser.add_argument("--side", nargs="*", choices=SIDES, default=list(SIDES))
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--pace", type=float, default=1.0, help="how much longer each step takes than usual")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []
@@ -182,10 +194,10 @@ def main() -> None:
         return
     order = {name: place for place, name in enumerate([*SUITES, *SIDES])}
     for suite, side, number in wanted(options.suite, options.side, options.devices):
-        pace = seeded(Setup(), number, options.devices).device.pace if number else 1.0
-        if (suite.name, side, round(pace, DIGITS)) in map(key, rows):
+        device = device_of(suite, number, options.devices, options.pace)
+        if (suite.name, side, round(device.pace, DIGITS)) in map(key, rows):
             continue
-        row = measured(suite, suite.arrivals(), side, number, options.devices)
+        row = measured(suite, suite.arrivals(), side, device)
         rows.append(row)
         rows.sort(key=lambda each: (order[each["suite"]], order[each["side"]], abs(each["pace"] - 1.0)))
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
