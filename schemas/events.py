@@ -117,7 +117,7 @@ class Continued(Event, frozen=True, kw_only=True, tag="continued"):
 
 
 class Preempted(Event, frozen=True, kw_only=True, tag="preempted"):
-    """vLLM itself preempted the request for want of KV blocks."""
+    """Its KV was freed and it waits again: vLLM wanted KV blocks, a cut-in did, or the prefix cache was reset."""
 
     reason: str
 

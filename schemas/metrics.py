@@ -86,7 +86,7 @@ WORKER_REQUESTS: Final = Metric(
 WORKER_PREEMPTIONS: Final = Metric(
     "coxswain_worker_preemptions_total",
     "counter",
-    "Preemptions by vLLM itself and by dropped holds.",
+    "Times that a request lost its KV: preempted, or dropped while held.",
     _WORKER,
 )
 WORKER_COMMANDS: Final = Metric(

@@ -163,7 +163,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     running: Count
     held: Count
     preempted_total: int
-    """Preemptions by vLLM itself and by `kv: drop`."""
+    """How often a request lost its KV: preempted (event `preempted`) or dropped while held (event `dropped`)."""
     recomputed_tokens_total: int
     commands: CommandStats
     leader: Leader

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
 import typer
 
@@ -13,7 +14,7 @@ from coxswain.control.cli import app
 from coxswain.control.cli.exits import MEANING
 from coxswain.control.core import ControlCore, Inputs, Send
 from coxswain.control.policy import params_of
-from coxswain.schemas import commands, events, status, subjects
+from coxswain.schemas import commands, events, policy, status, subjects
 from coxswain.schemas.errors import Code
 from examples.half_life import HalfLife
 from scripts import generated, protocol_examples
@@ -115,6 +116,14 @@ def test_every_refusal_code_is_documented(code: Code) -> None:
 def test_every_verb_query_and_kind_of_event_is_documented(name: str) -> None:
     """The page on the protocol has a word about each."""
     assert re.search(rf"^#+ .*\b{name}\b|`{name}`", PROTOCOL, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("table", "row"), [("class", policy.ClassPolicy), ("tenant", policy.TenantPolicy)])
+def test_every_field_of_the_tables_is_documented(table: str, row: type[msgspec.Struct]) -> None:
+    """The page on the protocol has a row for each field of a class and of a tenant, and for nothing else."""
+    rows = PROTOCOL.split(f"\n| {table} | |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    named = [name for line in rows for name in re.findall(r"`(\w+)`", line.split(" | ")[0])]
+    assert sorted(named) == sorted(row.__struct_encode_fields__)
 
 
 def test_the_environment_variables_are_those_that_are_read() -> None:
