@@ -1,7 +1,7 @@
 """A page per kind of event, `docs/events/KIND.md`, written from `schemas/events.py` alone.
 
-What a field means is the text under it in the source; its type and default  `generated.py` compares
-or renews them.
+What a field means is the text under it in the source; its type and default are msgspec's. `generated.py` compares
+the pages, or renews them.
 """
 
 import ast

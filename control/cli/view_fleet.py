@@ -1,6 +1,6 @@
 """`cox ps` for people: workers and tenants of a fleet as tables.
 
-Pure: frames and the time in, text out; `FleetView` is also what `--json` prints. Called by `ps.py`.
+Pure: frames and the time in, text out; `FleetView` is also what `--json` prints. Called by `fleet.py`.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""The steered scheduler: pure cores (`core`, `queue`, `tenants`, `states`) and the vLLM shell around them (`steered`).
+"""The steered scheduler: pure cores behind `core`, and the vLLM shell around them: `steered`, `mechanism` and `compat`.
 
 `SteeredScheduler` is what `--scheduler-cls` names. It is imported on first use, so that the pure cores can be
 used and tested without vLLM.
