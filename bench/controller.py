@@ -61,7 +61,7 @@ def run(
         stepped = time.perf_counter()
         sent = [encode(each.command if isinstance(each, Send) else each.lead) for each in outgoing]
         ended, cpu = time.perf_counter(), time.process_time() - cpu
-        answers = [Answer(each.worker, each.verb, ok=True) for each in outgoing if isinstance(each, Send)]
+        answers = [Answer(each, ok=True) for each in outgoing if isinstance(each, Send)]
         obeyed = [
             (each.worker, each.verb, payload) if isinstance(each, Send) else ("", "lead", payload)
             for each, payload in zip(outgoing, sent, strict=True)

@@ -65,8 +65,8 @@ class Listing(NamedTuple):
 class Answer(NamedTuple):
     """Whether a worker accepted a command."""
 
-    worker: str
-    verb: str
+    send: "Send"
+    """Which: a late answer is no later command's."""
     ok: bool
     code: int | None = None
     """The refusal's; None also if nobody answered."""
@@ -238,13 +238,10 @@ class ControlCore:
         return [Beat(lead)]
 
     def _answered(self, answer: Answer, now: float) -> None:
-        told = self._told.get(answer.worker)
-        if told is None:
-            return
-        ok = answer.ok or (answer.verb in ABOUT_REQUESTS and answer.code in NOT_FAILURES)
-        told.retries[answer.verb].answered(now, ok=ok)
-        if not ok:
-            told.failed(answer.verb)
+        worker, verb, command = answer.send
+        if (told := self._told.get(worker)) is not None:
+            ok = answer.ok or (verb in ABOUT_REQUESTS and answer.code in NOT_FAILURES)
+            told.answered(verb, command.id, now, ok=ok)
 
     def _configure(
         self, now: float, directives: Directives, classes: Mapping[str, ClassPolicy], tables: Tables
@@ -258,7 +255,7 @@ class ControlCore:
         for view in self.fleet.live():
             told = self._told[view.worker]
             echoed = told.config[0] == name and now - told.config[1] < ECHO_S
-            if view.frame.config == name or echoed or not told.retries["configure"].ready(now):
+            if view.frame.config == name or echoed or not told.ready("configure", now):
                 continue
             told.config = (name, now)
             fields = {"classes": dict(wanted), "tenants": dict(tables.tenants)}
@@ -273,7 +270,7 @@ class ControlCore:
             told = self._told[view.worker]
             if compared >= RANK_ROWS_PER_STEP or now - told.ranked_at < self.cadence_s:
                 break
-            if not told.retries["rank"].ready(now):
+            if not told.ready("rank", now):
                 continue
             told.ranked_at = now
             wanted = directives.ranks.get(view.worker, {})
@@ -319,15 +316,11 @@ class ControlCore:
             told, orders, worker = self._told[view.worker], [], view.worker
             wanted, moves = directives.priorities.get(worker, {}), directives.moves.get(worker, {})
             holds, caps = directives.holds.get(worker, {}), directives.caps.get(worker, {})
-            if (wanted or moves) and told.retries["prioritize"].ready(now):
+            if (wanted or moves) and told.ready("prioritize", now):
                 orders += requests.prioritize(now, view, told, wanted, moves)
-            if (
-                (holds or view.requests)
-                and told.retries["preempt"].ready(now)
-                and told.retries["continue"].ready(now)
-            ):
+            if (holds or view.requests) and told.ready("preempt", now) and told.ready("continue", now):
                 orders += requests.hold(now, view, told, holds)
-            if (caps or told.caps or told.inherited) and told.retries["limit"].ready(now):
+            if (caps or told.caps or told.inherited) and told.ready("limit", now):
                 orders += requests.limit(now, view, told, caps, tables)
             sends += [self._send(now, view, told, verb, fields) for verb, fields in orders]
         return sends
@@ -343,18 +336,17 @@ class ControlCore:
         return asks
 
     def _send(self, now: float, view: WorkerView, told: Told, verb: str, fields: Mapping[str, Any]) -> Send:
-        told.retries[verb].sent(now)
         # Deadlines are judged by the worker's clock, so they are told by it: our own may be another.
         worker_now = view.frame.sent_at + (now - view.heard_at)
-        return Send(view.worker, verb, COMMANDS[verb](**self._envelope(worker_now), **fields))
-
-    def _envelope(self, worker_now: float) -> dict[str, Any]:
-        return {
-            "id": self._new_id(),
-            "issuer": self.controller,
-            "epoch": self._epoch,
-            "expires_at": worker_now + EXPIRES_S,
-        }
+        command = COMMANDS[verb](
+            id=self._new_id(),
+            issuer=self.controller,
+            epoch=self._epoch,
+            expires_at=worker_now + EXPIRES_S,
+            **fields,
+        )
+        told.sent(verb, command.id, now)
+        return Send(view.worker, verb, command)
 
     def validate(self) -> None:
         """Check every invariant; raises AssertionError."""

@@ -48,7 +48,7 @@ MAX_QUEUE_PAGES: Final = 10
 """Of one queue: what waits behind 10,000 is not looked at."""
 QUERY_TIMEOUT_S: Final = 0.5
 COMMAND_TIMEOUT_S: Final = 0.75 * ANSWER_S
-"""Shorter than the core's patience: an answer that came after that would be taken for the next command's."""
+"""Shorter than the core's patience: it had better hear that there was no answer than guess."""
 NOBODY: Final = "none"
 """In numbers, the code of commands that nobody answered."""
 JETSTREAM_TIMEOUT_S: Final = 1.0
@@ -233,7 +233,7 @@ class Controller:
             self.meter.ranks += len(send.command.tenants)
         if len(self._sending) >= MAX_IN_FLIGHT:
             self.meter.refused[send.verb, NOBODY] += 1
-            self._answers.append(Answer(send.worker, send.verb, ok=False))
+            self._answers.append(Answer(send, ok=False))
             return
         self._spawn(self._send(client, send))
 
@@ -268,7 +268,7 @@ class Controller:
             ok, code, why = reply.outcome != "rejected", reply.code, reply.error or ""
         except (ControlError, RefusedError) as error:
             why = str(error)
-        self._answers.append(Answer(send.worker, send.verb, ok=ok, code=code))
+        self._answers.append(Answer(send, ok=ok, code=code))
         self.page.told(send.worker, send.verb, ok=ok, code=code, reason=why)
         if not ok:
             self.meter.refused[send.verb, NOBODY if code is None else str(code)] += 1

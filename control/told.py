@@ -23,36 +23,23 @@ MAX_RETRY_S: Final = 4.0
 
 
 class Retry(msgspec.Struct):
-    """Patience about one verb: how many are in flight since when, and how long to wait after a failure."""
+    """Patience about one verb: the commands in flight, since when, and how long to wait after a failure."""
 
-    pending: int = 0
+    pending: set[str] = set()
+    """Their ids."""
     sent_at: float = 0.0
     failed: bool = False
     ready_at: float = 0.0
     wait_s: float = FIRST_RETRY_S
 
-    def ready(self, now: float) -> bool:
-        """Whether more commands may go out; no answer for too long is a failure."""
-        if self.pending and now - self.sent_at > ANSWER_S:
-            self._close(now, ok=False)
-        return not self.pending and now >= self.ready_at
+    def overdue(self, now: float) -> bool:
+        """Whether there was no answer for too long."""
+        return bool(self.pending) and now - self.sent_at > ANSWER_S
 
-    def sent(self, now: float) -> None:
-        """One more is under way."""
-        self.pending += 1
-        self.sent_at = now
-
-    def answered(self, now: float, *, ok: bool) -> None:
-        """Take an answer; the last one decides when the next command may go."""
-        if not self.pending:
-            return  # too late: it was given up
-        self.pending -= 1
-        self.failed |= not ok
-        if not self.pending:
-            self._close(now, ok=not self.failed)
-
-    def _close(self, now: float, *, ok: bool) -> None:
-        self.pending, self.failed = 0, False
+    def close(self, now: float, *, ok: bool) -> None:
+        """Nothing is in flight any more."""
+        self.pending.clear()
+        self.failed = False
         self.ready_at = now if ok else now + self.wait_s
         self.wait_s = FIRST_RETRY_S if ok else min(MAX_RETRY_S, self.wait_s * 2)
 
@@ -85,7 +72,33 @@ class Told(msgspec.Struct):
     retries: defaultdict[str, Retry] = msgspec.field(default_factory=lambda: defaultdict(Retry))
     """Per verb."""
 
-    def failed(self, verb: str) -> None:
+    def ready(self, verb: str, now: float) -> bool:
+        """Whether more commands of the verb may go out; those that nobody answers for too long have failed."""
+        retry = self.retries[verb]
+        if retry.overdue(now):
+            retry.close(now, ok=False)
+            self._failed(verb)
+        return not retry.pending and now >= retry.ready_at
+
+    def sent(self, verb: str, command_id: str, now: float) -> None:
+        """One more is under way."""
+        retry = self.retries[verb]
+        retry.pending.add(command_id)
+        retry.sent_at = now
+
+    def answered(self, verb: str, command_id: str, now: float, *, ok: bool) -> None:
+        """Take an answer; the last one decides when the next command may go. One that comes too late says nothing."""
+        retry = self.retries[verb]
+        if command_id not in retry.pending:
+            return
+        retry.pending.discard(command_id)
+        retry.failed |= not ok
+        if not retry.pending:
+            retry.close(now, ok=not retry.failed)
+        if not ok:
+            self._failed(verb)
+
+    def _failed(self, verb: str) -> None:
         """A command was not applied, or nobody knows: what it told counts as never said."""
         match verb:
             case "configure":
@@ -105,5 +118,4 @@ class Told(msgspec.Struct):
         """Check every invariant; raises AssertionError."""
         assert self.incarnation
         for retry in self.retries.values():
-            assert retry.pending >= 0
             assert FIRST_RETRY_S <= retry.wait_s <= MAX_RETRY_S

@@ -10,7 +10,17 @@ from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
-from coxswain.control.core import NOT_FAILURES, Answer, Ask, Beat, ControlCore, Inputs, Listing, Outgoing
+from coxswain.control.core import (
+    NOT_FAILURES,
+    Answer,
+    Ask,
+    Beat,
+    ControlCore,
+    Inputs,
+    Listing,
+    Outgoing,
+    Send,
+)
 from coxswain.control.daemon import MAX_QUEUE_PAGES, QUEUE_PAGE
 from coxswain.control.policy import Policy, Tables
 from coxswain.lab.agenda import START, Agenda
@@ -32,8 +42,7 @@ class _Token(NamedTuple):
     """Which command of which controller a reply answers."""
 
     core: ControlCore
-    worker: str
-    verb: str
+    send: Send
 
 
 class _Question(NamedTuple):
@@ -161,7 +170,7 @@ class Controller:
         ok = reply.outcome != "rejected"
         self.rejected += not ok and reply.code not in NOT_FAILURES
         if token.core is self._core:
-            self._answers.append(Answer(token.worker, token.verb, ok=ok, code=reply.code))
+            self._answers.append(Answer(token.send, ok=ok, code=reply.code))
 
     def _page(self, question: _Question, page: QueuePage) -> None:
         if question.core is not self._core:
@@ -206,13 +215,13 @@ class Controller:
                 self._link.send(lambda port=engine.scheduler.port: port.offer(LeadIn(outgoing.lead)))  # type: ignore[misc]
             return
         self.commands += 1
-        token = _Token(core, outgoing.worker, outgoing.verb)
+        token = _Token(core, outgoing)
         try:
             command, ignored = decode(outgoing.verb, encode(outgoing.command))
         except RefusedError:
             # As the bus of a worker would: the core hears of it without a round trip, which is soon enough.
             self.rejected += 1
-            self._answers.append(Answer(outgoing.worker, outgoing.verb, ok=False, code=int(Code.MALFORMED)))
+            self._answers.append(Answer(outgoing, ok=False, code=int(Code.MALFORMED)))
             return
         item = CommandIn(CONTROLLER, outgoing.verb, command, ignored, token)
         self._link.send(lambda: self._engines[outgoing.worker].scheduler.port.offer(item))

@@ -197,7 +197,7 @@ class SmallWorker:
                 self.epoch = each.lead.epoch
             elif each.worker == self.name:
                 self.got.append(each)
-                answers.append(Answer(self.name, each.verb, ok=self._apply(each)))
+                answers.append(Answer(each, ok=self._apply(each)))
         return answers
 
     def _apply(self, send: Send) -> bool:

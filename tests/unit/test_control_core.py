@@ -8,7 +8,7 @@ from coxswain.control.core import BEAT_S, EXPIRES_S, Answer, Beat, Send
 from coxswain.control.policies.fcfs import Fcfs
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.policy import Directives
-from coxswain.control.told import ECHO_S
+from coxswain.control.told import ANSWER_S, ECHO_S
 from coxswain.schemas.policy import ClassPolicy, Prices, TenantPolicy, TenantRank, digest
 from coxswain.schemas.status import Leader
 from tests.support.control import EPOCH, Driver, Fixed
@@ -83,8 +83,9 @@ def test_a_table_edit_reaches_every_worker_once() -> None:
     driver = Driver(Fixed())
     driver.sends(0.0, frame("w1"), frame("w2"))
     driver.tenants = TENANTS
-    assert {send.worker for send in driver.sends(0.1)} == {"w1", "w2"}
-    ok = [Answer("w1", "configure", ok=True), Answer("w2", "configure", ok=True)]
+    sends = driver.sends(0.1)
+    assert {send.worker for send in sends} == {"w1", "w2"}
+    ok = [Answer(send, ok=True) for send in sends]
     assert driver.sends(0.2, answers=ok) == []
     later = 0.1 + ECHO_S + 0.1
     echoed = frame("w1", "01A", 2, config=digest({}, TENANTS))
@@ -95,13 +96,12 @@ def test_a_refused_configure_is_tried_again_with_growing_patience() -> None:
     """A worker that refuses is asked again after 0.25 s, then 0.5 s, then 1 s, not at every step."""
     driver = Driver(Fixed())
     driver.tenants = TENANTS
-    driver.step(0.0, frame())
-    tries, answers = [], [Answer("w1", "configure", ok=False)]
+    tries, answers = [], [Answer(send, ok=False) for send in driver.sends(0.0, frame())]
     for tick in range(1, 45):
         now = tick * 0.05
         sends = driver.sends(now, frame(seq=tick + 1), answers=answers)
         tries += [now for _ in sends]
-        answers = [Answer("w1", "configure", ok=False) for _ in sends]
+        answers = [Answer(send, ok=False) for send in sends]
     gaps = [after - before for before, after in pairwise(tries)]
     assert len(tries) == 3
     assert all(after > 1.5 * before for before, after in pairwise(gaps))
@@ -147,8 +147,8 @@ def test_a_base_that_is_right_is_not_sent() -> None:
 def test_a_rank_is_sent_once_until_status_could_show_it() -> None:
     """No repeat while the worker's frames may still be older than the rank; one if they never show it."""
     driver = Driver(Fixed(ranks={"w1": {"a": TenantRank(base=9.0)}}))
-    assert len(driver.sends(0.0, frame("w1", "01A", 1, row("a")))) == 1
-    ok = [Answer("w1", "rank", ok=True)]
+    (send,) = driver.sends(0.0, frame("w1", "01A", 1, row("a")))
+    ok = [Answer(send, ok=True)]
     assert driver.sends(0.1, frame("w1", "01A", 2, row("a")), answers=ok) == []
     assert len(driver.sends(ECHO_S + 0.2, frame("w1", "01A", 3, row("a")))) == 1
 
@@ -156,10 +156,10 @@ def test_a_rank_is_sent_once_until_status_could_show_it() -> None:
 def test_a_failed_rank_is_sent_again() -> None:
     """A rank for a tenant that the worker does not list cannot be checked by status; its answer decides."""
     driver = Driver(Fixed(ranks={"w1": {"elsewhere": TenantRank(base=9.0)}}))
-    assert len(driver.sends(0.0, frame())) == 1
-    assert driver.sends(0.1, answers=[Answer("w1", "rank", ok=False)]) == []
-    assert len(driver.sends(0.5)) == 1
-    assert driver.sends(0.6, answers=[Answer("w1", "rank", ok=True)]) == []
+    (send,) = driver.sends(0.0, frame())
+    assert driver.sends(0.1, answers=[Answer(send, ok=False)]) == []
+    (send,) = driver.sends(0.5)
+    assert driver.sends(0.6, answers=[Answer(send, ok=True)]) == []
     assert driver.sends(2.9, frame(seq=2)) == []
 
 
@@ -168,7 +168,7 @@ def test_prices_go_to_each_worker_once() -> None:
     driver = Driver(Fixed(prices=Prices(output=3.0)))
     (send,) = driver.sends(0.0, frame())
     assert send.command.prices == Prices(output=3.0)
-    assert driver.sends(0.1, frame(seq=2), answers=[Answer("w1", "rank", ok=True)]) == []
+    assert driver.sends(0.1, frame(seq=2), answers=[Answer(send, ok=True)]) == []
     driver.epoch = (100.0, 8)
     assert len(driver.sends(0.2, frame(seq=3))) == 1
 
@@ -183,15 +183,41 @@ def test_one_rank_is_in_flight_per_worker() -> None:
     assert len(driver.sends(2.6, frame(seq=4))) == 1
 
 
+def test_a_late_answer_is_not_taken_for_that_to_the_next_command() -> None:
+    """After its patience the core sends anew; what then comes to the first command says nothing of the second."""
+    driver = Driver(Fixed(ranks={"w1": {"elsewhere": TenantRank(base=9.0)}}))
+    (first,) = driver.sends(0.0, frame())
+    assert driver.sends(ANSWER_S + 0.1, frame(seq=2)) == []
+    (second,) = driver.sends(ANSWER_S + 0.4, frame(seq=3))
+    driver.core.policy.directives = Directives(ranks={"w1": {"elsewhere": TenantRank(base=50.0)}})
+    for ok in (True, False):
+        late = [Answer(first, ok=ok)]
+        assert driver.sends(ANSWER_S + 0.5, frame(seq=4), answers=late) == [], "the second is still in flight"
+    (third,) = driver.sends(ANSWER_S + 0.6, frame(seq=5), answers=[Answer(second, ok=True)])
+    assert third.command.tenants["elsewhere"].base == 50.0
+
+
+def test_what_nobody_answered_is_told_again() -> None:
+    """Prices and tenants that a worker does not list show nowhere: without an answer they count as never told."""
+    ranks = {"w1": {"elsewhere": TenantRank(base=9.0)}}
+    driver = Driver(Fixed(ranks=ranks, prices=Prices(output=3.0)))
+    (first,) = driver.sends(0.0, frame())
+    driver.sends(ANSWER_S + 0.1, frame(seq=2))
+    (again,) = driver.sends(ANSWER_S + 0.4, frame(seq=3))
+    assert again.command.tenants == first.command.tenants
+    assert again.command.prices == first.command.prices
+
+
 def test_ranks_keep_to_their_cadence() -> None:
     """However often the core steps, ranks are at least `cadence_s` apart."""
     driver = Driver(Fixed(ranks={}))
-    times = []
+    times, answers = [], []
     for tick in range(100):
         now = tick * 0.01
         driver.core.policy.directives = Directives(ranks={"w1": {"a": TenantRank(base=float(tick * 10))}})
-        answers = [Answer("w1", "rank", ok=True)]
-        times += [now for _ in driver.sends(now, frame(seq=tick), answers=answers)]
+        sends = driver.sends(now, frame(seq=tick), answers=answers)
+        times += [now for _ in sends]
+        answers = [Answer(send, ok=True) for send in sends]
     assert len(times) > 10
     assert min(b - a for a, b in pairwise(times)) >= 0.05 - 1e-9
 

@@ -49,8 +49,9 @@ async def test_a_worker_is_not_asked_for_its_queue_while_it_is_being_read() -> N
 
 
 async def test_the_core_hears_that_nobody_answered_before_it_gives_a_command_up() -> None:
-    """An answer that comes later would be counted as that of the next command."""
+    """Else it would wait for longer than it must, and not know whether anybody answered."""
     controller, client = Controller(Connection(urls=(), fleet="main"), Edf(Edf.Params())), SlowClient()
-    await controller._send(client, Send("w1", "limit", Limit(id="a1", targets=Targets(all=True))))
-    assert controller._answers == [Answer("w1", "limit", ok=False)]
+    send = Send("w1", "limit", Limit(id="a1", targets=Targets(all=True)))
+    await controller._send(client, send)
+    assert controller._answers == [Answer(send, ok=False)]
     assert client.patience_s <= ANSWER_S - 0.5

@@ -24,7 +24,7 @@ def driver(**directives: Any) -> Driver:
 
 def ok(sends: list[Send]) -> list[Answer]:
     """Every command was accepted."""
-    return [Answer(send.worker, send.verb, ok=True) for send in sends]
+    return [Answer(send, ok=True) for send in sends]
 
 
 def names(send: Send) -> set[str]:
@@ -80,9 +80,9 @@ def test_a_class_goes_with_the_priority() -> None:
 def test_a_request_that_ended_meanwhile_costs_no_patience() -> None:
     """A 404 is no failure of the worker: the next priority goes out at the next step."""
     core = driver(priorities={"w1": {("r1", 0): 5}})
-    core.sends(0.0, frame(requests=(request("r1"), request("r2"))))
+    (send,) = core.sends(0.0, frame(requests=(request("r1"), request("r2"))))
     core.core.policy.directives = Directives(priorities={"w1": {("r2", 0): 6}})
-    answers = [Answer("w1", "prioritize", ok=False, code=404)]
+    answers = [Answer(send, ok=False, code=404)]
     assert len(core.sends(0.05, frame(seq=2, requests=(request("r2"),)), answers=answers)) == 1
 
 
@@ -90,8 +90,8 @@ def test_a_worker_that_does_not_answer_is_left_alone_for_a_while() -> None:
     """A command that failed for other reasons is tried again with patience."""
     core = driver(priorities={"w1": {("r1", 0): 5}})
     rows = (request("r1"),)
-    core.sends(0.0, frame(requests=rows))
-    failed = [Answer("w1", "prioritize", ok=False)]
+    (send,) = core.sends(0.0, frame(requests=rows))
+    failed = [Answer(send, ok=False)]
     assert core.sends(0.05, frame(seq=2, requests=rows), answers=failed) == []
     assert len(core.sends(0.35, frame(seq=3, requests=rows))) == 1
 
@@ -273,7 +273,7 @@ def test_what_is_wanted_comes_to_be_over_a_lossy_transport(wanted: list, random)
                 if not (lossy and random.random() < 0.4):
                     worker.apply(send)
                     if not (lossy and random.random() < 0.4):
-                        answers.append(Answer("w1", send.verb, ok=True))
+                        answers.append(Answer(send, ok=True))
     for name, each in worker.rows.items():
         priority, kv = wanted[-1].get(name, (each.priority, "run"))
         assert each.priority == priority

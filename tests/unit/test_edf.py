@@ -180,7 +180,7 @@ def test_the_rest_of_a_long_queue_is_asked_for() -> None:
     assert [each for each in first if isinstance(each, Ask)] == [Ask("w1")]
     assert not any(isinstance(each, Ask) for each in core.step(0.1, Inputs(**everything)))
     whole = [*listed, waits("r2", 200.0)]
-    ok = [Answer("w1", each.verb, ok=True) for each in first if isinstance(each, Send)]
+    ok = [Answer(each, ok=True) for each in first if isinstance(each, Send)]
     answer = Inputs(listings=[Listing("w1", whole)], answers=ok, **everything)
     sends = [each for each in core.step(0.3, answer) if not isinstance(each, Beat | Ask)]
     assert [send.command.targets.requests for send in sends if send.verb == "prioritize"] == [("r2",)]
