@@ -17,6 +17,8 @@ MAX_TRAILS: Final = 16_384
 """Requests whose changes are remembered; the oldest are forgotten first."""
 MAX_TRAIL: Final = 64
 """Changes remembered of one."""
+TOGETHER_S: Final = 10.0
+"""What a role does to requests of one worker, again and again, is one line for so long."""
 
 Trail = list[StoryLine]
 
@@ -30,6 +32,8 @@ class Chronicle:
         self._liveness: dict[str, str] = {}
         self._epoch: Epoch | None = None
         self._rivals: dict[str, str] = {}
+        self._done: dict[tuple[str, str], tuple[float, int, Happening]] = {}
+        """What a role does to requests of a worker: since when, how many, and the line that says so."""
 
     def trail(self, worker: str, key: RequestKey) -> tuple[StoryLine, ...]:
         """What frames told of a request so far."""
@@ -116,7 +120,22 @@ class Chronicle:
             if old is not None:
                 done.update(_by_hand(old, row))
         for what, count in sorted(done.items()):
-            self._say(now, frame.worker, f"{count} {'request' if count == 1 else 'requests'} {what}")
+            self._sum_up(now, frame.worker, what, count)
+
+    def _sum_up(self, now: float, worker: str, what: str, count: int) -> None:
+        """A policy may hold many times a second: that is one line, which grows, so that others are seen beside it."""
+        began = now
+        if (
+            (last := self._done.get((worker, what)))
+            and now - last[0] < TOGETHER_S
+            and last[2] in self.happenings
+        ):
+            began = last[0]
+            count += last[1]
+            self.happenings.remove(last[2])
+        within = f" within {now - began:.0f} s" if now - began >= 1 else ""
+        self._say(now, worker, f"{count} {'request' if count == 1 else 'requests'} {what}{within}")
+        self._done[worker, what] = began, count, self.happenings[-1]
 
 
 def _commands(count: int) -> str:

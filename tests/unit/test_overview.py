@@ -151,6 +151,25 @@ def test_a_request_leaves_a_trail() -> None:
     ]  # fmt: skip
 
 
+def test_what_a_policy_does_again_and_again_is_one_line() -> None:
+    """It grows and stays last, for ten seconds; a refusal before it is still to be seen, and another role's hold."""
+
+    def shown(seq: int, *roles: str) -> Frame:
+        more = {"state": "held", "kv": "kept", "held_by": roles} if roles else {"state": "running"}
+        return frame("w1", "01A", seq, requests=(request("r", **more),))
+
+    roles = [(), ("controller",), (), ("operator",), (), ("controller",), (), ("controller",)]
+    times = [0.0, 0.2, 0.4, 1.0, 2.0, 4.2, 4.4, 11.0]
+    overview = seen(
+        *((NOW + at, shown(seq, *of)) for seq, (at, of) in enumerate(zip(times, roles, strict=True)))
+    )
+    assert said(overview)[1:] == [
+        "w1: 1 request held by operator", "w1: 1 request continued, were held by operator",
+        "w1: 2 requests held by controller within 4 s", "w1: 2 requests continued, were held by controller within 4 s",
+        "w1: 1 request held by controller",
+    ]  # fmt: skip
+
+
 def test_what_the_engine_makes_room_with_is_no_happening() -> None:
     """Cut-in is everyday work; what people and controllers do is not."""
     held = request("r", state="held", kv="kept", held_by=("engine",))
