@@ -133,25 +133,25 @@ class EdgeMetrics:
         if self._file is None:
             self._tally.take(frames, now)
             return self._tally
-        with os.fdopen(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            stored = file.read()
-            if stored:
-                self._tally = self._read(stored)
+        lock, new = self._file.with_suffix(".lock"), self._file.with_suffix(".new")
+        with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)) as locked:
+            fcntl.flock(locked, fcntl.LOCK_EX)
+            if self._file.exists():
+                self._tally = self._read(self._file)
             self._tally.take(frames, now)
-            stored = msgspec.msgpack.encode(self._tally)
-            file.seek(0)
-            file.truncate()
-            file.write(stored)
+            # Beside it, then in its place: a full disk, or a process that is killed here, leaves what was there before.
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(msgspec.msgpack.encode(self._tally))
+            new.replace(self._file)
         return self._tally
 
-    def _read(self, stored: bytes) -> Tally:
-        """What all processes counted; a new count if that is damaged: of a full disk, or a process that was killed."""
+    def _read(self, file: Path) -> Tally:
+        """What all processes counted; where somebody else damaged it, what this one knows of that."""
         try:
-            return _read_tally(stored)
+            return _read_tally(file.read_bytes())
         except UNREADABLE as error:
-            self._log.warning("metrics.counted_anew", file=str(self._file), error=str(error))
-            return Tally(self._tally.limit)
+            self._log.warning("metrics.damaged", file=str(file), error=str(error))
+            return self._tally
 
 
 class _Families:

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -194,16 +195,34 @@ async def test_tenants_are_shown_to_a_key_that_may_see_them(tmp_path: Path):
         assert values(response.text)[names.TENANT_OUTPUT.name, "acme"] == 40
 
 
-async def test_a_damaged_count_begins_anew(tmp_path: Path):
-    """The file that API server processes share may be cut short: the page goes on, and says so in the log."""
+@pytest.mark.parametrize("left", [b"", b"\x93\x01"])
+async def test_a_damaged_count_goes_on_from_what_is_known(tmp_path: Path, left: bytes):
+    """Whoever cut the file that API server processes share, counters do not go back, and the log says it."""
     said = io.StringIO()
     metrics = EdgeMetrics("main", "w1", 5, tmp_path, get_logger(said, {}))
-    (tmp_path / "coxswain-tally").write_bytes(b"\x93\x01")
-    for seq in (1, 2):
-        heard(metrics, some(seq, output=40 * seq))
+    heard(metrics, some(1, output=40), frame("w1", "01B", 1, row("acme", output_tokens_total=5)))
+    await metrics.page()
+    (tmp_path / "coxswain-tally").write_bytes(left)
+    for seq in (2, 3):
+        heard(metrics, frame("w1", "01B", seq, row("acme", output_tokens_total=5 * seq)))
         found = values((await get(vllms_page(), metrics)).text)
-        assert found[names.TENANT_OUTPUT.name, "acme"] == 40 * seq
-    assert said.getvalue().count("metrics.counted_anew") == 1
+        assert found[names.TENANT_OUTPUT.name, "acme"] == 40 + 5 * seq
+    assert said.getvalue().count("metrics.damaged") == 1
+
+
+async def test_a_process_that_dies_while_it_writes_leaves_the_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The whole file stands or the one before, so that another process's counters do not go back."""
+    first, second = (EdgeMetrics("main", "w1", 5, tmp_path) for _ in range(2))
+    heard(first, some(1, output=40))
+    await first.page()
+    heard(first, some(2, output=80))
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
+        assert await first.page() == b""
+    found = values((await second.page()).decode())
+    assert found[names.TENANT_OUTPUT.name, "acme"] == 40
 
 
 async def test_vllms_page_stands_where_ours_cannot_be_made(tmp_path: Path):
@@ -218,8 +237,7 @@ async def test_vllms_page_stands_where_ours_cannot_be_made(tmp_path: Path):
         assert said.getvalue().count("metrics.failed") == turn + 1
         (tmp_path / "gone").mkdir()
         assert (names.WORKER_STEPS.name,) in values((await get(vllms_page(), metrics)).text)
-        (tmp_path / "gone" / "coxswain-tally").unlink()
-        (tmp_path / "gone").rmdir()
+        shutil.rmtree(tmp_path / "gone")
 
 
 async def test_two_who_ask_at_once_are_answered_alike():
