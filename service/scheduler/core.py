@@ -271,7 +271,7 @@ class SteeringCore:
         """A leader's heartbeat; one of an older epoch than the highest seen is not believed."""
         if self.epoch is not None and lead.epoch < self.epoch:
             return
-        changed = self.epoch != lead.epoch or self._leader_silent
+        changed = self.leader is None or self.epoch != lead.epoch or self._leader_silent
         self.epoch = lead.epoch
         self.leader = lead
         self.leader_heard_at = now
@@ -286,9 +286,12 @@ class SteeringCore:
 
         It counts even if the command is then refused for another reason: the older leader is fenced off all the same.
         """
+        if self.epoch != epoch:
+            self.leader = None  # its heartbeat says who it is
         if self.epoch != epoch or self._leader_silent:
+            self.roster.changed = True
             self.tell(now, None, ev.LeaderChanged, epoch=epoch, reason="first command of its epoch")
-            self._leader_silent = False
+        self._leader_silent = False
         self.epoch = epoch
         self.leader_heard_at = now
 

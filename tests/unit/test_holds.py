@@ -229,6 +229,23 @@ def test_new_leader_inherits_the_holds_of_its_predecessor() -> None:
     assert record.state is State.RUNNING
 
 
+def test_leader_known_by_its_commands_alone_is_named_once_it_is_heard() -> None:
+    """Until then nobody takes the policy of its predecessor for its own."""
+    engine = FakeEngine(leader_lease_s=5.0)
+    engine.lead(revision=1)
+    engine.core.obeyed(engine.now, (1.0, 2))
+    assert (engine.core.epoch, engine.core.leader) == ((1.0, 2), None)
+    engine.lead(revision=2)
+    engine.core.obeyed(engine.now, (1.0, 2))
+    engine.lead(revision=2)
+    assert engine.core.leader is not None
+    assert [(fields["epoch"], fields["reason"]) for fields in engine.seen(ev.LeaderChanged)] == [
+        ((1.0, 1), "c1 leads with vtc"),
+        ((1.0, 2), "first command of its epoch"),
+        ((1.0, 2), "c1 leads with vtc"),
+    ]
+
+
 # KV
 
 
