@@ -33,34 +33,49 @@ class Part(Protocol):
 
 
 P = TypeVar("P", bound=Part)
+T = TypeVar("T")
 
 
-class Assembler(Generic[P]):
-    """Collects the parts of one worker's full frame: the newest only, so memory is bounded by one frame.
+class Parts(Generic[T]):
+    """Collects something for each part of one worker's full frame, the newest only: memory is bounded by one frame.
 
     A part of a frame that cannot be (the third of two) is nobody's.
     """
 
     def __init__(self) -> None:
         self._key: tuple[str, int] | None = None
-        self._parts: dict[int, P] = {}
+        self._known: dict[int, T] = {}
 
-    def add(self, frame: P) -> P | None:
-        """The whole frame once its last missing part is in, else None. Repeated parts change nothing."""
+    def add(self, frame: Part, what: T) -> list[T] | None:
+        """What was collected, in order, once the last missing part is in, else None. Repeated parts change nothing."""
         if not 0 <= frame.part < frame.parts <= MAX_PARTS:
             return None
         if frame.parts == 1:
-            return frame
+            return [what]
         key = (frame.incarnation, frame.seq)
         if key != self._key:
             if self._key and self._key[0] == frame.incarnation and frame.seq < self._key[1]:
                 return None
-            self._key, self._parts = key, {}
-        self._parts[frame.part] = frame
-        if len(self._parts) < frame.parts:
+            self._key, self._known = key, {}
+        self._known[frame.part] = what
+        if len(self._known) < frame.parts:
             return None
-        ordered = [self._parts[part] for part in sorted(self._parts)]
-        self._key, self._parts = None, {}
+        ordered = [self._known[part] for part in sorted(self._known)]
+        self._key, self._known = None, {}
+        return ordered
+
+
+class Assembler(Generic[P]):
+    """Makes one frame of the parts of one worker's full frame."""
+
+    def __init__(self) -> None:
+        self._parts: Parts[P] = Parts()
+
+    def add(self, frame: P) -> P | None:
+        """The whole frame once its last missing part is in, else None."""
+        ordered = self._parts.add(frame, frame)
+        if ordered is None or frame.parts == 1:
+            return ordered[0] if ordered else None
         rows = {
             field: tuple(chain.from_iterable(getattr(part, field) for part in ordered))
             for field in ROWS

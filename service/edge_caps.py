@@ -59,7 +59,7 @@ class ClassSeen(msgspec.Struct, frozen=True):
     max_queued: int | None = None
 
 
-class Seen(msgspec.Struct, frozen=True):
+class EdgeFrame(msgspec.Struct, frozen=True):
     """What the edge reads of a status frame: the rest, requests above all, is not even decoded."""
 
     worker: str
@@ -125,9 +125,9 @@ class View:
         self.tenants: dict[str, TenantSeen] = {}
         self.classes: dict[str, ClassSeen] = {}
         self.seq = -1
-        self._assembler: Assembler[Seen] = Assembler()
+        self._assembler: Assembler[EdgeFrame] = Assembler()
 
-    def merge(self, frame: Seen, now: float) -> dict[str, int]:
+    def merge(self, frame: EdgeFrame, now: float) -> dict[str, int]:
         """Take a frame; how many requests of each tenant it has that were not known before. Older ones: none."""
         if frame.seq < self.seq:
             return {}
@@ -173,7 +173,7 @@ class EdgeCaps:
 
     # What is heard
 
-    def heard(self, frame: Seen, now: float) -> None:
+    def heard(self, frame: EdgeFrame, now: float) -> None:
         """A status frame came."""
         if frame.worker not in self.workers:
             return

@@ -13,6 +13,7 @@ import fcntl
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -22,9 +23,9 @@ import msgspec
 from coxswain.schemas import metrics as names
 from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.metrics import LONG_SILENT_S, OTHER, Metric
-from coxswain.schemas.parts import Assembler
+from coxswain.schemas.parts import Assembler, Parts
 from coxswain.schemas.status import Frame, decode_glance
-from coxswain.service.edge_caps import Seen
+from coxswain.service.edge_caps import EdgeFrame
 from coxswain.service.edge_tally import TENANT_FIELDS, Life, Tally
 from coxswain.service.logs import get_logger
 
@@ -45,22 +46,15 @@ class Latest:
 
     def __init__(self) -> None:
         self._lives: dict[tuple[str, str], Raw] = {}
-        self._parts: dict[str, tuple[str, int, dict[int, bytes]]] = {}
+        self._parts: defaultdict[str, Parts[bytes]] = defaultdict(Parts)
 
-    def keep(self, seen: Seen, payload: bytes, now: float) -> None:
+    def keep(self, seen: EdgeFrame, payload: bytes, now: float) -> None:
         """Note a frame that came at `now` (Unix s); one in parts when its last is there."""
         if not seen.full:
             return
-        parts = [payload]
-        if seen.parts > 1:
-            incarnation, seq, known = self._parts.get(seen.worker, ("", -1, {}))
-            if (incarnation, seq) != (seen.incarnation, seen.seq):
-                known = {}
-            known[seen.part] = payload
-            self._parts[seen.worker] = (seen.incarnation, seen.seq, known)
-            if len(known) < seen.parts:
-                return
-            parts = list(known.values())
+        parts = self._parts[seen.worker].add(seen, payload)
+        if parts is None:
+            return
         key = (seen.worker, seen.incarnation)
         self._lives.pop(key, None)
         self._lives[key] = (now, parts)

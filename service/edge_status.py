@@ -21,7 +21,7 @@ from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus.connect import close, connect
 from coxswain.service.bus.throttle import Throttle
 from coxswain.service.config import SettingRefusedError, Settings
-from coxswain.service.edge_caps import EdgeCaps, Seen
+from coxswain.service.edge_caps import EdgeCaps, EdgeFrame
 from coxswain.service.edge_metrics import EdgeMetrics
 from coxswain.service.logs import get_logger
 
@@ -34,7 +34,7 @@ PENDING_EVENTS: Final = 16_384
 """The same of events, which come many at once; of those dropped, spans lack a piece."""
 LOG_PERIOD_S: Final = 60.0
 
-_decode = msgspec.json.Decoder(Seen).decode
+_decode = msgspec.json.Decoder(EdgeFrame).decode
 
 
 class EdgeStatus:

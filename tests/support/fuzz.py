@@ -25,7 +25,7 @@ from coxswain.schemas.subjects import CONTROLLER, OPERATOR, VERBS, CommandSubjec
 from coxswain.service import keys, request_id
 from coxswain.service.bus import intake
 from coxswain.service.edge import Edge, EdgeSettings, RefusedRequestError, client_id
-from coxswain.service.edge_caps import EdgeCaps, Seen
+from coxswain.service.edge_caps import EdgeCaps, EdgeFrame
 from coxswain.service.keys import Grant
 from coxswain.service.scheduler.verbs import Commands
 from tests.support.control import Driver
@@ -158,7 +158,7 @@ def edge_frame(data: bytes) -> None:
     """A status frame as the HTTP edge reads it."""
     caps = EdgeCaps(("w1",))
     try:
-        heard = msgspec.json.decode(data, type=Seen)
+        heard = msgspec.json.decode(data, type=EdgeFrame)
     except UNREADABLE:
         return
     for second in range(3):

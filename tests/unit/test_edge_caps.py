@@ -19,16 +19,16 @@ from coxswain.service.bus.frames import split
 from coxswain.service.config import SettingRefusedError, Settings
 from coxswain.service.edge import Edge, EdgeSettings, Refusal
 from coxswain.service.edge_asgi import EdgeMiddleware
-from coxswain.service.edge_caps import LOST_S, STALE_S, ClassSeen, EdgeCaps, Passage, Seen, TenantSeen
+from coxswain.service.edge_caps import LOST_S, STALE_S, ClassSeen, EdgeCaps, EdgeFrame, Passage, TenantSeen
 from coxswain.service.edge_status import EdgeStatus, listener, workers_behind
 from tests.support.frames import frame, row
 
-decode = msgspec.json.Decoder(Seen).decode
+decode = msgspec.json.Decoder(EdgeFrame).decode
 SECRET = "ab" * 32
 
 
 @pytest.mark.parametrize(
-    ("part", "whole"), [(TenantSeen, TenantStatus), (ClassSeen, ClassStatus), (Seen, Frame)]
+    ("part", "whole"), [(TenantSeen, TenantStatus), (ClassSeen, ClassStatus), (EdgeFrame, Frame)]
 )
 def test_what_a_row_leaves_out_is_the_same_to_the_edge(part: type, whole: type) -> None:
     """The edge reads some fields of each row: one that is not there means to it what the wire contract says."""
@@ -50,7 +50,7 @@ class Engine:
         self.seq = 0
         self.oldest_s = 0.0
 
-    def seen(self, *, full: bool = True) -> Seen:
+    def seen(self, *, full: bool = True) -> EdgeFrame:
         """Its status now, as the edge decodes it."""
         self.seq += 1
         tenant = row(

@@ -8,7 +8,7 @@ from coxswain.schemas.commands import encode
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import CommandStats
 from coxswain.service.edge import Refusal
-from coxswain.service.edge_caps import EdgeCaps, Passage, Seen
+from coxswain.service.edge_caps import EdgeCaps, EdgeFrame, Passage
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
 from tests.support.fake_engine import FakeEngine
 
@@ -32,7 +32,7 @@ class Server:
         self._seq += 1
         frame = self._reporter.frame(self.engine.now, GAUGES, CommandStats(), full=True).complete()
         payload = encode(msgspec.structs.replace(frame, seq=self._seq))
-        self.caps.heard(msgspec.json.decode(payload, type=Seen), 0.0)
+        self.caps.heard(msgspec.json.decode(payload, type=EdgeFrame), 0.0)
 
     def send(self, tenant: str, asked: str = "") -> tuple[str, str] | None:
         """A request: the class that the edge took it for and the class that it waits in, or None if refused."""

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from coxswain.schemas.status import ClassStatus, Frame, Leader
 from coxswain.service import keys
 from coxswain.service.edge import Edge, EdgeSettings
 from coxswain.service.edge_asgi import EdgeMiddleware
-from coxswain.service.edge_caps import EdgeCaps, Seen
+from coxswain.service.edge_caps import EdgeCaps, EdgeFrame
 from coxswain.service.edge_metrics import EdgeMetrics
 from coxswain.service.edge_status import EdgeStatus
 from coxswain.service.keys import Grant, Keyring
@@ -52,7 +53,7 @@ def heard(metrics: EdgeMetrics, *frames: Frame, at: float | None = None) -> None
     """Frames came from NATS."""
     for each in frames:
         payload = msgspec.json.encode(each)
-        metrics.latest.keep(msgspec.json.decode(payload, type=Seen), payload, at or time.time())
+        metrics.latest.keep(msgspec.json.decode(payload, type=EdgeFrame), payload, at or time.time())
 
 
 def values(text: str) -> dict[tuple[str, ...], float]:
@@ -124,6 +125,21 @@ async def test_a_frame_in_parts_counts_when_it_is_whole():
     heard(metrics, frame("w1", "01A", 1, row("beta", output_tokens_total=2), parts=2, part=1))
     found = values((await metrics.page()).decode())
     assert (found[names.TENANT_OUTPUT.name, "acme"], found[names.TENANT_OUTPUT.name, "beta"]) == (1, 2)
+
+
+def test_parts_of_frames_that_cannot_be_are_not_kept():
+    """Nobody who may send as a worker fills the server's memory; of a whole frame only the frame stays."""
+    latest, payload = EdgeMetrics("main", "w1", 5).latest, bytes(100)
+
+    def keep(seq: int, part: int, parts: int) -> int:
+        """Give it a part; in how many places the payload is now, ours included."""
+        latest.keep(EdgeFrame("w1", "01A", seq, True, part, parts, "serving"), payload, 0.0)
+        return sys.getrefcount(payload)
+
+    before = sys.getrefcount(payload)
+    assert {keep(1, part, 10**9) for part in range(100)} == {before}
+    assert [keep(2, part, 3) - before for part in range(3)] == [1, 2, 3]
+    assert keep(3, 0, 1) - before == 1
 
 
 async def test_a_silent_worker_has_an_age_and_no_levels():
