@@ -57,7 +57,7 @@ options:
   --fleet NAME   the fleet to join (COX_FLEET; default: main)
   --keys FILE    API keys: who is which tenant (COX_KEYS; made with `python -m coxswain.service.keys add`)
   --dry-run      print the command and environment instead of running it
-  -h, --help     show this; `cox worker MODEL --help=all` shows vLLM's own arguments
+  -h, --help     show this; --help=all shows vLLM's own arguments
 
 {simulated.HELP}
 Defaults, each only where you said nothing:
@@ -69,6 +69,8 @@ Defaults, each only where you said nothing:
   token, held or not, and ends; what takes longer than so many seconds is aborted. 0, vLLM's own default, aborts all.
   Not with several API servers (--data-parallel-size, --api-server-count): there vLLM cannot; `cox drain` first.
   Usage statistics are off (VLLM_NO_USAGE_STATS).
+
+Example: cox worker Qwen/Qwen3-0.6B --port 8000
 """
 
 
@@ -316,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker until it is stopped.
 
     Returns:
-        The exit code: vLLM's own, or 2 if the arguments or settings are refused, 3 if vLLM is not installed.
+        The exit code: vLLM's own, or 2 if arguments or settings are refused, or vLLM is not installed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if "-h" in argv or "--help" in argv:
@@ -327,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "error: vLLM is not installed here: pip install '.[gpu]' in a checkout of Coxswain, "
             "or '.[cpu]' for a machine without a GPU\n",
         )
-        return 3
+        return 2
     if asked := [argument for argument in argv if argument.startswith("--help=")]:
         return run_vllm(Launch(["serve", asked[0]], {}, dry_run=False))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

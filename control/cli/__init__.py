@@ -63,10 +63,8 @@ command(
     shared=("nats", "fleet", "json"),
     example="cox controller --policy vtc --set wq=2",
 )(launch.controller)
-command(app, "worker", panel=RUN, example="cox worker Qwen/Qwen3-0.6B --port 8000", passes_on=True)(
-    launch.worker
-)
-command(app, "demo", panel=RUN, example="cox demo", passes_on=True)(launch.demo)
+command(app, "worker", panel=RUN, passes_on=True)(launch.worker)
+command(app, "demo", panel=RUN, passes_on=True)(launch.demo)
 
 command(app, "init", panel=SET_UP, example="cox init --max-age 7d")(setup.init)
 command(app, "schema", panel=SET_UP, shared=WITHOUT_NATS, example="cox schema --check docs/schema.json")(

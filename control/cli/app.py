@@ -202,7 +202,7 @@ def command(
     name: str,
     *,
     panel: str,
-    example: str,
+    example: str = "",
     shared: Sequence[str] = SHARED,
     passes_on: bool = False,
 ) -> Callable[[Function], Function]:
@@ -214,14 +214,19 @@ def command(
         panel: the heading of `cox --help` that it stands under.
         example: one line, shown under the help.
         shared: which of the global options it has a use for.
-        passes_on: arguments belong to somebody else and are not looked at; then the global options may only
-            stand before the command's name.
+        passes_on: arguments, `--help` too, belong to a program that reads them itself; then the global options may
+            only stand before the command's name.
     """
     settings = {"ignore_unknown_options": True, "allow_interspersed_args": False} if passes_on else {}
 
     def register(function: Function) -> Function:
-        called = boundary(function, shared=() if passes_on else shared)
-        app.command(name, epilog=epilogue(example), rich_help_panel=panel, context_settings=settings)(called)
+        app.command(
+            name,
+            epilog=epilogue(example),
+            rich_help_panel=panel,
+            context_settings=settings,
+            add_help_option=not passes_on,
+        )(boundary(function, shared=() if passes_on else shared))
         return function
 
     return register

@@ -17,27 +17,15 @@ from coxswain.control.cli.exits import CliError, Exit
 
 ENGINE_EXTRAS = "pip install '.[cpu]' (or '.[gpu]') in a checkout of Coxswain"
 
+Arguments = Annotated[list[str] | None, typer.Argument()]
+"""What a program with a parser of its own is given, `--help` too."""
 
-def worker(
-    cox: Cox,
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="MODEL|VLLM-SERVE-ARGUMENT",
-            show_default=False,
-            help="A model, and any argument of `vllm serve`, passed on as it is. Behind the model, --help shows "
-            "our own options, --help=all vLLM's.",
-        ),
-    ] = None,
-) -> int:
+
+def worker(cox: Cox, arguments: Arguments = None) -> int:
     """Serve a model with vLLM's OpenAI server, steered: good defaults, any vllm serve argument."""
-    if not arguments:
-        raise CliError(
-            Exit.USAGE, "no model: `cox worker MODEL`, for example `cox worker Qwen/Qwen3-0.6B --port 8000`"
-        )
     main = _load("coxswain.service.worker", "main", missing=f"vLLM is not installed: {ENGINE_EXTRAS}")
     _export(cox)
-    return int(main(arguments) or 0)
+    return int(main(arguments or []) or 0)
 
 
 async def controller(
@@ -114,18 +102,7 @@ async def controller(
     await daemon.run(cox.connection, chosen, cadence_s=cadence, name=name, web=where, metrics=metrics)
 
 
-def demo(
-    cox: Cox,
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="DEMO-ARGUMENT",
-            show_default=False,
-            help="--report PATH writes what was measured as JSON, --seconds N is how long act 1 measures each "
-            "policy, --keep leaves all of it running until Ctrl-C.",
-        ),
-    ] = None,
-) -> int:
+def demo(cox: Cox, arguments: Arguments = None) -> int:
     """Show what steering does: a small real model, a real NATS server, three acts, under 4 minutes."""
     main = _load(
         "coxswain.control.demo",

@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cox demo",
-        description="See a running vLLM engine being steered: three acts, some minutes.",
+        description="See a running vLLM engine being steered: a small real model, a real NATS server, three acts.",
+        epilog="Example: cox demo --keep",
     )
     parser.add_argument(
         "--report",

