@@ -40,6 +40,11 @@ class Link(Nats):
             raise nats.errors.Error("the server offers no TLS, and COX_NATS_CA or _CERT asks for it")
         await super()._process_info(info, initial_connection)
 
+    @property
+    def last_address(self) -> str | None:
+        """Of the server that we are connected to, or were, or tried since: what its URL says between slashes."""
+        return None if self._current_server is None else self._current_server.uri.netloc
+
     def hear_error(self, text: str) -> None:
         """Take note of an error that the server sent; must be told of every one."""
         if not (found := _VIOLATION.search(text)):

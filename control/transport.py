@@ -20,8 +20,6 @@ from coxswain.schemas.connection import Connection, IdentityRefusedError
 
 MAX_DELAY_S = 2.0
 """Longest wait between two attempts to reconnect."""
-PING_INTERVAL_S = 5
-"""A silent connection is given up after two missed pings."""
 
 Notice = Callable[[str], None]
 """Told what happened to a connection once there was one: `lost`, `back`, `closed` or the text of an error."""
@@ -32,9 +30,16 @@ def public_urls(connection: Connection) -> str:
     return ", ".join(re.sub(r"//[^@/]*@", "//", url) for url in connection.urls)
 
 
-def next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
-    """Choose where to reconnect and after how many seconds: exponential, with full jitter."""
-    server = random.choice(servers)  # noqa: S311  (spreads load, guards nothing)
+def next_server(servers: list[Server], last: str | None) -> tuple[Server, float]:
+    """Choose where to reconnect and after how many seconds: exponential, with full jitter.
+
+    Args:
+        servers: all that there are.
+        last: `Link.last_address`, of the one that was lost, or tried in vain; another is chosen if there is one, for a
+            frozen server takes each attempt's whole timeout.
+    """
+    others = [server for server in servers if server.uri.netloc != last]
+    server = random.choice(others or servers)  # noqa: S311  (spreads load, guards nothing)
     ceiling = min(MAX_DELAY_S, 0.1 * 2.0 ** min(server.reconnects, 10))
     return server, random.uniform(0.02, ceiling)  # noqa: S311
 
@@ -82,8 +87,7 @@ async def open_link(
         "name": name,
         "pending_size": 0,
         "max_reconnect_attempts": -1,
-        "reconnect_to_server_handler": next_server,
-        "ping_interval": PING_INTERVAL_S,
+        "reconnect_to_server_handler": lambda servers, _info: next_server(servers, nc.last_address),
         "error_cb": on_error,
         "disconnected_cb": say("lost"),
         "reconnected_cb": say("back"),

@@ -18,7 +18,11 @@ from coxswain.schemas.permissions import INBOX
 
 DEFAULT_URL: Final = "nats://127.0.0.1:4222"
 DEFAULT_FLEET: Final = "main"
-
+PING_INTERVAL_S: Final = 1.5
+MAX_PINGS: Final = 2
+"""A server that is silent for (MAX_PINGS + 1) x PING_INTERVAL_S, less at most one interval, is given up. So whoever is
+connected to a frozen one of several has found another before workers give their leader up, which is after 5 s. Shorter
+would win nothing: a leader that cannot renew its lease has lost it by then. Our own stalls count once, however long."""
 
 _SEED: Final = re.compile("S[A-Z2-7]{40}")
 """What may be an nkey seed, put where the path of its file belongs: never to be shown."""
@@ -95,7 +99,11 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             IdentityRefusedError: the seed's file cannot be read or has none.
         """
-        options: dict[str, Any] = {"servers": list(self.urls)}
+        options: dict[str, Any] = {
+            "servers": list(self.urls),
+            "ping_interval": PING_INTERVAL_S,
+            "max_outstanding_pings": MAX_PINGS,
+        }
         if self.creds:
             options["user_credentials"] = self.creds
         if self.nkey:

@@ -29,9 +29,6 @@ class _Client(Client):
 
 
 CONNECT_TIMEOUT_S: Final = 2
-PING_INTERVAL_S: Final = 2
-MAX_PINGS: Final = 2
-"""A server that is silent for (MAX_PINGS + 1) x PING_INTERVAL_S is given up."""
 CLOSE_S: Final = 1.0
 """How long a client may take to close before it is left behind."""
 
@@ -71,8 +68,6 @@ async def connect(
             error_cb=error_cb,
             closed_cb=closed_cb,
             connect_timeout=CONNECT_TIMEOUT_S,
-            ping_interval=PING_INTERVAL_S,
-            max_outstanding_pings=MAX_PINGS,
             pending_size=0,
             allow_reconnect=False,
             max_reconnect_attempts=1,  # of one attempt to connect; 0 would mean for ever

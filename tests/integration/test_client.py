@@ -3,19 +3,24 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from nats.aio.client import Client as Nats
+from nats.aio.client import Server
 from nats.aio.msg import Msg
 
 from coxswain.control.client import Client
 from coxswain.control.errors import NoAnswerError, UnreachableError
-from coxswain.control.transport import open_link
+from coxswain.control.transport import next_server, open_link
 from coxswain.schemas.commands import Drain, Reply, encode
-from coxswain.schemas.connection import Connection
+from coxswain.schemas.connection import MAX_PINGS, PING_INTERVAL_S, Connection
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, Code, RefusedError
 from coxswain.schemas.names import NameRefusedError
 from coxswain.schemas.status import RequestQuery
+from coxswain.service.config import Settings
+from tests.support.bus import eventually
 from tests.support.frames import frame, row
 from tests.support.nats import NatsServer
 
@@ -60,9 +65,9 @@ async def test_a_command_to_all_gathers_every_reply(client: Client, bus: Nats) -
     for worker in ("w1", "w2", "w3"):
         await _serve(bus, client, worker, _applies(worker))
     began = time.monotonic()
-    replies = await client.command("all", "drain", DRAIN, timeout_s=5.0)
+    replies = await client.command("all", "drain", DRAIN, timeout_s=60.0)
     assert sorted(reply.worker for reply in replies) == ["w1", "w2", "w3"]
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 30.0
     (reply,) = await client.command("w2", "drain", DRAIN)
     assert reply.worker == "w2"
 
@@ -72,8 +77,8 @@ async def test_nobody_and_silence_are_told_apart(client: Client, bus: Nats) -> N
     for worker in ("w1", "all"):
         began = time.monotonic()
         with pytest.raises(NoAnswerError, match="fleet 'main'"):
-            await client.command(worker, "drain", DRAIN)
-        assert time.monotonic() - began < 0.5
+            await client.command(worker, "drain", DRAIN, timeout_s=60.0)
+        assert time.monotonic() - began < 30.0
     assert await client.statuses() == {}
 
     async def silent(_: Msg) -> None:
@@ -82,6 +87,33 @@ async def test_nobody_and_silence_are_told_apart(client: Client, bus: Nats) -> N
     await _serve(bus, client, "w1", silent)
     with pytest.raises(NoAnswerError, match=r"did not answer within 0\.3 s"):
         await client.command("w1", "drain", DRAIN, timeout_s=0.3)
+
+
+async def test_a_frozen_server_is_given_up_for_another(nats_server: NatsServer, tmp_path: Path) -> None:
+    """Its connections stay open and nothing answers: whoever was on it goes to another, before leaders are given up."""
+    (tmp_path / "other").mkdir()
+    servers = {server.port: server for server in (nats_server, NatsServer(tmp_path / "other").start())}
+    told: list[str] = []
+    try:
+        connection = Connection(urls=tuple(server.url for server in servers.values()))
+        async with await Client.connect(connection, notice=told.append) as client:
+            first = client.nc.connected_url.port
+            servers[first].pause()
+            await eventually(lambda: "back" in told, timeout_s=60.0)
+            assert client.nc.connected_url.port != first
+    finally:
+        for server in servers.values():
+            server.kill()
+    assert Settings.from_env({}).leader_lease_s > (MAX_PINGS + 1) * PING_INTERVAL_S
+
+
+def test_the_server_that_was_lost_is_not_the_next_one() -> None:
+    """Another is tried first, whichever has failed more often; a single one is tried again."""
+    one, two = (Server(uri=urlsplit(f"nats://{host}:4222")) for host in "ab")
+    two.reconnects = 9
+    assert {next_server([one, two], one.uri.netloc)[0].uri for _ in range(20)} == {two.uri}
+    assert {next_server([one, two], None)[0].uri for _ in range(50)} == {one.uri, two.uri}
+    assert next_server([one], one.uri.netloc)[0] is one
 
 
 async def test_a_status_in_parts_comes_back_whole(client: Client, bus: Nats) -> None:

@@ -11,7 +11,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from coxswain.schemas import commands, events, names, policy, status
-from coxswain.schemas.connection import DEFAULT_URL, AddressRefusedError, Connection
+from coxswain.schemas.connection import (
+    DEFAULT_URL,
+    MAX_PINGS,
+    PING_INTERVAL_S,
+    AddressRefusedError,
+    Connection,
+)
 from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
 from coxswain.schemas.jsonschema import ROOTS, document
 from coxswain.schemas.names import NameRefusedError
@@ -439,6 +445,8 @@ def test_connection_reads_the_environment(tmp_path):
     assert connection.fleet == "lab"
     assert connection.options() == {
         "servers": ["nats://a:1", "nats://b:2"],
+        "ping_interval": PING_INTERVAL_S,
+        "max_outstanding_pings": MAX_PINGS,
         "nkeys_seed": str(path),
         "inbox_prefix": f"_INBOX.{public}",
     }
