@@ -66,7 +66,7 @@ def measure(side: str) -> dict[str, Any]:
 
             def fetch() -> None:
                 while not done.wait(FETCH_S):
-                    httpx.get(f"{served.http}/metrics", headers=own)
+                    httpx.get(f"{served.http}/metrics", headers=own, timeout=60)
 
             reader = threading.Thread(target=fetch)
             if side != "off":

@@ -28,7 +28,10 @@ Headers = list[tuple[bytes, bytes]]
 """As in an ASGI scope: names in lower case."""
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-OPEN_PATHS: Final = frozenset({"/health", "/ping", "/version", "/metrics"})
+HEALTH: Final = "/health"
+READY: Final = "/ready"
+"""Ours: whether new requests should come here. vLLM's own probe says only whether the engine lives."""
+OPEN_PATHS: Final = frozenset({HEALTH, READY, "/ping", "/version", "/metrics"})
 """Probes: nothing of a tenant is there, but on `/metrics` for who `sees_tenants`."""
 _API_PREFIXES: Final = ("/v1/", "/v2/", "/cohere/")
 _API_PATHS: Final = frozenset(

@@ -16,7 +16,9 @@ from ulid import ULID
 from coxswain.service import edge_page
 from coxswain.service.edge import (
     CLIENT_ID_HEADER,
+    HEALTH,
     ID_HEADER,
+    READY,
     Admitted,
     Edge,
     Headers,
@@ -25,7 +27,7 @@ from coxswain.service.edge import (
     Ticket,
     client_id,
 )
-from coxswain.service.edge_caps import DRAINING_RETRY_S, Passage
+from coxswain.service.edge_caps import DRAINING_RETRY_S, DRAINS, Passage
 from coxswain.service.edge_status import EdgeStatus
 from coxswain.service.keys import Keyring
 
@@ -100,6 +102,11 @@ class EdgeMiddleware:
             ):
                 page = partial(self._status.metrics.page, tenants=self._edge.sees_tenants(scope["headers"]))
                 return await edge_page.answer(self._app, scope, receive, send, page)
+            if path.rstrip("/") == READY:
+                if (refusal := self._unready(scope)) is not None:
+                    return await _refuse(send, refusal)
+                asked = scope["path"].rstrip("/").removesuffix(READY) + HEALTH
+                scope = {**scope, "path": asked, "raw_path": asked.encode()}
             return await self._app(scope, receive, send)
         ulid = str(ULID())
         own_id = client_id(scope["headers"])
@@ -133,6 +140,12 @@ class EdgeMiddleware:
                 traces.end(admitted.ticket.request, span)
             if passage is not None:
                 passage.left()
+
+    def _unready(self, scope: Scope) -> Refusal | None:
+        """Why no new request should come here, whoever asks."""
+        if self._ends(scope.get("app")):
+            return ENDS
+        return DRAINS if self._status is not None and self._status.caps.draining else None
 
     def _enter(self, scope: Scope, path: str, admitted: Admitted) -> Passage | Refusal | None:
         """Ask the counts about what an engine would have to do; None if they need not know of it."""

@@ -29,6 +29,12 @@ SWEEP_S: Final = 0.1
 RETRY_S: Final = (1, 60)
 """Least and most that Retry-After says."""
 DRAINING_RETRY_S: Final = 10
+DRAINS: Final = Refusal(
+    503,
+    "ServiceUnavailableError",
+    "this server is draining: send new requests elsewhere",
+    DRAINING_RETRY_S,
+)
 
 
 class TenantSeen(msgspec.Struct, frozen=True):
@@ -211,6 +217,11 @@ class EdgeCaps:
 
     # What is asked
 
+    @property
+    def draining(self) -> bool:
+        """Whether all engines are to become empty: they stay so when frames stop, only their numbers grow old."""
+        return bool(self.views) and all(view.draining for view in self.views.values())
+
     def enter(self, tenant: str, asked_class: str, now: float) -> Passage | Refusal:
         """Let a request through, or say why not.
 
@@ -225,14 +236,8 @@ class EdgeCaps:
         return refusal or Passage(self, tenant, class_)
 
     def _refusal(self, views: list[View], tenant: str, class_: str) -> Refusal | None:
-        # A worker that was told to become empty stays so when its frames stop; only its numbers grow old.
-        if self.views and all(view.draining for view in self.views.values()):
-            return Refusal(
-                503,
-                "ServiceUnavailableError",
-                "this server is draining: send new requests elsewhere",
-                DRAINING_RETRY_S,
-            )
+        if self.draining:
+            return DRAINS
         load = _load([view.tenants.get(tenant) for view in views])
         count = load.queued + self.underway[tenant] + len(self.sent.get(tenant, ()))
         if load.cap is not None and count >= load.cap:

@@ -32,6 +32,8 @@ async def test_ranks_are_workers_and_a_shutdown_leaves_nobody_held(served: Serve
     """Each rank answers as a worker of its own; told to end, both serve what runs and what is held to its end."""
     api = Api(served)
     client = await Client.connect(served.connection())
+    ready = await api.client.get("/ready")
+    assert (ready.status_code, ready.content) == (200, (await api.client.get("/health")).content)
     ranks = [Steer(client, f"{WORKER}-dp{rank}") for rank in range(2)]
     try:
         streams = [

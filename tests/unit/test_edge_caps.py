@@ -371,6 +371,7 @@ class Listening:
         self.caps.heard(self.engine.seen(), asyncio.get_running_loop().time())
         self.go = asyncio.Event()
         self.passed = 0
+        self.paths: list[str] = []
         status = EdgeStatus(Connection(urls=("nats://127.0.0.1:1",)), self.caps)
         status.start = lambda: None  # type: ignore[method-assign]
         settings = EdgeSettings.from_env({"COX_IDENTITY_KEY": SECRET, "COX_TENANT_HEADER": "x-tenant"})
@@ -380,9 +381,10 @@ class Listening:
             transport=transport, base_url="http://edge", headers={"x-tenant": "a"}
         )
 
-    async def inside(self, _scope: Any, _receive: Any, send: Any) -> None:
+    async def inside(self, scope: Any, _receive: Any, send: Any) -> None:
         """Where vLLM would be."""
         self.passed += 1
+        self.paths.append(scope["path"])
         await self.go.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"ok"})
@@ -419,6 +421,18 @@ async def test_only_what_asks_an_engine_is_counted() -> None:
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/score"):
         answer = await edge.client.post(path)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+
+
+@pytest.mark.parametrize("path", ["/ready", "/ready/"])
+async def test_a_server_is_ready_while_it_takes_requests(path: str) -> None:
+    """As vLLM says of its health, and not while it drains, whatever is queued: balancers go elsewhere by themselves."""
+    edge = Listening()
+    edge.go.set()
+    for state, status in (("serving", 200), ("draining", 503), ("serving", 200)):
+        edge.engine.queued, edge.engine.state = 9, state
+        edge.caps.heard(edge.engine.seen(), asyncio.get_running_loop().time())
+        assert (await edge.client.get(path)).status_code == status
+    assert edge.paths == ["/health", "/health"]
 
 
 async def test_websocket_is_refused_before_it_opens() -> None:

@@ -52,6 +52,7 @@ async def test_what_asks_an_engine_is_refused_once_the_server_ends() -> None:
         assert answer.headers["x-request-id"].startswith("cox.")
         for path in ("/health", "/v1/models"):
             assert (await client.get(path)).status_code == 200
+        assert (await client.get("/ready")).status_code == 503
     assert server.asked == ["/v1/completions", "/health", "/v1/models"]
 
 

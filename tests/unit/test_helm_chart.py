@@ -12,6 +12,7 @@ import coxswain
 from coxswain.control import auth
 from coxswain.control.cli import app
 from coxswain.control.cli.parse import address
+from coxswain.service.edge import READY
 from coxswain.service.worker import SHUTDOWN_S
 
 helm = pytest.importorskip("helm_python", reason="HELM IS NOT HERE: the chart was not rendered")
@@ -135,4 +136,5 @@ def test_a_worker_has_time_to_end() -> None:
     [worker] = pod["containers"]
     program, seconds = worker["lifecycle"]["preStop"]["exec"]["command"]
     assert program == "sleep"
+    assert worker["readinessProbe"]["httpGet"]["path"] == READY
     assert pod["terminationGracePeriodSeconds"] >= int(seconds) + SHUTDOWN_S + 20

@@ -349,10 +349,11 @@ def unit(name):
     return parser
 
 
-def test_systemd_waits_for_a_worker_that_ends():
+def test_systemd_waits_for_a_worker_that_ends_and_starts_one_that_fails():
     """SIGTERM to vLLM's server alone, and time for what it has before SIGKILL to all of it."""
     service = unit("coxswain-worker@.service")["Service"]
     assert service["KillMode"] == "mixed"
+    assert service["Restart"] == "always", "vLLM's server ends with 0 when its engine has died"
     assert int(service["TimeoutStopSec"]) >= SHUTDOWN_S + 30
 
 
