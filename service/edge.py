@@ -16,13 +16,16 @@ import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from coxswain.schemas.names import NameRefusedError, check_tenant, check_token
 from coxswain.schemas.policy import INT32_MAX, INT32_MIN
 from coxswain.service import request_id
 from coxswain.service.config import SettingRefusedError
-from coxswain.service.keys import Grant
+from coxswain.service.keys import Grant, Keyring
+
+if TYPE_CHECKING:
+    from coxswain.service.edge_caps import Passage
 
 Headers = list[tuple[bytes, bytes]]
 """As in an ASGI scope: names in lower case."""
@@ -86,13 +89,6 @@ class RefusedRequestError(Exception):
         self.refusal = Refusal(status, kind, message)
 
 
-class Passage(Protocol):
-    """A request on its way to the engine (`edge_caps.py`)."""
-
-    def sent(self, now: float, children: int) -> None:
-        """One of its prompts was given to the engine, as so many requests."""
-
-
 class Ticket(NamedTuple):
     """What goes along with an admitted request, out of the client's reach (a context variable)."""
 
@@ -100,7 +96,7 @@ class Ticket(NamedTuple):
     """The signed public id."""
     priority_min: int
     priority_max: int
-    passage: Passage | None = None
+    passage: "Passage | None" = None
     """Told when the engine is given what the request asks for."""
 
 
@@ -112,13 +108,6 @@ class Admitted(NamedTuple):
     tenant: str
     class_: str
     """The class that it may be in, by its header or its key; empty: the tenant table says."""
-
-
-class Keys(Protocol):
-    """Where keys are looked up."""
-
-    def find(self, key: str) -> Grant | None:
-        """What the key may do, or None if nobody has it."""
 
 
 class EdgeSettings(NamedTuple):
@@ -182,7 +171,7 @@ class Edge:
         keys: where keys are looked up, or None if nobody needs one.
     """
 
-    def __init__(self, settings: EdgeSettings, keys: Keys | None = None) -> None:
+    def __init__(self, settings: EdgeSettings, keys: Keyring | None = None) -> None:
         self._key = settings.key
         self._header = settings.tenant_header
         self._trusted = settings.trusted

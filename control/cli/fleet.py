@@ -36,7 +36,8 @@ async def ps(
 
     SLOTS is running/active+held; KV (HELD) is the share of KV blocks in use, and of those that held requests
     keep; STEP is the median time between steps; LEADER is its policy and how long ago it was heard; V-TIME is
-    virtual time (lower runs first); SHARE is that of all output tokens so far.
+    virtual time (lower runs first); OUT% is the tenant's part of all output tokens so far (SHARE in `cox top`: of the
+    service of the last 30 s).
     """
     async with cox.client() as client:
         if watch:

@@ -42,7 +42,7 @@ _TENANTS = (
     Column(title="INPUT", right=True, drop=3),
     Column(title="CACHED", right=True, drop=3),
     Column(title="OUTPUT", right=True, drop=1),
-    Column(title="SHARE", right=True),
+    Column(title="OUT%", right=True),
     Column(title="FINISHED", right=True, drop=2),
 )
 
