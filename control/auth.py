@@ -7,7 +7,6 @@ Called by `cox init --auth`.
 """
 
 import json
-import os
 import secrets
 from pathlib import Path
 from typing import Final
@@ -17,6 +16,7 @@ import nkeys  # type: ignore[import-untyped]
 
 from coxswain.control.errors import ControlError
 from coxswain.schemas.errors import UNREADABLE
+from coxswain.schemas.files import save
 from coxswain.schemas.names import MAX_TOKEN_CHARS, check_token
 from coxswain.schemas.permissions import INBOX, ROLES, WORKER, crossing, rights
 from coxswain.schemas.subjects import Subjects
@@ -126,12 +126,12 @@ def write(folder: Path, fleet: str, wanted: list[User], revoked: list[str]) -> C
                 continue
             public, seed = _new_key()
             path = _seed_path(folder, each.label)
-            _save(path, seed + b"\n", 0o600)
+            save(path, seed + b"\n")
             made[each.label] = str(path)
             known[each.label] = msgspec.structs.replace(each, nkey=public)
         users = Users(fleet=fleet, users=tuple(known.values()))
-        _save(folder / CONFIG, config(users).encode(), 0o644)
-        _save(folder / USERS, msgspec.json.format(msgspec.json.encode(users), indent=1) + b"\n", 0o644)
+        save(folder / CONFIG, config(users).encode(), 0o644)
+        save(folder / USERS, msgspec.json.format(msgspec.json.encode(users), indent=1) + b"\n", 0o644)
     except OSError as error:
         raise AuthError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
     return Changed(config=str(folder / CONFIG), made=made, kept=kept, revoked=tuple(revoked))
@@ -213,18 +213,3 @@ def _new_key() -> tuple[str, bytes]:
 
 def _seed_path(folder: Path, label: str) -> Path:
     return folder / SEEDS / f"{label}.nk"
-
-
-def _save(path: Path, content: bytes, mode: int) -> None:
-    """Replace a file at once, with this mode from the first byte on."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(file, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise

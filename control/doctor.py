@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from coxswain.control.tables import HISTORY, LEASE_TTL_S, Limits
+from coxswain.schemas.policy import LEADER_LEASE_S
 from coxswain.schemas.status import Config, Frame
 
 Level = Literal["ok", "warn", "fail", "skip"]
@@ -19,7 +20,6 @@ MAX_EVENT_AGE_S: Final = 30.0
 """How long an event may wait for the log; the alert has the same bound."""
 FULL: Final = 0.9
 """Of the event log's disk: beyond it the oldest events go soon."""
-LEADER_SILENT_S: Final = 5.0
 
 ABILITIES: Final = ("look", "ask", "read tables", "read events", "lead", "command", "write tables", "set up")
 ROLES: Final[dict[str, frozenset[str]]] = {
@@ -323,7 +323,7 @@ def _leader(facts: Facts) -> Iterable[Finding]:
         return
     for seen in facts.workers:
         age_s = seen.frame.leader.age_s
-        if age_s is None or age_s > LEADER_SILENT_S:
+        if age_s is None or age_s > LEADER_LEASE_S:
             heard = "never" if age_s is None else f"{age_s:.0f} s ago"
             yield Finding(
                 check=f"worker {seen.frame.worker}", level="fail", found=f"it heard the leader {heard}",

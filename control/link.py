@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 
 import nats.errors
-from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from coxswain.control.errors import DeniedError
+from coxswain.schemas.nats_client import NatsClient
 
 _VIOLATION: Final = re.compile(
     r'permissions violation for (publish|subscription) to "([^"]*)"', re.IGNORECASE
@@ -27,18 +27,12 @@ FLUSH_S: Final = 2
 T = TypeVar("T")
 
 
-class Link(Nats):
+class Link(NatsClient):
     """nats-py's client; `request` and `subscribe` raise `DeniedError` where the server refuses them."""
 
     def __init__(self) -> None:
         super().__init__()
         self._asking: dict[str, list[asyncio.Future[DeniedError]]] = {}
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        """As nats-py's, but never go on in the clear where TLS was asked for: nats-py does what the server says."""
-        if self.options.get("tls") and not info.get("tls_required"):
-            raise nats.errors.Error("the server offers no TLS, and COX_NATS_CA or _CERT asks for it")
-        await super()._process_info(info, initial_connection)
 
     @property
     def last_address(self) -> str | None:

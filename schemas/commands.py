@@ -132,6 +132,7 @@ COMMANDS: Final[dict[str, type[Command]]] = {
     "abort": Abort,
     "drain": Drain,
 }
+VERBS: Final = tuple(COMMANDS)
 Outcome = Literal["applied", "unchanged", "not_found", "not_possible"]
 
 

@@ -5,7 +5,7 @@ The tables live in JetStream KV, one key per class or tenant; the leader applies
 
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -18,6 +18,9 @@ Weight = Annotated[float, msgspec.Meta(ge=1e-6, le=1e9)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e18, le=1e18)]
+
+LEADER_LEASE_S: Final = 5.0
+"""For how long workers go on with a leader that says nothing, unless `COX_LEADER_LEASE_S` says otherwise."""
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 

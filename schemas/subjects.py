@@ -15,7 +15,6 @@ ROLES: Final = (OPERATOR, CONTROLLER)
 """Who may publish commands. The engine itself is a third holder of requests, never a publisher."""
 ENGINE: Final = "engine"
 
-VERBS: Final = ("prioritize", "preempt", "continue", "limit", "rank", "configure", "abort", "drain")
 QUERIES: Final = ("queue", "request", "config", "status")
 
 

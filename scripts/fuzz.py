@@ -14,7 +14,7 @@ import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import msgspec
 
 with atheris.instrument_imports(include=["coxswain"]):
-    from coxswain.schemas.subjects import VERBS
+    from coxswain.schemas.commands import VERBS
     from scripts.protocol_examples import EXAMPLES
     from tests.support.fuzz import TARGETS
 

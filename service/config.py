@@ -12,6 +12,7 @@ import msgspec
 
 from coxswain.schemas.connection import AddressRefusedError, Connection
 from coxswain.schemas.names import MAX_TOKEN_CHARS, NameRefusedError, check_token, sanitise_token
+from coxswain.schemas.policy import LEADER_LEASE_S
 from coxswain.service.logs import FORMATS, LEVELS
 
 Bus = Literal["process", "thread"]
@@ -37,7 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Time between full frames, and between heartbeats of an idle engine."""
     head: int = 64
     """How many waiting requests a frame lists."""
-    leader_lease_s: float = 5.0
+    leader_lease_s: float = LEADER_LEASE_S
     """A leader silent for longer has lost its holds."""
     bus: Bus = "process"
     """Where the bus runs: beside the engine, or inside its process, for debugging and comparison."""
@@ -72,7 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             worker=_worker(env, dp_rank, dp_size, hostname),
             status_interval_s=_number(env, "COX_STATUS_INTERVAL_S", 0.05, 0.01, MAX_STATUS_INTERVAL_S),
             head=int(_number(env, "COX_STATUS_HEAD", 64, 0, 10_000, whole=True)),
-            leader_lease_s=_number(env, "COX_LEADER_LEASE_S", 5.0, 0.5, 3_600.0),
+            leader_lease_s=_number(env, "COX_LEADER_LEASE_S", LEADER_LEASE_S, 0.5, 3_600.0),
             bus=cast("Bus", _choice(env, "COX_BUS", *get_args(Bus))),
             metrics_tenants=int(_number(env, "COX_METRICS_TENANTS", 20, 0, 1_000, whole=True)),
         )

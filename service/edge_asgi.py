@@ -5,7 +5,7 @@ unaffected.
 """
 
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final
@@ -28,14 +28,9 @@ from coxswain.service.edge import (
     client_id,
 )
 from coxswain.service.edge_caps import DRAINING_RETRY_S, DRAINS, Passage
+from coxswain.service.edge_page import App, Message, Receive, Scope, Send
 from coxswain.service.edge_status import EdgeStatus
 from coxswain.service.keys import Keyring
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ticket: Final[ContextVar[Ticket | None]] = ContextVar("coxswain_ticket", default=None)
 """The request being handled; tasks that it starts (streams, background responses) inherit it."""

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Callable[[], Awaitable[Message]], Send], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PATH: Final = "/metrics"
 _NEGOTIATION: Final = frozenset({b"accept", b"accept-encoding"})
@@ -21,7 +22,7 @@ _TEXT: Final = b"text/plain"
 async def answer(
     app: App,
     scope: Scope,
-    receive: Callable[[], Awaitable[Message]],
+    receive: Receive,
     send: Send,
     page: Callable[[], Awaitable[bytes]],
 ) -> None:

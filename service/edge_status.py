@@ -6,7 +6,6 @@ while it hears nothing, what it heard last stands, and where it never heard anyt
 
 import asyncio
 import contextlib
-import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,15 +17,13 @@ from nats.aio.msg import Msg
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.subjects import Subjects
-from coxswain.service.bus.connect import close, connect
+from coxswain.service.bus.connect import Backoff, close, connect
 from coxswain.service.bus.throttle import Throttle
 from coxswain.service.config import SettingRefusedError, Settings
 from coxswain.service.edge_caps import EdgeCaps, EdgeFrame
 from coxswain.service.edge_metrics import EdgeMetrics
 from coxswain.service.logs import get_logger
 
-BACKOFF_S: Final = (0.1, 5.0)
-"""First and longest pause between connections; doubled each time, and jittered against herds."""
 PENDING_MESSAGES: Final = 256
 PENDING_BYTES: Final = 32 * 1024 * 1024
 """What may wait while the server is busy; what comes then is dropped, and repaired by the next full frame."""
@@ -78,17 +75,13 @@ class EdgeStatus:
                 await self._task
 
     async def _live(self) -> None:
-        failures = 0
+        backoff = Backoff()
         while True:
-            since = time.monotonic()
             try:
                 await self._listen()
             except Exception as error:  # noqa: BLE001 - whatever it was, the server serves on and we try again
                 self._say(reachable=False, error=str(error) or type(error).__name__)
-            if time.monotonic() - since > BACKOFF_S[1]:
-                failures = 0
-            await asyncio.sleep(random.uniform(0.5, 1.0) * min(BACKOFF_S[0] * 2**failures, BACKOFF_S[1]))  # noqa: S311
-            failures = min(failures + 1, 16)
+            await backoff.pause()
 
     async def _listen(self) -> None:
         lost = asyncio.Event()

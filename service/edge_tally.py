@@ -21,10 +21,10 @@ import msgspec
 from msgspec.structs import replace
 
 from coxswain.schemas import metrics as names
+from coxswain.schemas.commands import VERBS
 from coxswain.schemas.errors import Code
 from coxswain.schemas.metrics import OTHER, Metric
 from coxswain.schemas.status import Frame, TenantStatus
-from coxswain.schemas.subjects import VERBS
 
 MARGIN: Final = 1.5
 TENURE_S: Final = 300.0

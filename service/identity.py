@@ -14,7 +14,8 @@ from coxswain.schemas.metrics import EDGE_REFUSALS
 from coxswain.service import edge_hook
 from coxswain.service.config import Settings
 from coxswain.service.edge import FORWARDED, Edge, EdgeSettings
-from coxswain.service.edge_asgi import App, EdgeMiddleware
+from coxswain.service.edge_asgi import EdgeMiddleware
+from coxswain.service.edge_page import App
 from coxswain.service.edge_status import listener
 from coxswain.service.keys import Keyring
 

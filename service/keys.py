@@ -26,6 +26,7 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from coxswain.schemas.errors import UNREADABLE
+from coxswain.schemas.files import save
 from coxswain.schemas.names import DEFAULT, NameRefusedError, check_tenant, check_token
 from coxswain.schemas.policy import INT32_MAX, INT32_MIN, Int32
 from coxswain.service.logs import get_logger
@@ -189,19 +190,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _save(path: Path, rows: tuple[Key, ...]) -> None:
-    """Replace the file at once, readable by its owner only from the first byte on."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    text = msgspec.json.format(msgspec.json.encode(KeysFile(keys=rows)), indent=1) + b"\n"
-    file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(file, "wb") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    save(path, msgspec.json.format(msgspec.json.encode(KeysFile(keys=rows)), indent=1) + b"\n")
 
 
 def add(path: Path, grant: Grant, *, now: float) -> str:

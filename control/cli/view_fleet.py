@@ -11,10 +11,8 @@ from rich.text import Text
 
 from coxswain.control.cli.grid import Cell, Column, Row, grid
 from coxswain.control.cli.words import count, plural, printable, share, span
+from coxswain.schemas.policy import LEADER_LEASE_S
 from coxswain.schemas.status import Frame, Leader, TenantStatus
-
-LEADER_LEASE_S = 5.0
-"""Workers end a leader's holds when they have not heard it for this long; past it, it is shown in red."""
 
 _STATE_STYLE = {"serving": "green", "draining": "yellow", "paused": "yellow"}
 

@@ -13,9 +13,8 @@ from coxswain.control.cli.grid import Cell, Column
 from coxswain.control.cli.view_requests import state as request_state
 from coxswain.control.cli.words import count, printable, share, span
 from coxswain.control.picture import ClassRow, RequestRow, TenantRow, WorkerRow
+from coxswain.schemas.policy import LEADER_LEASE_S
 
-LEADER_LEASE_S: Final = 5.0
-"""Workers end a leader's holds when they have not heard it for this long; past it, it is shown in red."""
 GAUGE: Final = 12
 """Cells of the bar that shows a share against what is due."""
 OFF: Final = 0.1

@@ -7,8 +7,8 @@ from rich.text import Text
 
 from coxswain.control.cli.words import count, plural, printable, span
 from coxswain.control.picture import Happening, LeaderRow, Picture
-from coxswain.control.top.columns import LEADER_LEASE_S
 from coxswain.control.top.sources import Live, Replay, Source
+from coxswain.schemas.policy import LEADER_LEASE_S
 
 
 def head(picture: Picture, source: Source, troubles: Sequence[str], *, stopped: bool, width: int) -> Text:

@@ -5,32 +5,43 @@
 * A callback that raises kills the client's read loop in silence: ours cannot raise.
 * `close` can wait for ever for a frozen server to take the last bytes: ours gives up.
 
-Called by `loop.py`.
+Called by `loop.py` and `edge_status.py`.
 """
 
 import asyncio
 import contextlib
+import random
+import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from nats.aio.client import Client
-from nats.errors import Error as NatsError
 
 from coxswain.schemas.connection import Connection
+from coxswain.schemas.nats_client import NatsClient
 
-
-class _Client(Client):
-    """nats-py's client, which never goes on in the clear where TLS was asked for."""
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if self.options.get("tls") and not info.get("tls_required"):
-            raise NatsError("the server offers no TLS, and COX_NATS_CA or _CERT asks for it")
-        await super()._process_info(info, initial_connection)
-
-
+BACKOFF_S: Final = (0.1, 5.0)
+"""First and longest pause between connections; doubled each time, and jittered against herds."""
 CONNECT_TIMEOUT_S: Final = 2
 CLOSE_S: Final = 1.0
 """How long a client may take to close before it is left behind."""
+
+
+class Backoff:
+    """The pauses between one connection and the next: they grow, unless a connection lasted."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._since = time.monotonic()
+
+    async def pause(self) -> None:
+        """A connection ended, or there was none."""
+        if time.monotonic() - self._since > BACKOFF_S[1]:
+            self._failures = 0
+        pause_s = min(BACKOFF_S[0] * 2**self._failures, BACKOFF_S[1])
+        await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)  # noqa: S311
+        self._failures = min(self._failures + 1, 16)
+        self._since = time.monotonic()
 
 
 async def connect(
@@ -58,7 +69,7 @@ async def connect(
     async def closed_cb() -> None:
         on_closed()
 
-    client = _Client()
+    client = NatsClient()
     try:
         await client.connect(
             **connection.options(),

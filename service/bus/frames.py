@@ -10,13 +10,12 @@ from typing import Any, Final, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from coxswain.schemas.commands import encode
+from coxswain.schemas.commands import VERBS, encode
 from coxswain.schemas.errors import Code
 from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.parts import ROWS
 from coxswain.schemas.policy import Epoch
 from coxswain.schemas.status import ClassStatus, CommandStats, Frame, TenantStatus
-from coxswain.schemas.subjects import VERBS
 
 _SLACK: Final = 64
 """Bytes by which `seq`, `part` and `parts` may grow when they are filled in."""

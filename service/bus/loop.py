@@ -5,7 +5,6 @@ and stops in bounded time. Run by `child.py` in a process of its own, or by `thr
 """
 
 import asyncio
-import random
 import time
 from collections.abc import Mapping
 from math import inf
@@ -16,7 +15,7 @@ from nats.errors import Error as NatsError
 from nats.errors import SlowConsumerError
 
 from coxswain.schemas.subjects import Subjects
-from coxswain.service.bus.connect import CLOSE_S, close, connect
+from coxswain.service.bus.connect import CLOSE_S, Backoff, close, connect
 from coxswain.service.bus.eventlog import EventLog
 from coxswain.service.bus.frames import Frames
 from coxswain.service.bus.session import LOG_PERIOD_S, Session
@@ -27,8 +26,6 @@ from coxswain.service.port import AnswerOut, EventOut, FrameOut, Inbound, LeadIn
 
 DENIED: Final = "permissions violation"
 """In the error by which nats-py says that the server refused a subject; only `on_error` hears of it."""
-BACKOFF_S: Final = (0.1, 5.0)
-"""First and longest pause between connections; doubled each time, and jittered against herds."""
 
 
 class Bus:
@@ -164,9 +161,8 @@ class Bus:
     # One connection after the other
 
     async def _live(self) -> None:
-        failures = 0
+        backoff = Backoff()
         while not self._stopping.is_set():
-            since = time.monotonic()
             lost = asyncio.Event()
             try:
                 client = await connect(
@@ -178,10 +174,7 @@ class Bus:
                 await self._serve(client, lost)
             except Exception as error:  # noqa: BLE001 - whatever it was, the engine serves on and we try again
                 self._say_unreachable(error)
-            if time.monotonic() - since > BACKOFF_S[1]:
-                failures = 0
-            await asyncio.sleep(random.uniform(0.5, 1.0) * min(BACKOFF_S[0] * 2**failures, BACKOFF_S[1]))  # noqa: S311
-            failures = min(failures + 1, 16)
+            await backoff.pause()
 
     async def _serve(self, client: Client, lost: asyncio.Event) -> None:
         session = Session(

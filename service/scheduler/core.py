@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from coxswain.schemas import events as ev
 from coxswain.schemas.names import DEFAULT
-from coxswain.schemas.policy import ClassPolicy, Epoch, Lead, TenantPolicy, TenantRank, digest
+from coxswain.schemas.policy import LEADER_LEASE_S, ClassPolicy, Epoch, Lead, TenantPolicy, TenantRank, digest
 from coxswain.schemas.subjects import CONTROLLER
 from coxswain.service.scheduler.arrival import met
 from coxswain.service.scheduler.budget import StepBudget
@@ -43,7 +43,7 @@ class SteeringCore:
     """
 
     def __init__(
-        self, engine: Engine, emit: Callable[..., None] | None, *, leader_lease_s: float = 5.0
+        self, engine: Engine, emit: Callable[..., None] | None, *, leader_lease_s: float = LEADER_LEASE_S
     ) -> None:
         self.engine = engine
         self.emit = emit
@@ -271,29 +271,26 @@ class SteeringCore:
         """A leader's heartbeat; one of an older epoch than the highest seen is not believed."""
         if self.epoch is not None and lead.epoch < self.epoch:
             return
-        changed = self.leader is None or self.epoch != lead.epoch or self._leader_silent
-        self.epoch = lead.epoch
+        unknown = self.leader is None or self.epoch != lead.epoch
         self.leader = lead
-        self.leader_heard_at = now
-        self._leader_silent = False
-        if changed:
-            self.roster.changed = True
-            reason = f"{lead.controller} leads with {lead.policy}"
-            self.tell(now, None, ev.LeaderChanged, epoch=lead.epoch, reason=reason)
+        self._follow(now, lead.epoch, f"{lead.controller} leads with {lead.policy}", news=unknown)
 
     def obeyed(self, now: float, epoch: Epoch) -> None:
         """A controller's command came with this epoch, which is not lower than the highest seen.
 
         It counts even if the command is then refused for another reason: the older leader is fenced off all the same.
         """
-        if self.epoch != epoch:
+        if unknown := self.epoch != epoch:
             self.leader = None  # its heartbeat says who it is
-        if self.epoch != epoch or self._leader_silent:
+        self._follow(now, epoch, "first command of its epoch", news=unknown)
+
+    def _follow(self, now: float, epoch: Epoch, reason: str, *, news: bool) -> None:
+        if news or self._leader_silent:
             self.roster.changed = True
-            self.tell(now, None, ev.LeaderChanged, epoch=epoch, reason="first command of its epoch")
-        self._leader_silent = False
+            self.tell(now, None, ev.LeaderChanged, epoch=epoch, reason=reason)
         self.epoch = epoch
         self.leader_heard_at = now
+        self._leader_silent = False
 
     def reprioritize(
         self, now: float, record: Record, priority: int | None, class_: str | None, by: str

@@ -10,12 +10,15 @@
        └──────── hold ──▶ HELD_NONE ── release ──▶ QUEUED
     any state ── finish ──▶ FINISHED
 
-`evict` is vLLM's own preemption for want of KV blocks. HELD_NONE is a request that was held while it waited
-and had no KV to keep. A transition that the table does not list for a state is illegal: it raises and changes nothing.
+`evict` frees the KV of a request, which waits again (event `preempted`). HELD_NONE is a request that was held while it
+waited and had no KV to keep. A transition that the table does not list for a state is illegal: it raises and
+changes nothing.
 """
 
 from enum import StrEnum
-from typing import Final, Literal
+from typing import Final
+
+from coxswain.schemas.status import Kv
 
 
 class State(StrEnum):
@@ -77,7 +80,6 @@ HELD: Final = frozenset({State.HELD_NONE, State.HELD_KEPT, State.HELD_PARKED, St
 SLOTTED: Final = frozenset({State.RUNNING, State.HELD_KEPT})
 """States with a slot in the model runner: only then are tokens computed, or in flight."""
 
-Kv = Literal["none", "kept", "parked", "dropped"]
 KV: Final[dict[State, Kv]] = {
     State.HELD_KEPT: "kept",
     State.HELD_PARKED: "parked",

@@ -13,9 +13,10 @@ import nats
 import pytest
 from nats.aio.client import Client as Nats
 
+from coxswain.schemas.commands import VERBS
 from coxswain.schemas.events import KINDS
 from coxswain.schemas.names import tenant_key
-from coxswain.schemas.subjects import QUERIES, VERBS
+from coxswain.schemas.subjects import QUERIES
 from tests.support.bus import Worker
 from tests.support.secured import Secured, secured
 

@@ -16,12 +16,13 @@ from ulid import ULID
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.rows import Rows
 from coxswain.schemas import commands, status
+from coxswain.schemas.commands import VERBS
 from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.events import decode_event
 from coxswain.schemas.names import NameRefusedError, check_tenant, check_token, sanitise_token, tenant_of_key
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.request_id import normalise
-from coxswain.schemas.subjects import CONTROLLER, OPERATOR, VERBS, CommandSubject
+from coxswain.schemas.subjects import CONTROLLER, OPERATOR, CommandSubject
 from coxswain.service import keys, request_id
 from coxswain.service.bus import intake
 from coxswain.service.edge import Edge, EdgeSettings, RefusedRequestError, client_id

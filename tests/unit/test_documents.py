@@ -112,7 +112,7 @@ def test_every_refusal_code_is_documented(code: Code) -> None:
     assert f"| {code.value} |" in PROTOCOL
 
 
-@pytest.mark.parametrize("name", [*subjects.VERBS, *subjects.QUERIES, *events.KINDS])
+@pytest.mark.parametrize("name", [*commands.VERBS, *subjects.QUERIES, *events.KINDS])
 def test_every_verb_query_and_kind_of_event_is_documented(name: str) -> None:
     """The page on the protocol has a word about each."""
     assert re.search(rf"^#+ .*\b{name}\b|`{name}`", PROTOCOL, re.MULTILINE)

@@ -13,11 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coxswain.schemas.commands import COMMANDS, encode
+from coxswain.schemas.commands import COMMANDS, VERBS, encode
 from coxswain.schemas.events import Finished
 from coxswain.schemas.policy import ClassPolicy, Lead, TenantPolicy
 from coxswain.schemas.status import Frame, QueueQuery
-from coxswain.schemas.subjects import VERBS
 from tests.support import structs
 from tests.support.fuzz import TARGETS
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from coxswain.schemas import commands, events, names, policy, status
+from coxswain.schemas.commands import VERBS
 from coxswain.schemas.connection import (
     DEFAULT_URL,
     MAX_PINGS,
@@ -22,7 +23,7 @@ from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
 from coxswain.schemas.jsonschema import ROOTS, document
 from coxswain.schemas.names import NameRefusedError
 from coxswain.schemas.status import ClassStatus, decode_glance
-from coxswain.schemas.subjects import QUERIES, ROLES, VERBS, Subjects
+from coxswain.schemas.subjects import QUERIES, ROLES, Subjects
 from tests.support import structs
 from tests.support.frames import frame, request, row
 
