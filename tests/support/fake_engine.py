@@ -365,7 +365,9 @@ def picture(core: SteeringCore) -> dict[str, Any]:
         "records": {
             record.id: _slots(record, "payload", "account") for record in core.roster.records.values()
         },
-        "accounts": {name: _slots(account) for name, account in core.tenants.accounts.items()},
+        "accounts": {  # settled by whoever looks, as we do below
+            name: _slots(account, "settled_at") for name, account in core.tenants.accounts.items()
+        },
         "queue": [record.id for record in core.queue.walk()],
         "sets": [[record.id for record in group] for group in groups],
         "totals": (core.ledger.preempted_total, core.ledger.recomputed_total),
