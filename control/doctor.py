@@ -20,6 +20,8 @@ MAX_EVENT_AGE_S: Final = 30.0
 """How long an event may wait for the log; the alert has the same bound."""
 FULL: Final = 0.9
 """Of the event log's disk: beyond it the oldest events go soon."""
+SHOWN_ROWS: Final = 5
+"""Of each table, rows that cannot be read."""
 
 ABILITIES: Final = ("look", "ask", "read tables", "read events", "lead", "command", "write tables", "set up")
 ROLES: Final[dict[str, frozenset[str]]] = {
@@ -82,6 +84,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What NATS lets this user do, of `ABILITIES`."""
     streams: Mapping[str, Stored | None] = {}
     """By name: the event log first; None is missing; absent: we may not look."""
+    refused: Mapping[str, Mapping[str, str]] = {}
+    """By bucket, rows that mean nothing to anybody, and why."""
     jetstream: bool | None = None
     """None: nobody may say."""
     workers: tuple[Seen, ...] = ()
@@ -161,6 +165,7 @@ def _storage(facts: Facts) -> Iterable[Finding]:
             yield from _event_log(facts, name, stored)
         else:
             yield _bucket(name, stored)
+            yield from _rows(name, facts.refused.get(name, {}))
 
 
 def _event_log(facts: Facts, name: str, stored: Stored) -> Iterable[Finding]:
@@ -188,6 +193,20 @@ def _event_log(facts: Facts, name: str, stored: Stored) -> Iterable[Finding]:
         )  # fmt: skip
     else:
         yield Finding(check=name, level="ok", found=size)
+
+
+def _rows(bucket: str, refused: Mapping[str, str]) -> Iterable[Finding]:
+    """Rows that are in the bucket and not in force: whoever put them there did it without `cox`."""
+    verb = bucket.rpartition("_")[2]
+    for row, why in sorted(refused.items())[:SHOWN_ROWS]:
+        yield Finding(
+            check=bucket, level="warn", found=f"the row of {row[:64]} is not in force: {why[:200]}",
+            mend=f"write it anew (`cox {verb} set`), or remove it (`cox {verb} rm`; `nats kv del` what is no name)",
+        )  # fmt: skip
+    if (more := len(refused) - SHOWN_ROWS) > 0:
+        yield Finding(
+            check=bucket, level="warn", found=f"and {more} more", mend=f"`cox {verb} list` names them all"
+        )
 
 
 def _bucket(name: str, stored: Stored) -> Finding:

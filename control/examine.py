@@ -48,6 +48,7 @@ async def examine(client: Client, *, timeout_s: float, nkey: str | None = None) 
             "read tables": f"KV_{client.subjects.tenants_bucket}",
         }
         may |= {ability for ability, stream in readable.items() if stream in stored or jetstream is False}
+    refused = await _refused_rows(client, stored)
     workers = await _workers(client, timeout_s) if "ask" in may else ()
     server, version = client.nc.connected_url, client.nc.connected_server_version
     return Facts(
@@ -59,6 +60,7 @@ async def examine(client: Client, *, timeout_s: float, nkey: str | None = None) 
         seed_mode=_seed_mode(nkey),
         may=may,
         streams=stored,
+        refused=refused,
         jetstream=jetstream,
         workers=workers,
         holder=await _holder(client) if stored.get(f"KV_{client.subjects.lease_bucket}") else None,
@@ -92,6 +94,16 @@ def _stored(info: StreamInfo) -> Stored:
         replicas=config.num_replicas or 1,
         duplicate_window_s=config.duplicate_window or 0.0,
     )
+
+
+async def _refused_rows(client: Client, stored: dict[str, Stored | None]) -> dict[str, dict[str, str]]:
+    found = {}
+    for table in (client.tenants, client.classes):
+        name = f"KV_{table.bucket}"
+        if stored.get(name):
+            with suppress(ControlError):  # gone since, or not ours to read
+                found[name] = (await table.get_all()).refused
+    return found
 
 
 async def _abilities(client: Client, timeout_s: float) -> frozenset[str]:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from coxswain.control.cli import app
 from coxswain.control.cli.exits import Exit
 from coxswain.control.client import Client
-from coxswain.control.tables import LEASE_TTL_S
+from coxswain.control.tables import LEASE_TTL_S, init
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.status import Leader
 from tests.support.fake_worker import FakeWorker
@@ -152,6 +152,28 @@ def test_everything_wrong(nats_server: NatsServer) -> None:
         "no controller leads", "mend: set both clocks by NTP",
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_rows_that_nobody_can_read_are_named(nats_server: NatsServer) -> None:
+    """Somebody wrote into the buckets without `cox`: each row that is not in force, why, and not their contents."""
+    url = nats_server.url
+    asyncio.run(_scribble(url))
+    with FakeWorker(url, "w1"):
+        done = cox("doctor", "--json", "--nats", url)
+    warned = [each for each in json.loads(done.stdout)["findings"] if each["check"] == "KV_cox_main_tenants"]
+    assert [each["level"] for each in warned] == ["ok", *["warn"] * 6]
+    assert "the row of t0 is not in force" in warned[1]["found"]
+    assert "cox tenants set" in warned[1]["mend"]
+    assert warned[-1]["found"] == "and 2 more"
+    assert "\x1b" not in done.stdout
+
+
+async def _scribble(url: str) -> None:
+    async with await Client.connect(Connection(urls=(url,), fleet="main")) as client:
+        await init(client.js, client.subjects)
+        values = (b"{", b"[]", b"\xff\xfe", b'{"weight": -1}', b'{"weight": "\x1b[31m"}', b"[" * 100_000, b"")
+        for number, value in enumerate(values):
+            await client.nc.request(f"$KV.{client.subjects.tenants_bucket}.t{number}", value)
 
 
 def test_every_role_is_recognised(tmp_path: Path) -> None:
