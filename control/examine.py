@@ -6,6 +6,7 @@ row that JetStream must refuse. Called by `cox doctor`.
 
 import asyncio
 import ipaddress
+import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -177,9 +178,11 @@ def _seed_mode(path: str | None) -> int | None:
     if not path:
         return None
     try:
-        return Path(path).stat().st_mode & 0o777
+        found = Path(path).stat()
     except OSError:
         return None
+    # Somebody else's file that its group may read, as Kubernetes mounts a Secret: that is how it is given to us.
+    return found.st_mode & (0o777 if found.st_uid == os.getuid() else 0o737)
 
 
 def _is_local(host: str | None) -> bool:

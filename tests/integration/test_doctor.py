@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -176,7 +177,7 @@ async def _scribble(url: str) -> None:
             await client.nc.request(f"$KV.{client.subjects.tenants_bucket}.t{number}", value)
 
 
-def test_every_role_is_recognised(tmp_path: Path) -> None:
+def test_every_role_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With users, the doctor says whose key this is, what it may, and what it could not look at."""
     with secured(tmp_path) as server:
         for label in (user.replace(":", "-") for user in USERS if user != "worker:w2"):
@@ -190,3 +191,11 @@ def test_every_role_is_recognised(tmp_path: Path) -> None:
             server.nats.url, Exit.UNEXPECTED, COX_NATS_NKEY=server.seed("viewer"), COX_TIMEOUT="500ms"
         )
         assert found["key"][2] == "chmod 600 it"
+        # As Kubernetes mounts a Secret: somebody else's, and our group may read it.
+        monkeypatch.setattr(os, "getuid", lambda: 4_711)
+        for mode, warned in ((0o440, False), (0o460, True), (0o444, True)):
+            Path(server.seed("viewer")).chmod(mode)
+            found = examined(
+                server.nats.url, Exit.UNEXPECTED, COX_NATS_NKEY=server.seed("viewer"), COX_TIMEOUT="500ms"
+            )
+            assert ("key" in found) == warned, oct(mode)
