@@ -10,8 +10,10 @@ from typing import Any, Final, Literal
 import msgspec
 
 from coxswain.control.tables import HISTORY, LEASE_TTL_S, Limits
+from coxswain.schemas.permissions import streams
 from coxswain.schemas.policy import LEADER_LEASE_S
 from coxswain.schemas.status import Config, Frame
+from coxswain.schemas.subjects import Subjects
 
 Level = Literal["ok", "warn", "fail", "skip"]
 MAX_SKEW_S: Final = 1.0
@@ -53,11 +55,9 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int = 0
     messages: int = 0
     history: int = -1
-    replicas: int = 1
-    duplicate_window_s: float = 0.0
 
 
-class Seen(msgspec.Struct, frozen=True, kw_only=True):
+class Look(msgspec.Struct, frozen=True, kw_only=True):
     """A worker as it answered."""
 
     frame: Frame
@@ -88,7 +88,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """By bucket, rows that mean nothing to anybody, and why."""
     jetstream: bool | None = None
     """None: nobody may say."""
-    workers: tuple[Seen, ...] = ()
+    workers: tuple[Look, ...] = ()
     holder: dict[str, Any] | None = None
     """The lease, if anybody holds it."""
 
@@ -147,10 +147,7 @@ def _storage(facts: Facts) -> Iterable[Finding]:
             mend="start nats-server with `-js`, or with deploy/nats-server.conf, then run `cox init`",
         )
         return
-    names = [
-        f"COX_{facts.fleet}_EVENTS",
-        *(f"KV_cox_{facts.fleet}_{what}" for what in ("lease", "tenants", "classes")),
-    ]
+    names = streams(Subjects(facts.fleet))
     if not facts.streams:
         yield Finding(
             check="jetstream", level="skip", found="this role may not look at the stream and buckets"
@@ -264,7 +261,7 @@ def _workers(facts: Facts) -> Iterable[Finding]:
         )  # fmt: skip
 
 
-def _worker(facts: Facts, seen: Seen) -> Iterable[Finding]:
+def _worker(facts: Facts, seen: Look) -> Iterable[Finding]:
     frame = seen.frame
     check = f"worker {frame.worker}"
     if abs(seen.skew_s) - seen.unsure_s > MAX_SKEW_S:

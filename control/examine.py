@@ -20,7 +20,7 @@ from nats.js.api import StreamInfo
 
 from coxswain import __version__
 from coxswain.control.client import Client
-from coxswain.control.doctor import Facts, Seen, Stored
+from coxswain.control.doctor import Facts, Look, Stored
 from coxswain.control.errors import ControlError, DeniedError
 from coxswain.control.lease import holder
 from coxswain.schemas.errors import UNREADABLE, RefusedError
@@ -92,8 +92,6 @@ def _stored(info: StreamInfo) -> Stored:
         bytes=state.bytes,
         messages=state.messages,
         history=config.max_msgs_per_subject or -1,
-        replicas=config.num_replicas or 1,
-        duplicate_window_s=config.duplicate_window or 0.0,
     )
 
 
@@ -141,23 +139,23 @@ async def _refused(client: Client, subject: str) -> None:
         await client.nc.request(subject, b"no JSON", timeout=0.5)
 
 
-async def _workers(client: Client, timeout_s: float) -> tuple[Seen, ...]:
+async def _workers(client: Client, timeout_s: float) -> tuple[Look, ...]:
     # Twice: a question to all ends when it gets quiet, and a busy worker may answer late.
     names = {**await client.statuses(wait_s=timeout_s), **await client.statuses(wait_s=timeout_s)}
     seen = await asyncio.gather(*(_worker(client, name, timeout_s) for name in names))
     return tuple(each for each in seen if each is not None)
 
 
-async def _worker(client: Client, name: str, timeout_s: float) -> Seen | None:
+async def _worker(client: Client, name: str, timeout_s: float) -> Look | None:
     config = None
-    looks: list[Seen] = []
+    looks: list[Look] = []
     with suppress(ControlError, RefusedError):  # gone since it was listed
         for _ in range(LOOKS):
             asked = time.time()
             (frame,) = await client.query(name, "status", timeout_s=timeout_s)
             answered = time.time()
             skew_s = frame.sent_at - (asked + answered) / 2
-            looks.append(Seen(frame=frame, skew_s=skew_s, unsure_s=(answered - asked) / 2))
+            looks.append(Look(frame=frame, skew_s=skew_s, unsure_s=(answered - asked) / 2))
         (config,) = await client.query(name, "config", timeout_s=timeout_s)
     if not looks:
         return None
