@@ -1,6 +1,6 @@
 """What a slow or lossy control path costs: two tenants of weights 4 and 1 over several workers, in virtual time.
 
-    python -m bench.staleness [--json PATH] [--workers 4] [--requests 375] [--best] [--draws 10]
+    python -m bench.staleness [--json PATH] [--workers 4] [--requests 375] [--path 0 4] [--draws 10]
 
 Both are backlogged on every worker, most requests of each on another one. Reported for the time until the first of them
 has nothing left to begin on some worker: how far service ÷ weight drifts apart, at most, and the ratio of service
@@ -85,11 +85,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=375, help="of each tenant, per worker")
-    parser.add_argument("--best", action="store_true", help="the best of the paths only")
+    parser.add_argument("--path", type=int, nargs="*", choices=range(len(PATHS)), default=range(len(PATHS)))
     parser.add_argument("--draws", type=int, default=1, help="of what is lost, for paths that lose anything")
     options = parser.parse_args()
     results = []
-    for path in PATHS[:1] if options.best else PATHS:
+    for path in (PATHS[number] for number in options.path):
         for seed in range(1, 1 + (options.draws if path[-1] else 1)):
             results.append(measure(options.workers, options.requests, *path, seed=seed))
             print(json.dumps(results[-1]), flush=True)
