@@ -8,6 +8,7 @@ Called by `daemon`, which carries out what `step` returns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from heapq import nsmallest
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -31,7 +32,7 @@ TOLERANCE: Final = 0.5
 CLOSE: Final = 0.05
 """So is an expectation that is off by no more than this part of itself."""
 MAX_RANK_ROWS: Final = 2_000
-"""Rows in one `rank`, well under NATS's default payload limit; the next one has the rest."""
+"""Rows in one `rank`, well under NATS's default payload limit: those told longest ago. The next one has the rest."""
 RANK_ROWS_PER_STEP: Final = 1_500
 """Rows that one step compares. In large fleets workers take turns: a step's length is bounded, not a rank's age."""
 ASK_S: Final = 0.5
@@ -305,9 +306,9 @@ class ControlCore:
                 or abs(expected - has.expected_output) > CLOSE * expected
             ):
                 rows[tenant] = rank
-                if len(rows) == MAX_RANK_ROWS:
-                    break
-        return rows
+        if len(rows) <= MAX_RANK_ROWS:
+            return rows
+        return dict(nsmallest(MAX_RANK_ROWS, rows.items(), key=lambda row: told.told_at(row[0])))
 
     def _steer(self, now: float, directives: Directives, tables: Tables) -> list[Outgoing]:
         """Commands about single requests and caps, for every worker that needs any."""

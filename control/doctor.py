@@ -10,8 +10,10 @@ from typing import Any, Final, Literal
 import msgspec
 
 from coxswain.control.tables import HISTORY, LEASE_TTL_S, Limits
+from coxswain.schemas.permissions import streams
 from coxswain.schemas.policy import LEADER_LEASE_S
 from coxswain.schemas.status import Config, Frame
+from coxswain.schemas.subjects import Subjects
 
 Level = Literal["ok", "warn", "fail", "skip"]
 MAX_SKEW_S: Final = 1.0
@@ -20,6 +22,8 @@ MAX_EVENT_AGE_S: Final = 30.0
 """How long an event may wait for the log; the alert has the same bound."""
 FULL: Final = 0.9
 """Of the event log's disk: beyond it the oldest events go soon."""
+SHOWN_ROWS: Final = 5
+"""Of each table, rows that cannot be read."""
 
 ABILITIES: Final = ("look", "ask", "read tables", "read events", "lead", "command", "write tables", "set up")
 ROLES: Final[dict[str, frozenset[str]]] = {
@@ -51,11 +55,9 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int = 0
     messages: int = 0
     history: int = -1
-    replicas: int = 1
-    duplicate_window_s: float = 0.0
 
 
-class Seen(msgspec.Struct, frozen=True, kw_only=True):
+class Look(msgspec.Struct, frozen=True, kw_only=True):
     """A worker as it answered."""
 
     frame: Frame
@@ -82,9 +84,11 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What NATS lets this user do, of `ABILITIES`."""
     streams: Mapping[str, Stored | None] = {}
     """By name: the event log first; None is missing; absent: we may not look."""
+    refused: Mapping[str, Mapping[str, str]] = {}
+    """By bucket, rows that mean nothing to anybody, and why."""
     jetstream: bool | None = None
     """None: nobody may say."""
-    workers: tuple[Seen, ...] = ()
+    workers: tuple[Look, ...] = ()
     holder: dict[str, Any] | None = None
     """The lease, if anybody holds it."""
 
@@ -143,10 +147,7 @@ def _storage(facts: Facts) -> Iterable[Finding]:
             mend="start nats-server with `-js`, or with deploy/nats-server.conf, then run `cox init`",
         )
         return
-    names = [
-        f"COX_{facts.fleet}_EVENTS",
-        *(f"KV_cox_{facts.fleet}_{what}" for what in ("lease", "tenants", "classes")),
-    ]
+    names = streams(Subjects(facts.fleet))
     if not facts.streams:
         yield Finding(
             check="jetstream", level="skip", found="this role may not look at the stream and buckets"
@@ -161,6 +162,7 @@ def _storage(facts: Facts) -> Iterable[Finding]:
             yield from _event_log(facts, name, stored)
         else:
             yield _bucket(name, stored)
+            yield from _rows(name, facts.refused.get(name, {}))
 
 
 def _event_log(facts: Facts, name: str, stored: Stored) -> Iterable[Finding]:
@@ -188,6 +190,20 @@ def _event_log(facts: Facts, name: str, stored: Stored) -> Iterable[Finding]:
         )  # fmt: skip
     else:
         yield Finding(check=name, level="ok", found=size)
+
+
+def _rows(bucket: str, refused: Mapping[str, str]) -> Iterable[Finding]:
+    """Rows that are in the bucket and not in force: whoever put them there did it without `cox`."""
+    verb = bucket.rpartition("_")[2]
+    for row, why in sorted(refused.items())[:SHOWN_ROWS]:
+        yield Finding(
+            check=bucket, level="warn", found=f"the row of {row[:64]} is not in force: {why[:200]}",
+            mend=f"write it anew (`cox {verb} set`), or remove it (`cox {verb} rm`; `nats kv del` what is no name)",
+        )  # fmt: skip
+    if (more := len(refused) - SHOWN_ROWS) > 0:
+        yield Finding(
+            check=bucket, level="warn", found=f"and {more} more", mend=f"`cox {verb} list` names them all"
+        )
 
 
 def _bucket(name: str, stored: Stored) -> Finding:
@@ -245,7 +261,7 @@ def _workers(facts: Facts) -> Iterable[Finding]:
         )  # fmt: skip
 
 
-def _worker(facts: Facts, seen: Seen) -> Iterable[Finding]:
+def _worker(facts: Facts, seen: Look) -> Iterable[Finding]:
     frame = seen.frame
     check = f"worker {frame.worker}"
     if abs(seen.skew_s) - seen.unsure_s > MAX_SKEW_S:

@@ -6,6 +6,7 @@ row that JetStream must refuse. Called by `cox doctor`.
 
 import asyncio
 import ipaddress
+import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -19,7 +20,7 @@ from nats.js.api import StreamInfo
 
 from coxswain import __version__
 from coxswain.control.client import Client
-from coxswain.control.doctor import Facts, Seen, Stored
+from coxswain.control.doctor import Facts, Look, Stored
 from coxswain.control.errors import ControlError, DeniedError
 from coxswain.control.lease import holder
 from coxswain.schemas.errors import UNREADABLE, RefusedError
@@ -48,6 +49,7 @@ async def examine(client: Client, *, timeout_s: float, nkey: str | None = None) 
             "read tables": f"KV_{client.subjects.tenants_bucket}",
         }
         may |= {ability for ability, stream in readable.items() if stream in stored or jetstream is False}
+    refused = await _refused_rows(client, stored)
     workers = await _workers(client, timeout_s) if "ask" in may else ()
     server, version = client.nc.connected_url, client.nc.connected_server_version
     return Facts(
@@ -59,6 +61,7 @@ async def examine(client: Client, *, timeout_s: float, nkey: str | None = None) 
         seed_mode=_seed_mode(nkey),
         may=may,
         streams=stored,
+        refused=refused,
         jetstream=jetstream,
         workers=workers,
         holder=await _holder(client) if stored.get(f"KV_{client.subjects.lease_bucket}") else None,
@@ -89,9 +92,17 @@ def _stored(info: StreamInfo) -> Stored:
         bytes=state.bytes,
         messages=state.messages,
         history=config.max_msgs_per_subject or -1,
-        replicas=config.num_replicas or 1,
-        duplicate_window_s=config.duplicate_window or 0.0,
     )
+
+
+async def _refused_rows(client: Client, stored: dict[str, Stored | None]) -> dict[str, dict[str, str]]:
+    found = {}
+    for table in (client.tenants, client.classes):
+        name = f"KV_{table.bucket}"
+        if stored.get(name):
+            with suppress(ControlError):  # gone since, or not ours to read
+                found[name] = (await table.get_all()).refused
+    return found
 
 
 async def _abilities(client: Client, timeout_s: float) -> frozenset[str]:
@@ -128,23 +139,23 @@ async def _refused(client: Client, subject: str) -> None:
         await client.nc.request(subject, b"no JSON", timeout=0.5)
 
 
-async def _workers(client: Client, timeout_s: float) -> tuple[Seen, ...]:
+async def _workers(client: Client, timeout_s: float) -> tuple[Look, ...]:
     # Twice: a question to all ends when it gets quiet, and a busy worker may answer late.
     names = {**await client.statuses(wait_s=timeout_s), **await client.statuses(wait_s=timeout_s)}
     seen = await asyncio.gather(*(_worker(client, name, timeout_s) for name in names))
     return tuple(each for each in seen if each is not None)
 
 
-async def _worker(client: Client, name: str, timeout_s: float) -> Seen | None:
+async def _worker(client: Client, name: str, timeout_s: float) -> Look | None:
     config = None
-    looks: list[Seen] = []
+    looks: list[Look] = []
     with suppress(ControlError, RefusedError):  # gone since it was listed
         for _ in range(LOOKS):
             asked = time.time()
             (frame,) = await client.query(name, "status", timeout_s=timeout_s)
             answered = time.time()
             skew_s = frame.sent_at - (asked + answered) / 2
-            looks.append(Seen(frame=frame, skew_s=skew_s, unsure_s=(answered - asked) / 2))
+            looks.append(Look(frame=frame, skew_s=skew_s, unsure_s=(answered - asked) / 2))
         (config,) = await client.query(name, "config", timeout_s=timeout_s)
     if not looks:
         return None
@@ -165,9 +176,11 @@ def _seed_mode(path: str | None) -> int | None:
     if not path:
         return None
     try:
-        return Path(path).stat().st_mode & 0o777
+        found = Path(path).stat()
     except OSError:
         return None
+    # Somebody else's file that its group may read, as Kubernetes mounts a Secret: that is how it is given to us.
+    return found.st_mode & (0o777 if found.st_uid == os.getuid() else 0o737)
 
 
 def _is_local(host: str | None) -> bool:

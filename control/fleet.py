@@ -323,10 +323,6 @@ class Fleet:
         """Workers that were heard of lately."""
         return (view for view in self.workers.values() if self.now - view.heard_at <= STALE_S)
 
-    def tenants(self) -> set[str]:
-        """Every tenant ever heard of."""
-        return set(self.ended).union(*(view.tenants for view in self.workers.values()))
-
     def totals(self, tenant: str) -> Totals:
         """What a tenant was served by all workers and incarnations heard of."""
         ended = self.ended.get(tenant)
@@ -335,10 +331,6 @@ class Fleet:
             if row := view.tenants.get(tenant):
                 totals.add(row)
         return totals
-
-    def waits_on(self, tenant: str) -> frozenset[str]:
-        """The live workers, of those heard in full, on which the tenant has anything queued (as of `age`)."""
-        return frozenset(self.presence.waiting.get(tenant, ()))
 
     def _mark(self, view: WorkerView) -> None:
         """All of a worker's tenants deserve a look; rows that did not change are their own old ones."""

@@ -88,6 +88,8 @@ class Lease:
         while not self._closed:
             try:
                 pause_s = await (self._renew() if self._epoch else self._acquire())
+            except nats.js.errors.KeyNotFoundError:
+                pause_s = RETRY_S  # it was there, and expired while we looked whose it is
             except _MISSING:
                 pause_s = 2.0
                 if self._seldom.may("missing"):

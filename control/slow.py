@@ -12,7 +12,7 @@ import msgspec
 
 from coxswain.control.ahead import Ahead, Classes, Line
 from coxswain.control.life import Life
-from coxswain.control.story import Gaps, Seen
+from coxswain.control.story import AnyEvent, Gaps
 from coxswain.schemas import events as ev
 
 AT_ONCE_S: Final = 0.05
@@ -116,7 +116,7 @@ class Investigator:
         self._incarnations: dict[str, str] = {}
         self._at_cap_s: defaultdict[str, float] = defaultdict(float)
 
-    def feed(self, event: Seen) -> None:
+    def feed(self, event: AnyEvent) -> None:
         """Take the next event of the log."""
         if isinstance(event, dict):
             return

@@ -16,7 +16,7 @@ from coxswain.schemas.request_id import normalise
 MAX_EVENTS: Final = 1_000
 """Of one child; the rest are counted."""
 
-Seen = ev.Event | dict[str, Any]
+AnyEvent = ev.Event | dict[str, Any]
 """What a log gives: an event, or a plain dict of a later version's kind."""
 
 
@@ -90,7 +90,7 @@ class Teller:
         self._children: dict[tuple[str, str, int], _Child] = {}
         self.gaps = Gaps()
 
-    def feed(self, event: Seen) -> None:
+    def feed(self, event: AnyEvent) -> None:
         """Take the next event of the log."""
         if isinstance(event, dict):
             return

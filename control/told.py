@@ -72,6 +72,11 @@ class Told(msgspec.Struct):
     retries: defaultdict[str, Retry] = msgspec.field(default_factory=lambda: defaultdict(Retry))
     """Per verb."""
 
+    def told_at(self, tenant: str) -> float:
+        """When its rank was told last."""
+        said = self.ranks.get(tenant)
+        return float("-inf") if said is None else said.at
+
     def ready(self, verb: str, now: float) -> bool:
         """Whether more commands of the verb may go out; those that nobody answers for too long have failed."""
         retry = self.retries[verb]

@@ -31,7 +31,7 @@ Order = Literal["fair", "priority"]
 CutIn = Literal["off", "queue", "slots", "kv"]
 
 
-class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
+class Prices(msgspec.Struct, frozen=True, kw_only=True):
     """What a token costs in virtual time. The defaults are VTC's wp = 1 and wq = 2 (OSDI'24, section 4.1)."""
 
     input: NotNegative = 1.0

@@ -90,11 +90,6 @@ def make(key: bytes, tenant: str, class_: str, ulid: str) -> str:
     return f"{text}.{_sign(key, text)}"
 
 
-def find(key: bytes, text: str) -> Identity | None:
-    """The identity inside any longer id (`chatcmpl-cox.…-1a2b3c4d`), or None (none there, or forged)."""
-    return parse(key, text).identity
-
-
 def parse(key: bytes | None, internal_id: str) -> Parsed:
     """Turn vLLM's internal request id into the public id and the identity.
 

@@ -17,7 +17,7 @@ from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.errors import ControlError
 from coxswain.control.slow import Investigator
-from coxswain.control.story import Seen, Teller
+from coxswain.control.story import AnyEvent, Teller
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import ClassPolicy
 
@@ -113,7 +113,7 @@ async def _tenant(cox: Cox, client: "Client", tenant: str, since_s: float) -> Ex
     return Exit.DONE
 
 
-async def _log(client: "Client", start: float | Literal["all"], until: float) -> AsyncIterator[Seen]:
+async def _log(client: "Client", start: float | Literal["all"], until: float) -> AsyncIterator[AnyEvent]:
     """The log up to now: a busy fleet writes it faster than anybody could reach its end."""
     stream = client.events(start=start, follow=False)
     try:

@@ -13,7 +13,8 @@ import typer
 from coxswain.control.cli import parse, view_requests
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
-from coxswain.control.cli.view_requests import Listed, Listing, Told
+from coxswain.control.cli.view_requests import Listing, Told
+from coxswain.control.picture import RequestRow
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.names import ALL
 from coxswain.schemas.status import Frame, QueueQuery, RequestQuery, RequestStatus
@@ -101,7 +102,7 @@ async def _list(
     queue: bool,
 ) -> Exit:
     found = [
-        Listed(worker=name, status=status)
+        RequestRow(worker=name, status=status)
         for state in ("running", "held")
         for name, frame in frames.items()
         for status in frame.requests
@@ -112,7 +113,7 @@ async def _list(
             break
         async for status in _queue(cox, client, name):
             if wanted(status):
-                found.append(Listed(worker=name, status=status))
+                found.append(RequestRow(worker=name, status=status))
             if len(found) > limit:  # one more than is shown: then the list is known to be cut
                 break
     listing = Listing(

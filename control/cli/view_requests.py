@@ -10,6 +10,7 @@ from rich.text import Text
 
 from coxswain.control.cli.grid import Cell, Column, Row, grid, grid_width
 from coxswain.control.cli.words import clock, count, plural, printable, span
+from coxswain.control.picture import RequestRow
 from coxswain.schemas.status import Child, RequestReport, RequestStatus
 
 STATE_STYLE = {"running": "green", "held": "yellow", "queued": "cyan"}
@@ -29,18 +30,11 @@ _FACTS = (
 _REQUEST = Column(title="REQUEST")
 
 
-class Listed(msgspec.Struct, frozen=True, kw_only=True):
-    """A request and the worker that has it."""
-
-    worker: str
-    status: RequestStatus
-
-
 class Listing(msgspec.Struct, frozen=True, kw_only=True):
     """What `cox requests --json` prints: running, then held, then queued, in the order of each queue."""
 
     at: float
-    requests: tuple[Listed, ...]
+    requests: tuple[RequestRow, ...]
     queued_total: int
     """Waiting on these workers, of all tenants, listed or not."""
     truncated: bool
@@ -82,7 +76,7 @@ def _name(status: RequestStatus) -> str:
     return status.request if not status.child else f"{status.request} child {status.child}"
 
 
-def _facts(each: Listed, now: float) -> list[Cell]:
+def _facts(each: RequestRow, now: float) -> list[Cell]:
     status = each.status
     due = "-" if status.deadline_s is None else span(status.deadline_s - now)
     return [

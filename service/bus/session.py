@@ -32,7 +32,7 @@ from coxswain.service.port import AnswerOut, CommandIn, LeadIn, Port, QueryIn, R
 
 PENDING_MESSAGES: Final = 8_192
 """Messages of one subscription that wait for us; beyond it nats-py drops and reports them."""
-PENDING_BYTES: Final = 32 * 1024 * 1024
+PENDING_BYTES: Final = 16 * 1024 * 1024
 MAX_UNSENT: Final = 8 * 1024 * 1024
 """Bytes that wait for a server which does not read; beyond it frames are left out (the next repairs that)."""
 MARGIN: Final = 1_024

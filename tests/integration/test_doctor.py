@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from coxswain.control.cli import app
 from coxswain.control.cli.exits import Exit
 from coxswain.control.client import Client
-from coxswain.control.tables import LEASE_TTL_S
+from coxswain.control.tables import LEASE_TTL_S, init
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.status import Leader
 from tests.support.fake_worker import FakeWorker
@@ -154,7 +155,29 @@ def test_everything_wrong(nats_server: NatsServer) -> None:
         assert part in text, part
 
 
-def test_every_role_is_recognised(tmp_path: Path) -> None:
+def test_rows_that_nobody_can_read_are_named(nats_server: NatsServer) -> None:
+    """Somebody wrote into the buckets without `cox`: each row that is not in force, why, and not their contents."""
+    url = nats_server.url
+    asyncio.run(_scribble(url))
+    with FakeWorker(url, "w1"):
+        done = cox("doctor", "--json", "--nats", url)
+    warned = [each for each in json.loads(done.stdout)["findings"] if each["check"] == "KV_cox_main_tenants"]
+    assert [each["level"] for each in warned] == ["ok", *["warn"] * 6]
+    assert "the row of t0 is not in force" in warned[1]["found"]
+    assert "cox tenants set" in warned[1]["mend"]
+    assert warned[-1]["found"] == "and 2 more"
+    assert "\x1b" not in done.stdout
+
+
+async def _scribble(url: str) -> None:
+    async with await Client.connect(Connection(urls=(url,), fleet="main")) as client:
+        await init(client.js, client.subjects)
+        values = (b"{", b"[]", b"\xff\xfe", b'{"weight": -1}', b'{"weight": "\x1b[31m"}', b"[" * 100_000, b"")
+        for number, value in enumerate(values):
+            await client.nc.request(f"$KV.{client.subjects.tenants_bucket}.t{number}", value)
+
+
+def test_every_role_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With users, the doctor says whose key this is, what it may, and what it could not look at."""
     with secured(tmp_path) as server:
         for label in (user.replace(":", "-") for user in USERS if user != "worker:w2"):
@@ -168,3 +191,11 @@ def test_every_role_is_recognised(tmp_path: Path) -> None:
             server.nats.url, Exit.UNEXPECTED, COX_NATS_NKEY=server.seed("viewer"), COX_TIMEOUT="500ms"
         )
         assert found["key"][2] == "chmod 600 it"
+        # As Kubernetes mounts a Secret: somebody else's, and our group may read it.
+        monkeypatch.setattr(os, "getuid", lambda: 4_711)
+        for mode, warned in ((0o440, False), (0o460, True), (0o444, True)):
+            Path(server.seed("viewer")).chmod(mode)
+            found = examined(
+                server.nats.url, Exit.UNEXPECTED, COX_NATS_NKEY=server.seed("viewer"), COX_TIMEOUT="500ms"
+            )
+            assert ("key" in found) == warned, oct(mode)

@@ -7,7 +7,8 @@ import pytest
 from rich.cells import cell_len
 
 from coxswain.control.cli import view_events, view_fleet, view_requests, view_tables
-from coxswain.control.cli.view_requests import Listed, Listing, Told
+from coxswain.control.cli.view_requests import Listing, Told
+from coxswain.control.picture import RequestRow
 from coxswain.schemas import events as ev
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import (
@@ -108,7 +109,7 @@ def test_a_worker_without_leader_or_load_shows_so() -> None:
 
 
 def _listing(*statuses: RequestStatus, truncated: bool = False) -> Listing:
-    found = tuple(Listed(worker="w1", status=status) for status in statuses)
+    found = tuple(RequestRow(worker="w1", status=status) for status in statuses)
     return Listing(at=NOW, requests=found, queued_total=9, truncated=truncated)
 
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from msgspec.structs import replace
 
-from coxswain.control.core import BEAT_S, EXPIRES_S, Answer, Beat, Send
+from coxswain.control.core import BEAT_S, EXPIRES_S, MAX_RANK_ROWS, Answer, Beat, Send
 from coxswain.control.policies.fcfs import Fcfs
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.policy import Directives
@@ -206,6 +206,21 @@ def test_what_nobody_answered_is_told_again() -> None:
     (again,) = driver.sends(ANSWER_S + 0.4, frame(seq=3))
     assert again.command.tenants == first.command.tenants
     assert again.command.prices == first.command.prices
+
+
+def test_no_tenant_is_passed_over_where_one_rank_has_no_room_for_all() -> None:
+    """Whose base changes at every step is told before those that were told just now, whatever they are called."""
+    names = [f"t{number:04}" for number in range(MAX_RANK_ROWS + 100)]
+    driver = Driver(Fixed())
+    told, answers = set[str](), []
+    for tick in range(2):
+        ranks = {name: TenantRank(base=float(100 * tick + 100)) for name in names}
+        driver.core.policy.directives = Directives(ranks={"w1": ranks})
+        (send,) = driver.sends(0.1 * tick, frame(seq=tick + 1), answers=answers)
+        assert len(send.command.tenants) == MAX_RANK_ROWS
+        told |= send.command.tenants.keys()
+        answers = [Answer(send, ok=True)]
+    assert told == set(names)
 
 
 def test_ranks_keep_to_their_cadence() -> None:

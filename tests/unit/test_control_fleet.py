@@ -129,17 +129,17 @@ def test_a_silent_worker_is_not_counted_and_its_totals_stay() -> None:
     fleet.merge(frame(seq=1), 0.0)
     fleet.merge(frame("w1", "01A", 2, row("a", charged=7.0, queued=3)), 0.0)
     fleet.age(0.0)
-    assert fleet.waits_on("a") == {"w1"}
+    assert fleet.presence.waiting["a"] == {"w1"}
     fleet.settle()
     fleet.age(STALE_S + 1)
-    assert (fleet.waits_on("a"), fleet.totals("a").charged) == (frozenset(), 7.0)
+    assert ("a" in fleet.presence.waiting, fleet.totals("a").charged) == (False, 7.0)
     assert "a" in fleet.changed["w1"]
     fleet.age(GONE_S + 1)
     assert fleet.liveness(fleet.workers["w1"]) == "gone"
     assert fleet.totals("a").charged == 7.0
     fleet.merge(frame("w1", "01A", 3, row("a", charged=8.0, queued=1)), GONE_S + 2)
     fleet.age(GONE_S + 2)
-    assert (fleet.waits_on("a"), fleet.totals("a").charged) == ({"w1"}, 8.0)
+    assert (fleet.presence.waiting["a"], fleet.totals("a").charged) == ({"w1"}, 8.0)
 
 
 def test_a_second_process_under_a_live_name_is_reported() -> None:

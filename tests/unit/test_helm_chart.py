@@ -121,6 +121,15 @@ def test_the_controllers_arguments_are_those_that_it_takes() -> None:
     assert objects["Service", "prod-page"]["spec"]["ports"][0]["targetPort"] == "page"
 
 
+def test_one_worker_at_a_time_is_evicted() -> None:
+    """Where there are several; a budget of one would keep its machine from ever being emptied."""
+    budget = rendered(ALL)["PodDisruptionBudget", "prod-worker"]["spec"]
+    pod = rendered(ALL)["StatefulSet", "prod-worker"]["spec"]["template"]["metadata"]
+    assert budget["maxUnavailable"] == 1
+    assert budget["selector"]["matchLabels"].items() <= pod["labels"].items()
+    assert ("PodDisruptionBudget", "prod-worker") not in rendered(PLAIN)
+
+
 def test_images_are_those_of_this_version() -> None:
     """The chart's version and the package's are one."""
     with helm.Chart.load(CHART) as chart:
