@@ -367,6 +367,7 @@ class SteeredScheduler(AsyncScheduler):
             # What is new goes ahead by itself: whoever has it need not read the many rows of the full frame.
             self.port.put(FrameOut(self._frame(now, full=False), idle=False))
         self.port.put(FrameOut(self._frame(now, full=full, repeat=full), idle))
+        self.port.flush()  # now, to be counted: the bus's end of it encodes on this thread
         self._said_idle = idle
         rest_s = min((time.thread_time() - began) / STATUS_SHARE, self.settings.full_interval_s)
         self._frame_at = now + max(self.settings.status_interval_s, rest_s)

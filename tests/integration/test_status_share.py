@@ -13,8 +13,9 @@ pytestmark = pytest.mark.vllm
 @pytest.mark.parametrize(
     ("cost_s", "least_s", "most_s"), [(0.0, 0.049, 0.4), (0.01, 0.5, 1.0), (0.1, 1.0, 1.0)]
 )
+@pytest.mark.parametrize("to", ["build", "hand over"])
 def test_a_dear_frame_puts_off_the_next(
-    monkeypatch: pytest.MonkeyPatch, cost_s: float, least_s: float, most_s: float
+    monkeypatch: pytest.MonkeyPatch, to: str, cost_s: float, least_s: float, most_s: float
 ) -> None:
     """The time to the next frame is the interval, or what keeps status at 2 % of the engine's time, up to 1 s."""
     from coxswain.service.scheduler import SteeredScheduler
@@ -25,14 +26,25 @@ def test_a_dear_frame_puts_off_the_next(
     scheduler.port.connected = True
     scheduler._frame(scheduler.now())  # the first one is slow: it runs code that never ran before
     cheap = scheduler.reporter.frame
+    sent: list[object] = []
 
-    def dear(*args: object, **fields: object) -> object:
+    def work() -> None:
         until = time.thread_time() + cost_s
         while time.thread_time() < until:
             pass
+
+    def dear(*args: object, **fields: object) -> object:
+        work()
         return cheap(*args, **fields)
 
-    monkeypatch.setattr(scheduler.reporter, "frame", dear)
+    def encode() -> None:
+        if to == "hand over":
+            work()
+        sent.extend(scheduler.port.collect())
+
+    scheduler.port.attach_bus(encode)
+    if to == "build":
+        monkeypatch.setattr(scheduler.reporter, "frame", dear)
     scheduler._full_at = float("inf")  # a full one would come beside the delta, and cost as much again
     moments: list[float] = []
     real = scheduler.now
@@ -40,6 +52,6 @@ def test_a_dear_frame_puts_off_the_next(
     rig.add("r", tokens=4)
     moments.clear()
     rig.step()
-    assert [type(item) for item in scheduler.port.collect()] == [FrameOut]
+    assert [type(item) for item in sent] == [FrameOut]
     assert least_s <= scheduler._frame_at - moments[0] <= most_s
     scheduler.shutdown()
