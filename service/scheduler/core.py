@@ -148,6 +148,8 @@ class SteeringCore:
         waited = now - record.queued_since
         record.queued_s += waited
         self.roster.touch(record)
+        if self.emit is None:  # or the fields would be made for nobody
+            return
         self.tell(
             now, record, ev.Admitted,
             uncached_input_tokens=record.uncached_tokens if first else max(0, record.lost_mark - computed),
@@ -225,20 +227,8 @@ class SteeringCore:
         self.queue.remove(record)
         record.account.finished += 1
         self.roster.leave(record)
-        first = record.first_token_at
-        self.tell(
-            now, record, ev.Finished,
-            reason=reason, uncached_input_tokens=record.uncached_tokens, cached_input_tokens=record.cached_tokens,
-            external_input_tokens=record.external_tokens, uncomputed_input_tokens=record.uncomputed_tokens,
-            output_tokens=record.earlier_outputs + len(record.outputs),
-            generations=record.earlier_turns + bool(record.outputs),
-            recomputed_tokens=record.recomputed_tokens, restored_tokens=record.restored_tokens,
-            reloaded_tokens=record.reloaded_tokens, discarded_tokens=record.discarded_tokens,
-            queued_s=record.queued_s, held_s=record.held_s,
-            ttft_s=None if first is None else first - record.arrived_at,
-            run_s=0.0 if record.admitted_at is None
-            else now - record.arrived_at - record.queued_s - record.held_s,
-        )  # fmt: skip
+        if self.emit is not None:
+            self.emit(now, record, ev.Finished, record.summed_up(now, reason))
         record.payload = None  # which has its record: the two would stay until the garbage collector came by
 
     # Time and the leader

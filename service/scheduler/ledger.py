@@ -54,7 +54,8 @@ class Ledger:
         record.uncached_tokens = record.cached_tokens = 0
         self._charge_to(record, 0.0)
         self._expect_no_more(record)
-        self._settle_output(record.account)
+        if record.account.ahead:  # or there is nothing to give back
+            self._settle_output(record.account)
 
     def book_input(self, record: Record, cached: int, external: int) -> None:
         """The request was admitted: charge its input as it turned out, and count it in the tenant's totals."""

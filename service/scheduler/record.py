@@ -133,6 +133,28 @@ class Record:
             del self.story[MAX_STORY // 2]
         self.story.append((now, step, kind, fields))
 
+    def summed_up(self, now: float, reason: str) -> dict[str, Any]:
+        """All that it was and cost, as it ends: the fields of its `finished` event."""
+        first = self.first_token_at
+        ran_s = 0.0 if self.admitted_at is None else now - self.arrived_at - self.queued_s - self.held_s
+        return {
+            "reason": reason,
+            "uncached_input_tokens": self.uncached_tokens,
+            "cached_input_tokens": self.cached_tokens,
+            "external_input_tokens": self.external_tokens,
+            "uncomputed_input_tokens": self.uncomputed_tokens,
+            "output_tokens": self.earlier_outputs + len(self.outputs),
+            "generations": self.earlier_turns + bool(self.outputs),
+            "recomputed_tokens": self.recomputed_tokens,
+            "restored_tokens": self.restored_tokens,
+            "reloaded_tokens": self.reloaded_tokens,
+            "discarded_tokens": self.discarded_tokens,
+            "queued_s": self.queued_s,
+            "held_s": self.held_s,
+            "ttft_s": None if first is None else first - self.arrived_at,
+            "run_s": ran_s,
+        }
+
     def told(self) -> tuple[StoryLine, ...]:
         """The story so far, for people."""
         at, step, prompt_tokens = self.came
