@@ -26,6 +26,8 @@ from coxswain.service.logs import get_logger
 STOCK = ("fcfs", "priority")
 OURS = ("quiet", "on")
 SIDES = (*STOCK, *OURS)
+"""In the order in which they are made; they run in any. Nobody is judged by `fcfs`, which comes first: of sides that
+do the very same the first made took 5 to 10 % less time, where 1,024 come and go; the others did not differ."""
 KEY = "5e" * 32
 LIFE = 256
 """Output tokens of a request where requests come and go: a short answer."""
