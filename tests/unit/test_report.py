@@ -382,11 +382,14 @@ def test_pages_deep_in_the_queue_are_as_cheap_as_its_order_allows(order: str) ->
     reported = Reported()
     engine = reported.engine
     engine.core.configure({"default": ClassPolicy(order=order)}, {})
-    submitted = [engine.submit("abc"[i % 3], priority=i * 7919 % 11) for i in range(3 * MAX_SKIPPED)]
-    for record in submitted[::3]:
+    submitted = [
+        engine.submit("abbc"[i % 4], priority=i * 7919 % 11, arrived_at=float(i * 31 % 7))
+        for i in range(4 * MAX_SKIPPED)
+    ]
+    for record in submitted[::4]:
         engine.core.queue.remove(record)
     in_order = [record.request for record in engine.core.queue.walk()]
-    assert len(in_order) == 2 * MAX_SKIPPED
+    assert len(in_order) == 3 * MAX_SKIPPED
     for skip in (MAX_SKIPPED - 1, MAX_SKIPPED, MAX_SKIPPED + 1, len(in_order) - 1):
         page = reported.reporter.page(QueueQuery(after=str(skip), limit=10))
         assert [row.request for row in page.requests] == in_order[skip : skip + 10]
