@@ -5,15 +5,15 @@ Called by `cli` and the demo; the controller uses `command`, the tables and the 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import Any, Literal, Self, overload
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Literal, Self, TypeVar, overload
 
 import msgspec
 import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from coxswain.control.errors import ControlError, NoAnswerError, UnreachableError
+from coxswain.control.errors import NoAnswerError, UnreachableError, UnreadableError
 from coxswain.control.history import replay
 from coxswain.control.link import Link
 from coxswain.control.tables import Table
@@ -30,6 +30,10 @@ from coxswain.schemas.request_id import normalise
 from coxswain.schemas.status import Config, Frame, QueuePage, RequestReport
 from coxswain.schemas.subjects import OPERATOR, Subjects
 
+T = TypeVar("T")
+
+KEPT = 8
+"""Reasons why answers were passed over."""
 QUIET_S = 0.25
 """A question to `all` is answered once nobody has said anything for this long after the last answer."""
 
@@ -51,6 +55,8 @@ class Client:
         self.nc = nc
         self.js = nc.jetstream()
         self.subjects = Subjects(fleet)
+        self.unreadable: list[str] = []
+        """Why answers to `all` were passed over, the last `KEPT`: one broken worker hides no other."""
         self.classes = Table(
             self.js, self.subjects.classes_bucket, ClassPolicy, key_of=_class_key, name_of=_class_key
         )
@@ -104,7 +110,7 @@ class Client:
         """
         subject = self.subjects.command(role, self._worker(worker), verb)
         messages = await self._ask(worker, subject, commands.encode(command), timeout_s)
-        return [_decode(commands.decode_reply, message) for message in messages]
+        return self._read(worker, commands.decode_reply, messages)
 
     @overload
     async def query(
@@ -146,7 +152,8 @@ class Client:
         body = commands.encode(payload) if payload is not None else b""
         messages = await self._ask(worker, subject, body, timeout_s, parts=what == "status")
         refusals = [refusal for message in messages if (refusal := _refusal(message))]
-        answers = [_decode(_DECODE[what], message) for message in messages if not _refusal(message)]
+        told = [message for message in messages if not _refusal(message)]
+        answers: list[Any] = self._read(worker, _DECODE[what], told)
         if refusals and not answers:
             raise refusals[0]
         return list(join(answers).values()) if what == "status" else answers
@@ -155,7 +162,7 @@ class Client:
         """A full frame of every worker that answers within `wait_s`, by name; empty if there is none."""
         try:
             frames = await self.query(ALL, "status", timeout_s=wait_s)
-        except (NoAnswerError, RefusedError):
+        except (NoAnswerError, RefusedError, UnreadableError):
             return {}
         return {frame.worker: frame for frame in sorted(frames, key=lambda frame: frame.worker)}
 
@@ -255,6 +262,22 @@ class Client:
             )
         raise NoAnswerError(f"no worker {worker!r} in fleet {fleet!r}. `cox ps` lists those that live.")
 
+    def _read(self, worker: str, decoder: Callable[[bytes], T], messages: list[Msg]) -> list[T]:
+        """Decoded answers; of `all`, those that can be read, if any can."""
+        answers: list[T] = []
+        failure: UnreadableError | RefusedError | None = None
+        for message in messages:
+            try:
+                answers.append(_decode(decoder, message))
+            except (UnreadableError, RefusedError) as error:
+                if worker != ALL:
+                    raise
+                failure = error
+                self.unreadable = [*self.unreadable, str(error)][-KEPT:]
+        if failure is not None and not answers:
+            raise failure
+        return answers
+
     async def _gather(
         self, subject: str, payload: bytes, timeout_s: float, *, until_joined: bool
     ) -> list[Msg]:
@@ -315,13 +338,13 @@ def _refusal(message: Msg) -> RefusedError | None:
     return RefusedError(Code(code), headers.get(ERROR_HEADER, "refused without a reason"))
 
 
-def _decode(decoder: Any, message: Msg) -> Any:
+def _decode(decoder: Callable[[bytes], T], message: Msg) -> T:
     try:
         return decoder(message.data)
     except UNREADABLE as error:
         if refusal := _refusal(message):
             raise refusal from error
-        raise ControlError(
+        raise UnreadableError(
             f"an answer is not of this protocol's version ({error}). Update `cox` or the worker.",
         ) from error
 

@@ -89,6 +89,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     jetstream: bool | None = None
     """None: nobody may say."""
     workers: tuple[Look, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    """Why answers of workers were passed over."""
     holder: dict[str, Any] | None = None
     """The lease, if anybody holds it."""
 
@@ -239,6 +241,11 @@ def _workers(facts: Facts) -> Iterable[Finding]:
             mend="start one (`cox worker MODEL`); if it runs: its COX_NATS_URL, COX_FLEET, and `nats.` in its log",
         )  # fmt: skip
         return
+    for why in sorted(set(facts.unreadable)):
+        yield Finding(
+            check="workers", level="fail", found=f"somebody answers what cannot be read: {why[:200]}",
+            mend="a worker that `cox ps` does not list: stop it, and revoke its key if it is none of yours",
+        )  # fmt: skip
     for seen in facts.workers:
         troubles = list(_worker(facts, seen))
         yield from troubles

@@ -16,6 +16,10 @@ class DeniedError(UnreachableError):
     """NATS is there and does not let this user: its role may not do this."""
 
 
+class UnreadableError(ControlError):
+    """An answer means nothing to us: of another version of the protocol, or of somebody who is no worker."""
+
+
 class NoAnswerError(ControlError):
     """NATS is there, but no worker answered."""
 

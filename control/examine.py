@@ -64,6 +64,7 @@ async def examine(client: Client, *, timeout_s: float, nkey: str | None = None) 
         refused=refused,
         jetstream=jetstream,
         workers=workers,
+        unreadable=tuple(client.unreadable),
         holder=await _holder(client) if stored.get(f"KV_{client.subjects.lease_bucket}") else None,
     )
 

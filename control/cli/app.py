@@ -186,6 +186,8 @@ class Cox:
 
         async with await Client.connect(self.connection, timeout_s=self.timeout_s) as client:
             yield client
+            if client.unreadable:
+                self.warn(f"cox: passed over: {printable(client.unreadable[-1])}")
 
 
 def root(app: typer.Typer) -> None:

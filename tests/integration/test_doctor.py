@@ -23,7 +23,7 @@ from coxswain.control.client import Client
 from coxswain.control.tables import LEASE_TTL_S, init
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.status import Leader
-from tests.support.fake_worker import FakeWorker
+from tests.support.fake_worker import FakeWorker, request
 from tests.support.nats import NatsServer
 from tests.support.secured import USERS, secured
 
@@ -175,6 +175,23 @@ async def _scribble(url: str) -> None:
         values = (b"{", b"[]", b"\xff\xfe", b'{"weight": -1}', b'{"weight": "\x1b[31m"}', b"[" * 100_000, b"")
         for number, value in enumerate(values):
             await client.nc.request(f"$KV.{client.subjects.tenants_bucket}.t{number}", value)
+
+
+def test_a_broken_worker_hides_no_other(nats_server: NatsServer) -> None:
+    """One answers what nobody can read: the rest is shown and commanded, and it is said that there is something."""
+    url = nats_server.url
+    broken = FakeWorker(url, "w1", state="\x1b[2J")  # type: ignore[arg-type]
+    with broken, FakeWorker(url, "w2", [request("r2")]) as well:
+        shown = cox("ps", "--json", "--nats", url)
+        found = examined(url, Exit.UNEXPECTED)
+        held = cox("hold", "--all", "--nats", url)
+    assert [each["worker"] for each in json.loads(shown.stdout)["workers"]] == ["w2"]
+    assert "passed over" in shown.stderr
+    assert found["worker w2"][0] == "ok"
+    assert "what cannot be read" in found["workers"][1]
+    assert held.exit_code == Exit.DONE, held.output
+    assert [verb for _, verb, _ in well.seen] == ["preempt"]
+    assert "\x1b[2J" not in shown.output + held.output
 
 
 def test_every_role_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
