@@ -354,7 +354,8 @@ class Fleet:
     def _end(self, view: WorkerView) -> None:
         self._retired.setdefault(view.worker, deque(maxlen=MAX_RETIRED)).append(view.incarnation)
         if len(self._retired) > 2 * MAX_WORKERS:
-            del self._retired[next(name for name in self._retired if name not in self.workers)]
+            first = next(iter(self._retired))
+            del self._retired[next((name for name in self._retired if name not in self.workers), first)]
         for tenant, row in view.tenants.items():
             self.ended.setdefault(tenant, Totals()).add(row)
         # Whatever succeeds it begins from nothing.

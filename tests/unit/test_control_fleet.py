@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from coxswain.control.fleet import GONE_S, STALE_S, Fleet
+from coxswain.control.fleet import GONE_S, MAX_WORKERS, STALE_S, Fleet
 from coxswain.schemas.commands import encode
 from coxswain.schemas.parts import Assembler
 from coxswain.schemas.status import Frame, Gone, decode_frame
@@ -206,6 +206,16 @@ def test_a_tenant_that_is_only_served_is_not_named() -> None:
     fleet.merge(frame("w1", "01A", 2, served, lifted, came, full=False), 0.1)
     assert fleet.changed["w1"].keys() == {"b", "c"}
     assert fleet.served["a"] == 5.0
+
+
+def test_a_fleet_beyond_all_bounds_may_restart() -> None:
+    """Of more workers than are remembered each begins a new incarnation, and all of them are heard."""
+    fleet = Fleet()
+    names = [f"w{number}" for number in range(2 * MAX_WORKERS + 1)]
+    for incarnation in ("01A", "01B"):
+        for name in names:
+            assert fleet.merge(frame(name, incarnation, 0, row("a")), 0.0)
+    assert {view.incarnation for view in fleet.workers.values()} == {"01B"}
 
 
 def test_a_tenant_has_one_name_in_memory_on_all_workers() -> None:
