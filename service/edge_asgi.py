@@ -97,7 +97,7 @@ class EdgeMiddleware:
             ):
                 page = partial(self._status.metrics.page, tenants=self._edge.sees_tenants(scope["headers"]))
                 return await edge_page.answer(self._app, scope, receive, send, page)
-            if path.rstrip("/") == READY:
+            if kind == "http" and path.rstrip("/") == READY:
                 if (refusal := self._unready(scope)) is not None:
                     return await _refuse(send, refusal)
                 asked = scope["path"].rstrip("/").removesuffix(READY) + HEALTH

@@ -4,6 +4,7 @@ import asyncio
 import random
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import msgspec
@@ -433,6 +434,17 @@ async def test_a_server_is_ready_while_it_takes_requests(path: str) -> None:
         edge.caps.heard(edge.engine.seen(), asyncio.get_running_loop().time())
         assert (await edge.client.get(path)).status_code == status
     assert edge.paths == ["/health", "/health"]
+
+
+async def test_a_websocket_asks_nobody_whether_it_is_ready() -> None:
+    """It is passed on as it is, to be refused by whoever knows no such path: an answer of HTTP would be none."""
+    edge = Listening()
+    edge.engine.state = "draining"
+    edge.caps.heard(edge.engine.seen(), asyncio.get_running_loop().time())
+    edge.go.set()
+    app: Any = edge.client._transport.app  # type: ignore[attr-defined]
+    await app({"type": "websocket", "path": "/ready", "headers": [], "client": None}, None, AsyncMock())
+    assert edge.paths == ["/ready"]
 
 
 async def test_websocket_is_refused_before_it_opens() -> None:
