@@ -20,8 +20,8 @@ from itertools import count
 from typing import Any
 
 from bench.rig import Rig, vllm_config
+from coxswain.schemas.logs import get_logger
 from coxswain.service.bus.process import BUFFER
-from coxswain.service.logs import get_logger
 
 STOCK = ("fcfs", "priority")
 OURS = ("quiet", "on")

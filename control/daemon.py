@@ -23,7 +23,7 @@ from coxswain.control.client import Client
 from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Outgoing, Send
 from coxswain.control.errors import ControlError, DeniedError, NotSetUpError, UnreachableError
 from coxswain.control.lease import Lease
-from coxswain.control.logs import Seldom, log
+from coxswain.control.logs import log
 from coxswain.control.metrics import Meter, serve
 from coxswain.control.policy import Policy
 from coxswain.control.reader import ImpostorError, Reader
@@ -40,6 +40,7 @@ from coxswain.schemas.names import sanitise_token
 from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy
 from coxswain.schemas.status import QueueQuery, RequestStatus
 from coxswain.schemas.subjects import CONTROLLER
+from coxswain.schemas.throttle import Throttle
 
 MAX_IN_FLIGHT: Final = 1_024
 """Commands that wait for an answer, over all workers."""
@@ -98,7 +99,7 @@ class Controller:
         """None until it was tried: changes are logged, once."""
         self._refused: dict[str, dict[str, str]] = {}
         """Per bucket, the rows that were reported and why."""
-        self._seldom = Seldom()
+        self._throttle = Throttle()
         self._failing = False
         """Whether the policy raised when last asked."""
         self.page = Page(connection.fleet, self._standing)
@@ -108,7 +109,7 @@ class Controller:
     async def run(self) -> None:
         """Control the fleet until `stopping` is set, through every loss of NATS."""
         log.info(
-            "controller started", name=self.name, policy=self.core.policy.name, fleet=self._connection.fleet
+            "controller.started", name=self.name, policy=self.core.policy.name, fleet=self._connection.fleet
         )
         while not self.stopping.is_set():
             self._closed = self._back = False
@@ -117,22 +118,22 @@ class Controller:
             except UnreachableError as error:
                 if self._reachable is not False:
                     self._reachable = False
-                    log.warning("waiting for NATS", reason=str(error))
+                    log.warning("nats.unreachable", error=str(error))
                 await self._pause(random.uniform(0.2, 1.0))  # noqa: S311
                 continue
             async with client:
                 try:
                     await self._session(client)
                 except DeniedError as error:
-                    if self._seldom.may("denied", str(error)):
-                        log.error("this user may not control", reason=str(error))
+                    if self._throttle.allow("denied", str(error)) is not None:
+                        log.error("nats.denied", error=str(error))
                     await self._pause(SET_UP_RETRY_S)
-        log.info("controller stopped", name=self.name)
+        log.info("controller.stopped", name=self.name)
 
     async def _session(self, client: Client) -> None:
         """Work over one connection until it is closed for good or we are to stop."""
         self._reachable = self.meter.connected = True
-        log.info("connected to NATS", urls=public_urls(self._connection))
+        log.info("nats.connected", urls=public_urls(self._connection))
         client.js = client.nc.jetstream(timeout=JETSTREAM_TIMEOUT_S)
         holder = LeaseHolder(
             controller=self.name, policy=self.core.policy.name, since=time.time(), version=__version__
@@ -192,11 +193,12 @@ class Controller:
         if self.core.superseded_by is not None:
             lease.step_down(f"a worker obeys the later epoch {self.core.superseded_by}")
         for worker, incarnation in self.core.fleet.rivals.items():
-            if self._seldom.may("rival", worker):
+            if self._throttle.allow("rival", worker) is not None:
                 log.warning(
-                    "two workers share a name: give each its own COX_WORKER",
+                    "worker.second_incarnation",
                     worker=worker,
-                    second=incarnation,
+                    other=incarnation,
+                    hint="two workers share a name: give each its own COX_WORKER",
                 )
         self.core.fleet.rivals.clear()
 
@@ -206,11 +208,11 @@ class Controller:
         self.meter.policy_failures = failures.total
         if (error := failures.error) is not None:
             self._failing = True
-            if self._seldom.may("policy", failures.stage, type(error).__name__, str(error)):
-                log.error("the policy raised", policy=name, asked_to=failures.stage, exc_info=error)
+            if self._throttle.allow("policy", failures.stage, type(error).__name__, str(error)) is not None:
+                log.error("policy.failed", policy=name, asked_to=failures.stage, exc_info=error)
         elif self._failing:
             self._failing = False
-            log.info("the policy works again", policy=name, failures=failures.total)
+            log.info("policy.recovered", policy=name, failures=failures.total)
         if lease.epoch is not None and failures.should_let_go(self._now()):
             lease.step_down(f"policy {name} failed {failures.in_row} times in a row", OTHERS_TRY_S)
 
@@ -272,8 +274,8 @@ class Controller:
         self.page.told(send.worker, send.verb, ok=ok, code=code, reason=why)
         if not ok:
             self.meter.refused[send.verb, NOBODY if code is None else str(code)] += 1
-        if not ok and self._seldom.may("command", send.worker, send.verb, code):
-            log.warning("command not accepted", worker=send.worker, verb=send.verb, code=code, reason=why)
+        if not ok and self._throttle.allow("command", send.worker, send.verb, code) is not None:
+            log.warning("command.refused", worker=send.worker, verb=send.verb, code=code, reason=why)
 
     async def _follow(self, table: Table[Row], slot: Slot[Row]) -> None:
         """Keep one table as it is in KV; a new watch after each reconnection (nats-py's own takes 17 s)."""
@@ -284,11 +286,11 @@ class Controller:
                         slot.rows = rows
                         self._tell_refused(table.bucket, rows)
             except NotSetUpError as error:
-                if self._seldom.may("set up", table.bucket):
-                    log.error("not set up", reason=str(error))
+                if self._throttle.allow("set up", table.bucket) is not None:
+                    log.error("tables.missing", error=str(error))
             except UnreachableError as error:
-                if self._seldom.may("table", table.bucket):
-                    log.warning("table not read", reason=str(error))
+                if self._throttle.allow("table", table.bucket) is not None:
+                    log.warning("tables.unreadable", error=str(error))
             await self._pause(SET_UP_RETRY_S * random.uniform(0.5, 1.0))  # noqa: S311
 
     def _tell_refused(self, bucket: str, rows: Rows[Any]) -> None:
@@ -297,7 +299,7 @@ class Controller:
         known = self._refused.get(bucket, {})
         for name, reason in rows.refused.items():
             if known.get(name) != reason:
-                log.warning("table row refused", bucket=bucket, row=name, reason=reason)
+                log.warning("tables.row_refused", bucket=bucket, row=name, reason=reason)
         self._refused[bucket] = dict(rows.refused)
 
     async def _heard(self, message: Msg) -> None:
@@ -306,8 +308,8 @@ class Controller:
             frame = self._reader.read(message.subject.rpartition(".")[2], message.data)
         except UNREADABLE as error:
             self.meter.lost["impostor" if isinstance(error, ImpostorError) else "unreadable"] += 1
-            if self._seldom.may("frame", message.subject):
-                log.warning("status not understood", subject=message.subject, reason=str(error))
+            if self._throttle.allow("frame", message.subject) is not None:
+                log.warning("status.malformed", subject=message.subject, error=str(error))
             return
         now = self._now()
         self.core.hear(now, frame)
@@ -317,17 +319,17 @@ class Controller:
     def _noticed(self, what: str) -> None:
         if what == "back":
             self._back = self._reachable = self.meter.connected = True
-            log.info("NATS is back")
+            log.info("nats.connected")
         elif what == "lost":
             self.meter.connected = False
             if self._reachable and not self._ended:
                 self._reachable = False
-                log.warning("NATS is lost; nothing is sent until it is back, workers go on by themselves")
+                log.warning("nats.lost", hint="nothing is sent until it is back; workers go on by themselves")
         elif what == "closed":
             self._closed = True
             self.meter.connected = False
-        elif self._seldom.may("nats", what):
-            log.warning("NATS", error=what)
+        elif self._throttle.allow("nats", what) is not None:
+            log.warning("nats.error", error=what)
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):

@@ -18,10 +18,11 @@ from nats.js import JetStreamContext
 from nats.js.kv import KeyValue
 
 from coxswain.control.errors import DeniedError
-from coxswain.control.logs import Seldom, log
+from coxswain.control.logs import log
 from coxswain.control.tables import LEASE_TTL_S, explained
 from coxswain.schemas.policy import Epoch, LeaseHolder
 from coxswain.schemas.subjects import Subjects
+from coxswain.schemas.throttle import Throttle
 
 KEY: Final = "leader"
 RENEW_S: Final = 0.5
@@ -69,7 +70,7 @@ class Lease:
         self._quiet_until = 0.0
         self._unsure = False
         self._closed = False
-        self._seldom = Seldom()
+        self._throttle = Throttle()
 
     @property
     def epoch(self) -> Epoch | None:
@@ -79,7 +80,7 @@ class Lease:
     def step_down(self, reason: str, others_try_s: float = LEASE_TTL_S) -> None:
         """Stop leading at once, and let others try."""
         if self._epoch is not None:
-            log.warning("stepping down", epoch=self._epoch, reason=reason)
+            log.warning("lease.given_up", epoch=self._epoch, reason=reason)
         self._epoch = None
         self._quiet_until = time.monotonic() + others_try_s
 
@@ -92,12 +93,12 @@ class Lease:
                 pause_s = RETRY_S  # it was there, and expired while we looked whose it is
             except _MISSING:
                 pause_s = 2.0
-                if self._seldom.may("missing"):
-                    log.error("lease bucket is missing: run `cox init`", bucket=self._bucket)
+                if self._throttle.allow("missing") is not None:
+                    log.error("lease.missing", bucket=self._bucket, hint="run `cox init`")
             except (nats.errors.Error, DeniedError) as error:
                 pause_s = RETRY_S
-                if self._seldom.may("error", str(error)):
-                    log.warning("lease: NATS does not answer", error=str(error) or type(error).__name__)
+                if self._throttle.allow("error", str(error)) is not None:
+                    log.warning("lease.unanswered", error=str(error) or type(error).__name__)
             if self._epoch and time.monotonic() >= self._until:
                 self._lose("could not renew in time")
             # Jitter: standbys that started together must not ask together.
@@ -114,9 +115,9 @@ class Lease:
             return
         try:
             await self._kv.delete(KEY, last=self._revision)
-            log.info("gave the lease back", epoch=held)
+            log.info("lease.returned", epoch=held)
         except (nats.errors.Error, DeniedError) as error:
-            log.warning("lease not given back; it ends by itself", error=str(error))
+            log.warning("lease.not_returned", error=str(error))
 
     async def _acquire(self) -> float:
         if time.monotonic() < self._quiet_until:
@@ -135,7 +136,7 @@ class Lease:
         self._epoch = (created.timestamp(), revision)
         self._revision = revision
         self._until = began + LEASE_TTL_S - MARGIN_S
-        log.info("leading", epoch=self._epoch, controller=self._holder.controller)
+        log.info("lease.taken", epoch=self._epoch, controller=self._holder.controller)
         return RENEW_S
 
     async def _take(self, kv: KeyValue) -> int | None:
@@ -169,5 +170,5 @@ class Lease:
         return RENEW_S
 
     def _lose(self, reason: str) -> None:
-        log.warning("no longer leading", epoch=self._epoch, reason=reason)
+        log.warning("lease.lost", epoch=self._epoch, reason=reason)
         self._epoch = None

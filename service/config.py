@@ -11,9 +11,9 @@ from typing import Final, Literal, cast, get_args
 import msgspec
 
 from coxswain.schemas.connection import AddressRefusedError, Connection
+from coxswain.schemas.logs import FORMATS, LEVELS
 from coxswain.schemas.names import MAX_TOKEN_CHARS, NameRefusedError, check_token, sanitise_token
 from coxswain.schemas.policy import LEADER_LEASE_S
-from coxswain.service.logs import FORMATS, LEVELS
 
 Bus = Literal["process", "thread"]
 MAX_STATUS_INTERVAL_S: Final = 1.0

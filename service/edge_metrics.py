@@ -22,12 +22,12 @@ import msgspec
 
 from coxswain.schemas import metrics as names
 from coxswain.schemas.errors import UNREADABLE
+from coxswain.schemas.logs import get_logger
 from coxswain.schemas.metrics import LONG_SILENT_S, OTHER, Metric
 from coxswain.schemas.parts import Assembler, Parts
 from coxswain.schemas.status import Frame, decode_glance
 from coxswain.service.edge_caps import EdgeFrame
 from coxswain.service.edge_tally import TENANT_FIELDS, Life, Tally
-from coxswain.service.logs import get_logger
 
 STATES: Final = ("serving", "draining", "paused")
 MAX_LIVES: Final = 4

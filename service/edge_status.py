@@ -16,13 +16,13 @@ from nats.aio.msg import Msg
 
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import UNREADABLE
+from coxswain.schemas.logs import get_logger
 from coxswain.schemas.subjects import Subjects
+from coxswain.schemas.throttle import Throttle
 from coxswain.service.bus.connect import Backoff, close, connect
-from coxswain.service.bus.throttle import Throttle
 from coxswain.service.config import SettingRefusedError, Settings
 from coxswain.service.edge_caps import EdgeCaps, EdgeFrame
 from coxswain.service.edge_metrics import EdgeMetrics
-from coxswain.service.logs import get_logger
 
 PENDING_MESSAGES: Final = 256
 PENDING_BYTES: Final = 32 * 1024 * 1024
@@ -145,7 +145,7 @@ class EdgeStatus:
     def _on_error(self, error: Exception) -> None:
         """Hear of an error on the connection. Must not raise: nats-py's read loop would end in silence."""
         kind = type(error).__name__
-        if self._reachable and (held := self._throttle.allow(kind, time.monotonic())) is not None:
+        if self._reachable and (held := self._throttle.allow("error", kind)) is not None:
             self._log.warning("edge.error", kind=kind, error=str(error) or kind, times=held + 1)
 
 

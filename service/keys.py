@@ -27,9 +27,9 @@ import msgspec
 
 from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.files import save
+from coxswain.schemas.logs import get_logger
 from coxswain.schemas.names import DEFAULT, NameRefusedError, check_tenant, check_token
 from coxswain.schemas.policy import INT32_MAX, INT32_MIN, Int32
-from coxswain.service.logs import get_logger
 
 PREFIX: Final = "cox-sk-"
 MAX_BYTES: Final = 64 * 1024 * 1024

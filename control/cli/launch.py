@@ -14,6 +14,7 @@ import typer
 from coxswain.control.cli import parse
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
+from coxswain.schemas.logs import FORMATS, LEVELS
 
 ENGINE_EXTRAS = "pip install '.[cpu]' (or '.[gpu]') in a checkout of Coxswain"
 
@@ -79,18 +80,20 @@ async def controller(
             help="Serve /metrics for Prometheus, to this machine only unless HOST says otherwise.",
         ),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
     """Decide for a fleet: one controller leads, others stand by. Ends by Ctrl-C; workers go on by themselves.
 
-    Logs go to stderr; as JSON where it is no terminal, and with --json.
+    Logs go to stderr; as JSON where it is no terminal, and with --json (COX_LOG, COX_LOG_LEVEL).
     """
     from coxswain.control import daemon, logs
     from coxswain.control import policy as policies
     from coxswain.control.web.page import Web
 
     chosen = policies.load(policy, set or ())
-    logs.set_up(json=cox.json or None, verbose=verbose)
+    for variable, allowed in (("COX_LOG", FORMATS), ("COX_LOG_LEVEL", LEVELS)):
+        if (value := os.environ.get(variable, "").strip()) not in ("", *allowed):
+            raise CliError(Exit.USAGE, f"{variable} is {value!r}: {' or '.join(allowed)} is allowed")
+    logs.set_up(json=cox.json)
     where = None
     if web is not None:
         _load(

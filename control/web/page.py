@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
 from coxswain.control.errors import ControlError
-from coxswain.control.logs import Seldom, log
+from coxswain.control.logs import log
 from coxswain.control.web.board import MAX_SENT, Board, Message, Of, SentRow, Standing
+from coxswain.schemas.throttle import Throttle
 
 EVERY_S: Final = 1.0
 """Between two pictures, if drawing one takes less than `DUTY` of it."""
@@ -65,7 +66,7 @@ class Page:
         self._wanted = asyncio.Event()
         self._closed = False
         self._thread: ThreadPoolExecutor | None = None
-        self._seldom = Seldom()
+        self._throttle = Throttle()
 
     # What the controller calls
 
@@ -156,8 +157,8 @@ class Page:
             try:
                 await self._draw_while_watched(self._board)
             except Exception as error:  # noqa: BLE001  (a page that stands still for ever, and nobody is told)
-                if self._seldom.may("picture", str(error)):
-                    log.error("no picture could be made for the page", exc_info=error)
+                if self._throttle.allow("picture", str(error)) is not None:
+                    log.error("page.failed", exc_info=error)
                 await asyncio.sleep(EVERY_S)
             self._board = self._latest = None
             self._messages, self._bytes = [], 0

@@ -207,7 +207,7 @@ async def serving(page: Page, where: Web) -> AsyncGenerator[int, None]:
                     f"the page cannot be served on {where.host}:{where.port}: {error.strerror or error}"
                 ) from error
             port: int = runner.addresses[0][1]
-            log.info("page", url=f"http://{_bracketed(where.host)}:{port}/")
+            log.info("page.serving", url=f"http://{_bracketed(where.host)}:{port}/")
             try:
                 yield port
             finally:

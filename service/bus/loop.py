@@ -14,14 +14,14 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.errors import SlowConsumerError
 
+from coxswain.schemas.logs import get_logger
 from coxswain.schemas.subjects import Subjects
+from coxswain.schemas.throttle import Throttle
 from coxswain.service.bus.connect import CLOSE_S, Backoff, close, connect
 from coxswain.service.bus.eventlog import EventLog
 from coxswain.service.bus.frames import Frames
 from coxswain.service.bus.session import LOG_PERIOD_S, Session
-from coxswain.service.bus.throttle import Throttle
 from coxswain.service.config import Settings
-from coxswain.service.logs import get_logger
 from coxswain.service.port import AnswerOut, EventOut, FrameOut, Inbound, LeadIn, Port, ReplyOut
 
 DENIED: Final = "permissions violation"
@@ -239,7 +239,7 @@ class Bus:
         self._last_error = error
         if DENIED in str(error):
             # Also while a session opens: NATS would call us connected, and we would be deaf.
-            if (held := self._throttle.allow(str(error)[:256], time.monotonic())) is not None:
+            if (held := self._throttle.allow("denied", str(error)[:256])) is not None:
                 hint = "NATS does not let this user: its key must be worker:NAME of COX_WORKER (`cox init --auth`)"
                 self._log.error("nats.denied", error=str(error), hint=hint, times=held + 1)
             return
@@ -247,7 +247,7 @@ class Bus:
             return  # `_say_unreachable` says it
         kind = type(error).__name__
         subject = error.subject if isinstance(error, SlowConsumerError) else ""
-        if (held := self._throttle.allow(kind + subject + str(error)[:80], time.monotonic())) is not None:
+        if (held := self._throttle.allow("error", kind, subject, str(error)[:80])) is not None:
             self._log.warning(
                 "nats.error", kind=kind, error=str(error) or kind, subject=subject, times=held + 1
             )

@@ -18,10 +18,10 @@ from typing import IO, Any, Final
 
 from msgspec.structs import replace
 
+from coxswain.schemas.logs import get_logger
 from coxswain.service.bus import wire
 from coxswain.service.bus.outbox import Outbox
 from coxswain.service.config import Settings
-from coxswain.service.logs import get_logger
 from coxswain.service.port import Port
 
 STALL_S: Final = 1.0

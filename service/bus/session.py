@@ -6,7 +6,6 @@ can be left in a buffer, an inbox or a queue. `frames` and the event log outlive
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -23,10 +22,10 @@ from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
 from coxswain.schemas.permissions import SERVICE
 from coxswain.schemas.status import Frame
 from coxswain.schemas.subjects import Subjects
+from coxswain.schemas.throttle import Throttle
 from coxswain.service.bus import intake
 from coxswain.service.bus.eventlog import EventLog
 from coxswain.service.bus.frames import Frames, split
-from coxswain.service.bus.throttle import Throttle
 from coxswain.service.config import Settings
 from coxswain.service.port import AnswerOut, CommandIn, LeadIn, Port, QueryIn, ReplyOut
 
@@ -286,10 +285,7 @@ class Session:
         except UNREADABLE:
             return
         # Ours can come back from a connection that we gave up.
-        if (
-            other != self._incarnation
-            and (held := self._throttle.allow("twin", time.monotonic())) is not None
-        ):
+        if other != self._incarnation and (held := self._throttle.allow("twin")) is not None:
             self._log.error(
                 "worker.second_incarnation",
                 worker=self._worker,
@@ -301,6 +297,6 @@ class Session:
 
     def _warn(self, event: str, *, key: str = "", **fields: Any) -> None:
         """Log what peers can cause at will, once a minute per kind."""
-        held = self._throttle.allow(event + key, time.monotonic())
+        held = self._throttle.allow(event, key)
         if held is not None:
             self._log.warning(event, times=held + 1, **fields)

@@ -17,10 +17,10 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from coxswain import __version__
+from coxswain.schemas.logs import get_logger
 from coxswain.schemas.subjects import ENGINE
 from coxswain.service.bus import BUSES, BusProcess, BusThread
 from coxswain.service.config import Settings
-from coxswain.service.logs import get_logger
 from coxswain.service.port import Draft, FrameOut, Port
 from coxswain.service.request_id import parse, read_key
 from coxswain.service.scheduler import compat

@@ -87,7 +87,7 @@ async def test_a_policy_that_raises_ends_no_controller(
         crew.join("one")
         await until(lambda: worker.leader == "one", SOON_S)
         crew.join("two")
-        await until(crew.said("two", "connected to NATS"), SOON_S)
+        await until(crew.said("two", "nats.connected"), SOON_S)
         crew.mood("one").touch()
         await until(lambda: worker.leader == "two", SOON_S)
         assert "RuntimeError: in a mood" in crew.log("one")
@@ -99,7 +99,7 @@ async def test_a_policy_that_raises_ends_no_controller(
         assert worker.leader == "one"
 
         crew.mood("one").unlink()
-        await until(crew.said("one", "the policy works again"), SOON_S)
+        await until(crew.said("one", "policy.recovered"), SOON_S)
         assert all(process.poll() is None for process in crew.processes.values())
         # Each failure is in the log once, however many steps it lasts.
-        assert crew.log("two").count("the policy raised") == 1
+        assert crew.log("two").count("policy.failed") == 1

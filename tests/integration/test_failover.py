@@ -119,7 +119,7 @@ async def test_a_leader_that_slept_through_its_end_changes_nothing(
     await until(lambda: all(worker.accepted(epoch) for worker in workers), SOON_S)
     woken_at = time.monotonic()
     leaders.send(first, signal.SIGCONT)
-    await until(lambda: "no longer leading" in leaders.log(first) or "stepping down" in leaders.log(first))
+    await until(lambda: "lease.lost" in leaders.log(first) or "lease.given_up" in leaders.log(first))
     await asyncio.sleep(1.0)
     for worker in workers:
         late = [each for each in worker.told if each.epoch <= epoch and each.at > woken_at]
@@ -137,7 +137,7 @@ async def test_a_lease_bucket_that_is_deleted_and_made_again_locks_nobody_out(
     epoch = workers[0].epoch
     assert epoch is not None
     await client.js.delete_key_value(client.subjects.lease_bucket)
-    await until(lambda: "lease bucket is missing" in leaders.log("one"))
+    await until(lambda: "lease.missing" in leaders.log("one"))
     await init(client.js, client.subjects)
     await until(lambda: all(worker.accepted(epoch) for worker in workers), SOON_S)
     later = workers[0].epoch

@@ -84,6 +84,6 @@ def test_cox_and_controllers_never_show_a_secret(
     )
     text += server.nats.log.read_text()
     assert "cannot be reached" in text
-    assert "controller started" in text
+    assert "controller.started" in text
     shown = [secret for secret in (PASSWORD, TOKEN, seed, seed[:-3]) if secret in text]
     assert shown == [], [line for line in text.splitlines() if any(secret in line for secret in shown)][:5]

@@ -206,7 +206,7 @@ async def test_a_controller_with_another_roles_key_says_so_and_goes_on_trying(
     def said() -> bool:
         nonlocal told
         told += "".join(capsys.readouterr())
-        return "this user may not control" in told
+        return "nats.denied" in told
 
     await eventually(said, 10)
     assert "cox.v1.main.status" in told

@@ -216,7 +216,7 @@ async def test_a_controller_serves_what_it_sees_and_ends_while_it_is_watched(
         assert process.stderr is not None
         async with asyncio.timeout(60):
             async for line in process.stderr:
-                if b'"event": "page"' in line:
+                if b'"event": "page.serving"' in line:
                     break
         url = json.loads(line)["url"]
         assert url.startswith("http://127.0.0.1:")

@@ -13,10 +13,10 @@ import nats
 from nats.js.api import StreamConfig
 
 from coxswain.schemas.events import decode_event
+from coxswain.schemas.logs import get_logger
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import BusProcess, BusThread
 from coxswain.service.config import Settings
-from coxswain.service.logs import get_logger
 from coxswain.service.port import Port
 from tests.support.engine import INCARNATION, WORKER, Engine
 

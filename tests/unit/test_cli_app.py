@@ -361,6 +361,14 @@ def test_options_before_the_model_are_passed_on_too() -> None:
     assert seen == [["--port", "8001", "org/model", "--fleet", "x"]]
 
 
+@pytest.mark.parametrize("variable", ["COX_LOG", "COX_LOG_LEVEL"])
+def test_a_controller_does_not_start_with_a_log_that_there_is_not(variable: str) -> None:
+    """As a worker does not: the variable, its value and what is allowed are said."""
+    result = _cox("--nats", NOWHERE, "controller", env={variable: "WARN"})
+    assert result.exit_code == Exit.USAGE
+    assert f"{variable} is 'WARN'" in result.stderr
+
+
 def test_missing_programs_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without vLLM `cox worker` names the extras; without the demo `cox demo` says so."""
     monkeypatch.setitem(sys.modules, "coxswain.service.worker", None)

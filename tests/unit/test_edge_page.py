@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from coxswain.schemas import metrics as names
 from coxswain.schemas.connection import Connection
+from coxswain.schemas.logs import get_logger
 from coxswain.schemas.status import ClassStatus, Frame, Leader
 from coxswain.service import keys
 from coxswain.service.edge import Edge, EdgeSettings
@@ -24,7 +25,6 @@ from coxswain.service.edge_caps import EdgeCaps, EdgeFrame
 from coxswain.service.edge_metrics import EdgeMetrics
 from coxswain.service.edge_status import EdgeStatus
 from coxswain.service.keys import Grant, Keyring
-from coxswain.service.logs import get_logger
 from tests.support.frames import frame, row
 
 SECRET = "ab" * 32

@@ -10,12 +10,12 @@ import httpx
 import pytest
 from ulid import ULID
 
+from coxswain.schemas.logs import get_logger
 from coxswain.service import edge_hook, keys, request_id
 from coxswain.service.config import SettingRefusedError
 from coxswain.service.edge import Edge, EdgeSettings, Ticket
 from coxswain.service.edge_asgi import EdgeMiddleware, ticket
 from coxswain.service.keys import Grant, Keyring
-from coxswain.service.logs import get_logger
 from coxswain.service.request_id import Identity
 
 SECRET = "ab" * 32

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from coxswain.schemas.logs import get_logger
 from coxswain.service import keys
 from coxswain.service.keys import Grant, Keyring, KeysRefusedError
-from coxswain.service.logs import get_logger
 
 
 @pytest.fixture

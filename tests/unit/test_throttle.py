@@ -1,21 +1,28 @@
 """How often a kind of line may be logged."""
 
-from coxswain.service.bus.throttle import Throttle
+from coxswain.schemas.throttle import Throttle
 
 
-def test_once_per_period_and_counts_the_rest() -> None:
-    """The first passes, the following are held back and counted until the period is over."""
-    throttle = Throttle(10.0)
-    assert throttle.allow("a", 0.0) == 0
-    assert throttle.allow("a", 1.0) is None
-    assert throttle.allow("a", 9.9) is None
-    assert throttle.allow("b", 9.9) == 0
-    assert throttle.allow("a", 10.0) == 2
+def test_each_thing_passes_once_per_period_and_the_rest_is_counted() -> None:
+    """The same thing is held back until the period is over; what passes next of the kind says how many were."""
+    now = 0.0
+    throttle = Throttle(10.0, clock=lambda: now)
+    assert throttle.allow("frame", "w1") == 0
+    assert throttle.allow("frame", "w1") is None
+    now = 9.9
+    assert throttle.allow("frame", "w1") is None
+    assert throttle.allow("command", "w1") == 0
+    assert throttle.allow("frame", "w2") == 2
+    now = 10.0
+    assert throttle.allow("frame", "w1") == 0
 
 
-def test_memory_is_bounded() -> None:
-    """A peer that invents keys does not make it grow without end."""
-    throttle = Throttle(10.0)
-    for number in range(10_000):
-        throttle.allow(str(number), 0.0)
-    assert len(throttle._keys) <= 257
+def test_names_without_end_neither_flood_the_log_nor_fill_the_memory() -> None:
+    """Of one kind only so much passes per period, whatever is invented; other kinds are not affected."""
+    now = 0.0
+    throttle = Throttle(10.0, most=3, clock=lambda: now)
+    assert sum(throttle.allow("frame", number) is not None for number in range(10_000)) == 3
+    assert sum(len(said) for said in throttle._said.values()) == 3
+    assert throttle.allow("command", "w1") == 0
+    now = 10.0
+    assert throttle.allow("frame", "again") == 9_997

@@ -179,7 +179,7 @@ async def test_a_picture_that_cannot_be_made_is_logged_and_the_next_one_comes(
     async with page.drawing(), aclosing(page.follow()) as pictures:
         first = await asyncio.wait_for(anext(pictures), 10)
     assert msgspec.json.decode(first)["controller"]["name"] == "ctl-1"
-    assert "no picture could be made" in "".join(capsys.readouterr())
+    assert "page.failed" in "".join(capsys.readouterr())
 
 
 async def test_commands_are_counted_by_worker_and_verb(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:

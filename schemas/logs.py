@@ -1,8 +1,8 @@
-"""Logs of the engine side: structured events on stderr, one line each.
+"""Logs: structured events on stderr, one line each, by the same rules for workers and controllers.
 
-Names of events are `noun.what_happened` ("nats.connected"); everything else is a field. The logger is our
-own: neither structlog's global settings nor the standard library's logging are touched, since both belong to
-the program that we are a guest of.
+Names of events are `noun.what_happened` ("nats.connected"); everything else is a field. In an engine the logger is
+our own (`get_logger`): neither structlog's global settings nor the standard library's logging are touched, since both
+belong to the program that we are a guest of.
 """
 
 import os
@@ -50,19 +50,11 @@ def explain(_logger: object, _method: str, event: MutableMapping[str, Any]) -> M
     return event
 
 
-def get_logger(stream: TextIO | None = None, env: Mapping[str, str] | None = None, **fields: Any) -> Any:
-    """A logger with `fields` on every line: `log.info("nats.connected", server=…)`.
+def rules(stream: TextIO, env: Mapping[str, str]) -> dict[str, Any]:
+    """What structlog is told: JSON when the stream is no terminal or `COX_LOG` is `json`; `key=value` otherwise.
 
-    JSON when the stream is no terminal or `COX_LOG` is `json`; `key=value` on a terminal or if it is `text`.
     `COX_LOG_LEVEL` says from which level on (`info`, `warning`, `error`).
-
-    Args:
-        stream: where lines go; stderr by default.
-        env: the environment; this process's by default.
-        fields: bound to every line.
     """
-    stream = sys.stderr if stream is None else stream
-    env = os.environ if env is None else env
     wanted, level = env.get("COX_LOG", "").strip(), env.get("COX_LOG_LEVEL", "").strip()
     as_json = wanted == "json" or (wanted != "text" and not stream.isatty())
     renderer: Any = (
@@ -72,16 +64,30 @@ def get_logger(stream: TextIO | None = None, env: Mapping[str, str] | None = Non
             key_order=["timestamp", "level", "event"], repr_native_str=False
         )
     )
-    return structlog.wrap_logger(
-        structlog.WriteLogger(stream),
-        processors=[
+    return {
+        "processors": [
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             explain,
             redact,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(level if level in LEVELS else "info"),
+        "wrapper_class": structlog.make_filtering_bound_logger(level if level in LEVELS else "info"),
+    }
+
+
+def get_logger(stream: TextIO | None = None, env: Mapping[str, str] | None = None, **fields: Any) -> Any:
+    """A logger with `fields` on every line: `log.info("nats.connected", server=…)`.
+
+    Args:
+        stream: where lines go; stderr by default.
+        env: the environment; this process's by default.
+        fields: bound to every line.
+    """
+    stream = sys.stderr if stream is None else stream
+    return structlog.wrap_logger(
+        structlog.WriteLogger(stream),
+        **rules(stream, os.environ if env is None else env),
         cache_logger_on_first_use=True,
         **fields,
     )
