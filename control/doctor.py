@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from coxswain.control.tables import HISTORY, LEASE_TTL_S, Limits
+from coxswain.control.tables import HISTORY, LEASE_TTL_S, LogLimits
 from coxswain.schemas.permissions import streams
 from coxswain.schemas.policy import LEADER_LEASE_S
 from coxswain.schemas.status import Config, Frame
@@ -169,7 +169,7 @@ def _storage(facts: Facts) -> Iterable[Finding]:
 
 def _event_log(facts: Facts, name: str, stored: Stored) -> Iterable[Finding]:
     wanted = f"cox.v1.{facts.fleet}.event.>"
-    plain = Limits()
+    plain = LogLimits()
     size = f"{stored.messages} events, {stored.bytes / 2**20:.1f} MiB"
     if wanted not in stored.subjects:
         held = ", ".join(stored.subjects) or "nothing"

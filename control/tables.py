@@ -24,7 +24,7 @@ HISTORY: Final = 8
 """Revisions kept per row, so that a bad edit does not lose the last good one, even over a failover."""
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class LogLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What the event log may take on NATS's disk, and how many servers keep a copy of everything."""
 
     max_age_s: float = 7 * 86_400.0
@@ -130,7 +130,7 @@ class Table(Generic[Row]):
         return await self._js.key_value(self.bucket)
 
 
-async def init(js: JetStreamContext, subjects: Subjects, limits: Limits | None = None) -> list[Made]:
+async def init(js: JetStreamContext, subjects: Subjects, limits: LogLimits | None = None) -> list[Made]:
     """Make the fleet's event log and its three buckets where they are missing; safe to repeat.
 
     An event log that exists is changed only where `limits` are given and differ; buckets never are.
@@ -140,7 +140,7 @@ async def init(js: JetStreamContext, subjects: Subjects, limits: Limits | None =
         JetStreamRefusedError: it refused the limits; its own text says why.
         UnreachableError: NATS does not answer.
     """
-    wanted = limits or Limits()
+    wanted = limits or LogLimits()
     with explained(subjects.stream):
         made = [await _event_log(js, subjects, wanted, change=limits is not None)]
         for bucket, ttl_s, history in (
@@ -152,7 +152,7 @@ async def init(js: JetStreamContext, subjects: Subjects, limits: Limits | None =
     return made
 
 
-async def _event_log(js: JetStreamContext, subjects: Subjects, limits: Limits, *, change: bool) -> Made:
+async def _event_log(js: JetStreamContext, subjects: Subjects, limits: LogLimits, *, change: bool) -> Made:
     config = StreamConfig(
         name=subjects.stream,
         subjects=[subjects.events_all],

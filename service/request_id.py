@@ -34,7 +34,7 @@ _TURN = re.compile(r"_\d+\Z")
 _UUID_PROMPT = re.compile(r"(?<=[0-9a-f]{32})_\d+\Z")
 
 
-class Identity(NamedTuple):
+class Claim(NamedTuple):
     """Who asks, for what class (empty: none named), and the public id of the request."""
 
     tenant: str
@@ -46,7 +46,7 @@ class Parsed(NamedTuple):
     """What an internal id says: the public id that commands take, and who asks if that is proven."""
 
     request: str
-    identity: Identity | None
+    identity: Claim | None
 
 
 def read_key(env: Mapping[str, str]) -> bytes | None:
@@ -108,7 +108,7 @@ def parse(key: bytes | None, internal_id: str) -> Parsed:
     # Compared as bytes of ASCII text, in constant time.
     if key is None or not hmac.compare_digest(_sign(key, text), signature):
         return Parsed(public, None)
-    return Parsed(public, Identity(unquote(tenant) if "%" in tenant else tenant, class_, public))
+    return Parsed(public, Claim(unquote(tenant) if "%" in tenant else tenant, class_, public))
 
 
 def insert(internal_id: str, public: str) -> str:

@@ -77,7 +77,7 @@ async def init(
         for name, value in (("max_age_s", max_age), ("max_bytes", max_bytes), ("replicas", replicas))
         if value is not None
     }
-    limits = tables.Limits(**given) if given else None
+    limits = tables.LogLimits(**given) if given else None
     async with cox.client() as client:
         made = await tables.init(client.js, client.subjects, limits)
     cox.emit({"fleet": cox.connection.fleet, "made": [each._asdict() for each in made]})

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from coxswain.control.client import Client
 from coxswain.control.errors import ControlError
-from coxswain.control.tables import Limits, init
+from coxswain.control.tables import LogLimits, init
 from coxswain.schemas.connection import Connection
 from coxswain.service.tiny import make_model
 from tests.support.cluster import NatsCluster
@@ -39,7 +39,7 @@ SLOTS: Final = 3
 TENANT_HEADER: Final = "X-Tenant"
 STORE: Final = 64 << 20
 """What JetStream may take on disk."""
-LOG_LIMITS: Final = Limits(max_bytes=16 << 20)
+LOG_LIMITS: Final = LogLimits(max_bytes=16 << 20)
 UP_S: Final = 240.0
 DRAIN_S: Final = 30
 """What a worker that is told to end has for its requests."""

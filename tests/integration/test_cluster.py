@@ -15,7 +15,7 @@ from ulid import ULID
 from coxswain.control.client import Client
 from coxswain.control.errors import ControlError
 from coxswain.control.lease import KEY
-from coxswain.control.tables import Limits, init
+from coxswain.control.tables import LogLimits, init
 from coxswain.schemas.commands import Abort, Targets
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.subjects import Subjects
@@ -37,7 +37,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[NatsCluster]:
         async with asyncio.timeout(60), await nats.connect(list(cluster.urls)) as client:
             while True:  # until they have elected whom to ask
                 try:
-                    await init(client.jetstream(), SUBJECTS, Limits(replicas=3))
+                    await init(client.jetstream(), SUBJECTS, LogLimits(replicas=3))
                     break
                 except ControlError:
                     await asyncio.sleep(0.1)

@@ -20,7 +20,7 @@ from coxswain.control.errors import NotSetUpError, RowError, UnreachableError
 from coxswain.control.lease import KEY, Lease
 from coxswain.control.policies.fcfs import Fcfs
 from coxswain.control.policies.vtc import Vtc
-from coxswain.control.tables import LEASE_TTL_S, Limits, init
+from coxswain.control.tables import LEASE_TTL_S, LogLimits, init
 from coxswain.schemas.commands import decode, encode
 from coxswain.schemas.names import tenant_key
 from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy, digest
@@ -245,7 +245,7 @@ async def test_init_is_idempotent_and_says_what_it_did(nats_server: NatsServer) 
             [event async for event in client.events(start="all", follow=False)]
         assert {made.outcome for made in await init(client.js, client.subjects)} == {"created"}
         assert {made.outcome for made in await init(client.js, client.subjects)} == {"kept"}
-        log, *buckets = await init(client.js, client.subjects, Limits(max_bytes=1 << 20))
+        log, *buckets = await init(client.js, client.subjects, LogLimits(max_bytes=1 << 20))
         assert (log.outcome, {made.outcome for made in buckets}) == ("updated", {"kept"})
         config = (await client.js.stream_info(client.subjects.stream)).config
         assert config.max_bytes == 1 << 20

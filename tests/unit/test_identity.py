@@ -16,7 +16,7 @@ from coxswain.service.config import SettingRefusedError
 from coxswain.service.edge import Edge, EdgeSettings, Ticket
 from coxswain.service.edge_asgi import EdgeMiddleware, ticket
 from coxswain.service.keys import Grant, Keyring
-from coxswain.service.request_id import Identity
+from coxswain.service.request_id import Claim
 
 SECRET = "ab" * 32
 KEY = bytes.fromhex(SECRET)
@@ -54,7 +54,7 @@ class Inside:
         """The values of a header as vLLM sees it."""
         return [value.decode() for found, value in self.headers if found == name.encode()]
 
-    def identity(self) -> Identity | None:
+    def identity(self) -> Claim | None:
         """Who vLLM's id says is asking."""
         (public,) = self.header("x-request-id")
         return request_id.parse(KEY, f"chatcmpl-{public}-1a2b3c4d").identity

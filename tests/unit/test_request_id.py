@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from coxswain.schemas.request_id import MAX_CHARS, normalise
 from coxswain.service import plugin, request_id
-from coxswain.service.request_id import KEY_VARIABLE, Identity, Parsed, insert, make, parse
+from coxswain.service.request_id import KEY_VARIABLE, Claim, Parsed, insert, make, parse
 
 KEY = b"k" * 32
 ULID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -42,7 +42,7 @@ def test_round_trip(tenant: str, class_: str, form: str, suffixed: bool) -> None
     """Any tenant and class come back out of every form of internal id."""
     public = make(KEY, tenant, class_, ULID)
     internal = form.format(public) + ("-1a2b3c4d" if suffixed else "")
-    assert parse(KEY, internal) == Parsed(public, Identity(tenant, class_, public))
+    assert parse(KEY, internal) == Parsed(public, Claim(tenant, class_, public))
     assert public.isascii()
     assert len(public) <= MAX_CHARS
 
@@ -71,9 +71,9 @@ def test_another_key_is_not_believed() -> None:
 def test_only_the_last_id_counts() -> None:
     """Somebody else's signed id in a client-chosen part of the id is not taken for the request's own."""
     mine = make(KEY, "mallory", "", ULID)
-    assert parse(KEY, insert(f"{ACME}_0-1a2b3c4d", mine)).identity == Identity("mallory", "", mine)
+    assert parse(KEY, insert(f"{ACME}_0-1a2b3c4d", mine)).identity == Claim("mallory", "", mine)
     named_like_it = make(KEY, "cox", "cox", ULID)
-    assert parse(KEY, insert(f"{ACME}_0-1a2b3c4d", named_like_it)).identity == Identity(
+    assert parse(KEY, insert(f"{ACME}_0-1a2b3c4d", named_like_it)).identity == Claim(
         "cox", "cox", named_like_it
     )
     forged_last = f"chatcmpl-{mine}-cox.acme..{ULID}.0123456789abcdef-1a2b3c4d"
