@@ -23,7 +23,7 @@ BEAT_S: Final = 0.25
 """How often the engine's process is told what changed."""
 LIFE_S: Final = 2.0
 """How often it is told that we live, if nothing did."""
-MAX_UNREAD: Final = 64 * 1024 * 1024
+MAX_UNREAD: Final = 16 * 1024 * 1024
 """Bytes that wait for an engine's process which does not read; beyond it commands are refused."""
 ALONE_S: Final = 2.0
 """How long what is left is sent when the engine has gone without a word."""
