@@ -15,7 +15,7 @@ from tests.support.steered import Steer
 pytestmark = [pytest.mark.vllm, pytest.mark.nats, pytest.mark.slow]
 
 PROMPT = "The wind turned in the night and the boat " * 12
-TOKENS = 200
+TOKENS = 400
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tests.support.steered import Steer
 pytestmark = [pytest.mark.vllm, pytest.mark.nats, pytest.mark.slow]
 
 PROMPT = "The wind turned in the night and the boat"
-TOKENS = 150
+TOKENS = 200
 
 
 async def frame(cox: Steer) -> Frame:
@@ -23,7 +23,7 @@ async def frame(cox: Steer) -> Frame:
     return found
 
 
-async def empty(cox: Steer, within_s: float = 10) -> None:
+async def empty(cox: Steer, within_s: float = 30) -> None:
     """Nothing runs, waits or is held, and no block is in use."""
     async with asyncio.timeout(within_s):
         while True:
@@ -108,7 +108,7 @@ async def test_abort_while_held(api: Api, cox: Steer, kv: str) -> None:
     await stream.until(5)
     await cox("preempt", stream.request, kv=kv)
     await cox("abort", stream.request, reason="test")
-    await stream.end(within_s=5)
+    await stream.end(within_s=30)
     assert stream.finish == "abort"
     await empty(cox)
 
@@ -137,7 +137,7 @@ async def test_only_held_requests_use_no_cpu(api: Api, cox: Steer, served: Serve
     assert (await frame(cox)).step == step
     before, began = len(stream.tokens), time.perf_counter()
     assert (await cox("preempt", stream.request, lease_s=1.0)).outcome == "applied"
-    await stream.until(before + 1, within_s=5)
+    await stream.until(before + 1, within_s=30)
     assert stream.time_of(before) - began >= 1.0
     assert await stream.end() == expected
     stream = await held_after(api, cox, 20, "keep")
@@ -156,7 +156,7 @@ async def test_the_log_says_what_happened(api: Api, cox: Steer) -> None:
     await cox("continue", stream.body_id)
     await stream.end()
     events: dict[str, Event] = {}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         async for event in cox.client.events(start="all", request=stream.request):
             assert isinstance(event, Event)
             events[str(event.__struct_config__.tag)] = event
@@ -199,7 +199,7 @@ async def test_nats_lost_and_back(api: Api, cox: Steer, served: Served) -> None:
     served.nats.kill()
     assert await undisturbed(api) == expected
     served.nats.start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             try:
                 if (await cox("preempt", "nobody")).code == 404:

@@ -216,12 +216,12 @@ async def test_idle_frame_is_repeated_until_the_engine_speaks(client, worker: Wo
     status = await client.subscribe(SUBJECTS.status(WORKER))
     await client.flush()
     worker.engine.send_frame(frame(age_s=1.0), idle=True)
-    first, second, third = [decode_frame((await status.next_msg(timeout=5)).data) for _ in range(3)]
+    first, second, third = [decode_frame((await status.next_msg(timeout=30)).data) for _ in range(3)]
     assert (first.seq, second.seq, third.seq) == (1, 2, 3)
     assert 0.9 < third.sent_at - second.sent_at < 2.5
     assert third.leader.age_s - second.leader.age_s == pytest.approx(third.sent_at - second.sent_at, abs=0.01)
     worker.engine.send_frame(frame(full=False))
-    assert decode_frame((await status.next_msg(timeout=3)).data).full is False
+    assert decode_frame((await status.next_msg(timeout=30)).data).full is False
     with pytest.raises(TimeoutError):
         await status.next_msg(timeout=1.5)
 
@@ -246,9 +246,9 @@ async def test_large_frame_is_split(tmp_path) -> None:
                 status = await client.subscribe(SUBJECTS.status(WORKER))
                 await client.flush()
                 worker.engine.send_frame(frame(requests=200, tenants=20))
-                parts = [decode_frame((await status.next_msg(timeout=3)).data)]
+                parts = [decode_frame((await status.next_msg(timeout=30)).data)]
                 while len(parts) < parts[0].parts:
-                    parts.append(decode_frame((await status.next_msg(timeout=3)).data))
+                    parts.append(decode_frame((await status.next_msg(timeout=30)).data))
         assert len(parts) > 3
         assert {part.seq for part in parts} == {1}
         assert sum(len(part.requests) for part in parts) == 200
@@ -276,16 +276,16 @@ async def test_alarm_wakes_a_sleeping_engine(worker: Worker) -> None:
     """The engine is woken when it asked for it, an earlier wish replaces a later one, and none is no wish."""
     wakes = worker.engine.wakes
     worker.port.wake_later(30.0)
-    worker.port.wake_later(0.2)
     began = time.monotonic()
-    await eventually(lambda: worker.engine.wakes == wakes + 1, timeout_s=2)
-    assert 0.19 < time.monotonic() - began < 1.5
+    worker.port.wake_later(0.2)
+    await eventually(lambda: worker.engine.wakes == wakes + 1)
+    assert 0.19 < time.monotonic() - began < 20
     worker.port.wake_later(0.2)
     worker.port.wake_later(None)
     await asyncio.sleep(0.5)
     assert worker.engine.wakes == wakes + 1
     worker.port.wake_later(0.0)
-    await eventually(lambda: worker.engine.wakes == wakes + 2, timeout_s=2)
+    await eventually(lambda: worker.engine.wakes == wakes + 2)
 
 
 async def test_second_incarnation_is_reported_by_both(nats_server: NatsServer, worker: Worker) -> None:
@@ -324,6 +324,6 @@ async def test_flood_of_rubbish_does_not_stop_the_bus(client, worker: Worker) ->
     status = await client.subscribe(SUBJECTS.status(WORKER))
     await client.flush()
     worker.engine.send_frame(frame())
-    counted = decode_frame((await status.next_msg(timeout=3)).data)
+    counted = decode_frame((await status.next_msg(timeout=30)).data)
     assert counted.commands.rejected_total == {"400": 3_000}
     assert counted.commands.outcomes_total == {"abort": {"400": 3_000}}

@@ -48,7 +48,7 @@ async def controlling(server: NatsServer, policy: Any = None, name: str = "") ->
         yield controller
     finally:
         controller.stopping.set()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 30)
 
 
 def leads(controller: Controller) -> bool:
@@ -287,18 +287,15 @@ async def test_a_command_is_not_delivered_late(nats_server: NatsServer, client: 
 
 async def test_a_leader_cut_off_steps_down_by_its_own_clock(nats_server: NatsServer, client: Client) -> None:
     """With NATS frozen the leader stops leading before the server could give the lease to another."""
-    took = []
     async with controlling(nats_server) as controller:
-        for _ in range(3):
-            await until(lambda: leads(controller))
-            nats_server.pause()
-            took.append(await until(lambda: not leads(controller)))
-            nats_server.resume()
-            if took[-1] < LEASE_TTL_S:
-                break
         await until(lambda: leads(controller))
-    # A machine that has other things to do may be late once.
-    assert min(took) < LEASE_TTL_S
+        paused_at = time.monotonic()
+        nats_server.pause()
+        await until(lambda: not leads(controller))
+        assert controller.lease is not None
+        assert controller.lease._until < paused_at + LEASE_TTL_S
+        nats_server.resume()
+        await until(lambda: leads(controller))
 
 
 async def test_sigterm_ends_it_in_order(nats_server: NatsServer, client: Client) -> None:
@@ -312,9 +309,9 @@ async def test_sigterm_ends_it_in_order(nats_server: NatsServer, client: Client)
         except KeyNotFoundError:
             return False
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not await held():  # noqa: ASYNC110  (another process's key, nothing of ours to wait on)
             await asyncio.sleep(0.02)
     os.kill(os.getpid(), signal.SIGTERM)
-    await asyncio.wait_for(task, 3)
+    await asyncio.wait_for(task, 30)
     assert not await held()

@@ -123,7 +123,7 @@ async def test_an_empty_log_ends_at_once(nats_server: NatsServer) -> None:
         with pytest.raises(NotSetUpError, match="cox init"):
             await read(client, start="all", follow=False)
         await init(client.js, client.subjects)
-        assert await asyncio.wait_for(read(client, start=time.time() - 60, follow=False), 5) == []
+        assert await asyncio.wait_for(read(client, start=time.time() - 60, follow=False), 30) == []
 
 
 async def test_a_reader_goes_on_after_the_server_was_restarted(nats_server: NatsServer) -> None:

