@@ -175,7 +175,7 @@ async def test_the_log_says_what_happened(api: Api, cox: Steer) -> None:
 async def test_children_are_one_request(api: Api, cox: Steer, served: Served) -> None:
     """With n > 1 and a list of prompts a command covers every child, by the id in the header or in the body."""
     headers = {"Authorization": f"Bearer {served.keys['acme']}"}
-    body = {"model": "tiny", "prompt": [PROMPT, "Harbour"], "n": 2, "max_tokens": 200, "ignore_eos": True,
+    body = {"model": "tiny", "prompt": [PROMPT, "Harbour"], "n": 2, "max_tokens": 400, "ignore_eos": True,
             "temperature": 0.7, "stream": True}  # fmt: skip
     async with (
         httpx.AsyncClient(base_url=served.http, timeout=60) as client,
@@ -208,6 +208,6 @@ async def test_nats_lost_and_back(api: Api, cox: Steer, served: Served) -> None:
                 await asyncio.sleep(0.2)
     stream = api.stream(PROMPT, tenant="acme", tokens=TOKENS)
     await stream.until(10)
-    await cox("preempt", stream.request)
-    await cox("continue", stream.request)
+    assert (await cox("preempt", stream.request)).outcome == "applied"
+    assert (await cox("continue", stream.request)).outcome == "applied"
     assert await stream.end() == expected

@@ -21,9 +21,10 @@ from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import intake
 from coxswain.service.bus.intake import MAX_PAYLOAD
 from coxswain.service.port import MAX_INBOUND, CommandIn, LeadIn, QueryIn
-from tests.support.bus import FLEET, Worker, eventually
+from tests.support.bus import FLEET, Worker
 from tests.support.engine import INCARNATION, WORKER, frame
 from tests.support.nats import NatsServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.nats
 SUBJECTS = Subjects(FLEET)
@@ -218,7 +219,7 @@ async def test_idle_frame_is_repeated_until_the_engine_speaks(client, worker: Wo
     worker.engine.send_frame(frame(age_s=1.0), idle=True)
     first, second, third = [decode_frame((await status.next_msg(timeout=30)).data) for _ in range(3)]
     assert (first.seq, second.seq, third.seq) == (1, 2, 3)
-    assert 0.9 < third.sent_at - second.sent_at < 2.5
+    assert 0.9 < third.sent_at - second.sent_at < 10
     assert third.leader.age_s - second.leader.age_s == pytest.approx(third.sent_at - second.sent_at, abs=0.01)
     worker.engine.send_frame(frame(full=False))
     assert decode_frame((await status.next_msg(timeout=30)).data).full is False

@@ -99,7 +99,7 @@ async def test_a_frozen_server_is_given_up_for_another(nats_server: NatsServer, 
         async with await Client.connect(connection, notice=told.append) as client:
             first = client.nc.connected_url.port
             servers[first].pause()
-            await eventually(lambda: "back" in told, timeout_s=60.0)
+            await eventually(lambda: "back" in told, 60.0)
             assert client.nc.connected_url.port != first
     finally:
         for server in servers.values():

@@ -19,9 +19,10 @@ from coxswain.control.tables import LogLimits, init
 from coxswain.schemas.commands import Abort, Targets
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.subjects import Subjects
-from tests.support.bus import FLEET, Worker, eventually, stored
+from tests.support.bus import FLEET, Worker, stored
 from tests.support.cluster import NatsCluster, leader_of
 from tests.support.engine import WORKER
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.nats, pytest.mark.timeout(120)]
 

@@ -14,7 +14,7 @@ from coxswain.schemas.commands import COMMANDS, Reply, Targets
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import ClassStatus, Frame, TenantStatus, decode_frame
 from tests.support.serving import WORKER, Served, serving
-from tests.support.steered import eventually
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.nats, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -66,8 +66,8 @@ class Edge:
     async def heard(self) -> None:
         """Wait until everybody has heard of what was commanded: another frame, and a moment."""
         count = len(self.frames)
-        await eventually(lambda: len(self.frames) > count, 20)
-        await asyncio.sleep(0.1)
+        await eventually(lambda: len(self.frames) > count)
+        await asyncio.sleep(0.5)
 
 
 @pytest.fixture
@@ -120,11 +120,12 @@ async def test_queue_stays_within_its_cap(edge: Edge) -> None:
 
 async def test_children_count_each(edge: Edge) -> None:
     """A request with `n` of 4 is let in as one and fills four places; prompts of a list do too."""
-    await edge("limit", targets=ACME, max_running=1, max_queued=3)
+    await edge("limit", targets=ACME, max_running=0, max_queued=4)
     await edge.heard()
-    many = edge.begin(n=2, prompt=["one", "two"], tokens=200)
-    await eventually(lambda: edge.frames and edge.tenant().queued == 3, 20)
+    many = edge.begin(n=2, prompt=["one", "two"], tokens=20)
+    await eventually(lambda: edge.frames and edge.tenant().queued == 4)
     assert (await edge.post()).status_code == 429
+    await edge("limit", targets=ACME, max_running=None)
     assert (await many).status_code == 200
 
 
@@ -146,7 +147,7 @@ async def test_class_with_a_full_queue(edge: Edge) -> None:
 async def test_drain(edge: Edge) -> None:
     """A draining server refuses what is new with 503 and Retry-After, serves what it has, and lists its models."""
     running = edge.begin(tokens=400)
-    await eventually(lambda: edge.frames and edge.frames[-1].running, 20)
+    await eventually(lambda: edge.frames and edge.frames[-1].running)
     await edge("drain", on=True)
     await edge.heard()
     answer = await edge.post("globex")

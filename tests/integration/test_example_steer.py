@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.nats import NatsServer
-from tests.support.steered import FLEET, WORKER, engine_id, eventually, public_id, steered_rig
+from tests.support.steered import FLEET, WORKER, engine_id, public_id, steered_rig
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.nats, pytest.mark.vllm]
 
@@ -33,8 +34,9 @@ async def test_the_example_holds_a_request_and_continues_it(nats_server: NatsSer
         held_at = len(rig.outputs[name])
         await asyncio.sleep(1.0)
         assert len(rig.outputs[name]) == held_at < TOKENS
-        said, _ = await asyncio.wait_for(program.communicate(), 20)
+        said, _ = await asyncio.wait_for(program.communicate(), 60)
         assert program.returncode == 0, said.decode()
         assert said.decode().count('"outcome":"applied"') == 2, said.decode()
-        await eventually(lambda: name in rig.finished, 20)
+        rig.step_s = 0.0
+        await eventually(lambda: name in rig.finished)
         assert rig.outputs[name] == rig.expected(name, TOKENS)

@@ -10,7 +10,8 @@ from coxswain.schemas.commands import Targets
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import Frame
 from tests.support.nats import NatsServer
-from tests.support.steered import WORKER, Steer, engine_id, eventually, public_id, steer, steered_rig
+from tests.support.steered import UNHURRIED_S, WORKER, Steer, engine_id, public_id, steer, steered_rig
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.nats, pytest.mark.vllm]
 
@@ -36,6 +37,7 @@ async def cox(rig: Rig, nats_server: NatsServer) -> AsyncIterator[Steer]:
 def submit(rig: Rig, tenant: str, count: int = 1, class_: str = "", **fields: Any) -> list[str]:
     """Requests of a tenant; their names in the engine."""
     names = [engine_id(public_id(tenant, class_)) for _ in range(count)]
+    rig.step_s = UNHURRIED_S
     for name in names:
         rig.submit(name, **{"tokens": TOKENS, **fields})
     return names
@@ -53,9 +55,15 @@ def counts(frame: Frame, tenant: str) -> tuple[int, int]:
 
 
 async def ended_well(rig: Rig, names: list[str], tokens: int = TOKENS) -> None:
-    """All end with exactly the tokens of an undisturbed run."""
-    await eventually(lambda: rig.finished.keys() >= set(names), 30)
+    """All end, soon now, with exactly the tokens of an undisturbed run."""
+    rig.step_s = 0.0
+    await eventually(lambda: rig.finished.keys() >= set(names))
     assert [rig.outputs[name] for name in names] == [rig.expected(name, tokens) for name in names]
+
+
+def last(rig: Rig, names: list[str]) -> int:
+    """How many requests ended before the last of these did."""
+    return max(list(rig.finished).index(name) for name in names)
 
 
 def watch(rig: Rig, tenant: str) -> list[int]:
@@ -123,9 +131,9 @@ async def test_borrowed_slots(rig: Rig, cox: Steer) -> None:
     names = submit(rig, "acme", 10, tokens=100)
     await eventually(lambda: len(rig.scheduler.running) == 8)
     others = submit(rig, "globex", 4, tokens=20)
-    await ended_well(rig, others, 20)
-    assert not rig.finished.keys() >= set(names)
     await ended_well(rig, names, 100)
+    await ended_well(rig, others, 20)
+    assert last(rig, others) < last(rig, names)
 
 
 async def test_ageing_lets_a_worse_class_in(rig: Rig, cox: Steer) -> None:
@@ -138,9 +146,10 @@ async def test_ageing_lets_a_worse_class_in(rig: Rig, cox: Steer) -> None:
     flood = submit(rig, "acme", 60, "gold", tokens=40)
     await eventually(lambda: len(rig.scheduler.running) == 8)
     slow = submit(rig, "globex", 2, "slow", tokens=5)
-    await ended_well(rig, slow, 5)
-    assert not rig.finished.keys() >= set(flood)
+    await eventually(lambda: rig.finished.keys() >= set(slow))
     await ended_well(rig, flood, 40)
+    await ended_well(rig, slow, 5)
+    assert last(rig, slow) < last(rig, flood)
 
 
 async def test_drain(rig: Rig, cox: Steer) -> None:

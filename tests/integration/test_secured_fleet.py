@@ -33,7 +33,8 @@ from coxswain.service.port import LeadIn
 from tests.support.bus import Worker
 from tests.support.nats import NatsServer, binary
 from tests.support.secured import FLEET, Secured, secured
-from tests.support.steered import engine_id, eventually, public_id, steered_rig
+from tests.support.steered import engine_id, public_id, steered_rig
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.nats, pytest.mark.timeout(120)]
 
@@ -102,10 +103,10 @@ async def test_every_role_does_its_work_over_tls(tls: tuple[Secured, str]) -> No
             await operator.tenants.put("acme", TenantPolicy(weight=2.0))
             with steered_rig(server.nats.url, env=env) as rig:
                 core = rig.scheduler.core
-                await eventually(lambda: core.tenants.table.get("acme"), 20)
+                await eventually(lambda: core.tenants.table.get("acme"))
                 public = public_id("acme")
-                rig.submit(engine_id(public), tokens=50)
-                await eventually(lambda: core.roster.families.get(public), 20)
+                rig.submit(engine_id(public), tokens=900)
+                await eventually(lambda: core.roster.families.get(public))
                 await operator.command("w1", "abort", Abort(id="a1", targets=Targets(requests=(public,))))
                 for client in (viewer, edge):
                     assert (await anext(client.frames())).worker == "w1"
@@ -113,7 +114,7 @@ async def test_every_role_does_its_work_over_tls(tls: tuple[Secured, str]) -> No
                 assert (await viewer.tenants.get_all()).good["acme"].weight == 2.0
                 assert await operator.tenants.delete("acme")
                 kinds = []
-                async with asyncio.timeout(20), aclosing(viewer.events(start="all", tenant="acme")) as log:
+                async with asyncio.timeout(60), aclosing(viewer.events(start="all", tenant="acme")) as log:
                     async for event in log:
                         kinds.append(event.__struct_config__.tag)
                         if kinds[-1] == "finished":
@@ -149,7 +150,7 @@ async def test_tls_is_never_given_up(tls: tuple[Secured, str], plain: Secured, t
         with pytest.raises(UnreachableError, match=why):
             await Client.connect(connection, timeout_s=5)
     with Worker(plain.nats.url, COX_NATS_CA=ca) as worker:
-        await eventually(lambda: worker.logged("nats.unreachable"), 10)
+        await eventually(lambda: worker.logged("nats.unreachable"))
         assert "offers no TLS" in worker.logged("nats.unreachable")[0]["error"]
 
 
@@ -190,7 +191,7 @@ def test_cox_says_what_the_role_may_not(plain: Secured) -> None:
 async def test_a_worker_with_a_peers_key_says_so_and_is_deaf(plain: Secured) -> None:
     """A worker whose name is not its key's hears nothing and logs an error with what to do."""
     with Worker(plain.nats.url, **plain.env("worker-w2")) as worker:
-        await eventually(lambda: worker.logged("nats.denied"), 10)
+        await eventually(lambda: worker.logged("nats.denied"))
         assert any("cmd.*.w1.*" in line["error"] for line in worker.logged("nats.denied"))
         assert "cox init --auth" in worker.logged("nats.denied")[0]["hint"]
 
@@ -208,7 +209,7 @@ async def test_a_controller_with_another_roles_key_says_so_and_goes_on_trying(
         told += "".join(capsys.readouterr())
         return "nats.denied" in told
 
-    await eventually(said, 10)
+    await eventually(said)
     assert "cox.v1.main.status" in told
     assert not running.done()
     controller.stopping.set()
@@ -226,7 +227,7 @@ async def test_only_a_controller_can_claim_to_lead(plain: Secured) -> None:
                 await client.nc.flush()
         async with await Client.connect(plain.at("controller")) as controller:
             await controller.nc.publish(controller.subjects.lead, encode(future))
-            await eventually(lambda: worker.logged("lead.not_believed"), 10)
+            await eventually(lambda: worker.logged("lead.not_believed"))
     assert [line["times"] for line in worker.logged("lead.not_believed")] == [1]
     assert not any(isinstance(item, LeadIn) for item in worker.engine.taken)
 

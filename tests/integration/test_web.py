@@ -18,8 +18,9 @@ from coxswain.control.web import site as sites
 from coxswain.control.web.site import FILES
 from tests.support.frames import frame, request, row
 from tests.support.nats import NatsServer
+from tests.support.waiting import eventually
 from tests.support.web import Served
-from tests.support.working import FLEET, until, working
+from tests.support.working import FLEET, working
 
 HOSTILE = '</script><img src=x onerror="alert(1)">\n\ndata: {}'
 BIG = tuple(request(f"r{number}", "a") for number in range(20_000))
@@ -167,7 +168,7 @@ async def test_watchers_are_bounded(
         await shown(first, lambda _: True)
         async with http.get(served.url + "events") as second:
             assert (second.status, second.headers["Retry-After"]) == (503, "10")
-    await until(lambda: not served.page.watchers)
+    await eventually(lambda: not served.page.watchers)
     async with http.get(served.url + "events") as third:
         assert third.status == 200
 

@@ -1,12 +1,9 @@
 """A worker without an engine: the real bus on a real port, and a stand-in that drains it."""
 
-import asyncio
 import io
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from typing import Any, Self
 
 import nats
@@ -19,6 +16,7 @@ from coxswain.service.bus import BusProcess, BusThread
 from coxswain.service.config import Settings
 from coxswain.service.port import Port
 from tests.support.engine import INCARNATION, WORKER, Engine
+from tests.support.waiting import eventually
 
 FLEET = "test"
 _SUBJECTS = Subjects(FLEET)
@@ -78,15 +76,6 @@ class Worker:
         text = self._lines.getvalue() + self._child_log()
         lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         return [line for line in lines if line["event"] == event]
-
-
-async def eventually(true: Callable[[], object], timeout_s: float = 30.0) -> None:
-    """Wait until `true()` is, or fail."""
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not true after {timeout_s} s")
-        await asyncio.sleep(0.01)
 
 
 async def add_stream(url: str) -> None:

@@ -1,9 +1,7 @@
 """A steered engine without a model, on a real NATS server, and a client that steers it."""
 
-import asyncio
 import os
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -16,12 +14,13 @@ from coxswain.schemas.commands import COMMANDS, Reply, Targets
 from coxswain.schemas.connection import Connection
 from coxswain.schemas.subjects import OPERATOR
 from coxswain.service.request_id import make
+from tests.support.waiting import PATIENCE_S
 
 KEY = "5e" * 32
 WORKER = "w1"
 FLEET = "test"
-PATIENCE_S = 30.0
-"""How long what must happen may take: a machine that stalls for seconds is no defect."""
+UNHURRIED_S = 0.02
+"""A step this long leaves a request of 400 tokens running for 8 s: time for a command where machines stall, too."""
 
 
 def public_id(tenant: str, class_: str = "") -> str:
@@ -39,11 +38,11 @@ def steered_rig(
     url: str | None,
     *,
     worker: str = WORKER,
-    step_s: float = 0.002,
+    step_s: float = UNHURRIED_S,
     env: dict[str, str] | None = None,
     **options: Any,
 ) -> Iterator[Rig]:
-    """A running rig with the steered scheduler, joined to the NATS server at `url`."""
+    """A running rig with the steered scheduler, joined to the NATS server at `url`; `rig.step_s = 0` hurries it."""
     from coxswain.service.scheduler import SteeredScheduler
 
     depth = options.pop("depth", 1)
@@ -88,12 +87,3 @@ async def steer(url: str) -> AsyncIterator[Steer]:
         yield Steer(client)
     finally:
         await client.close()
-
-
-async def eventually(condition: Callable[[], Any], within_s: float = PATIENCE_S) -> Any:
-    """The condition's first true value; AssertionError if it has none in time."""
-    deadline = time.monotonic() + within_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"did not happen within {within_s} s: {condition}"
-        await asyncio.sleep(0.005)
-    return value

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -106,12 +106,3 @@ async def working(server: NatsServer, name: str = "w1", url: str = "") -> AsyncI
 
 async def _ignore(_: Exception) -> None:
     """NATS is stopped on purpose in these tests."""
-
-
-async def until(true: Callable[[], Any], timeout_s: float = 30.0) -> float:
-    """Wait until something is true; returns the seconds that it took."""
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < timeout_s, "it did not come true in time"
-        await asyncio.sleep(0.01)
-    return time.monotonic() - began
