@@ -20,9 +20,9 @@ from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, Code, RefusedErro
 from coxswain.schemas.names import NameRefusedError
 from coxswain.schemas.status import RequestQuery
 from coxswain.service.config import Settings
-from tests.support.bus import eventually
 from tests.support.frames import frame, row
 from tests.support.nats import NatsServer
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.nats
 

@@ -66,7 +66,7 @@ async def test_one_of_two_leads_and_the_other_takes_over(nats_server: NatsServer
         await eventually(lambda: leads(first) or leads(second))
         await asyncio.sleep(0.6)
         assert not (leads(first) and leads(second))
-        await until(lambda: leads(first) != leads(second))
+        await eventually(lambda: leads(first) != leads(second))
         leader, standby = (first, second) if leads(first) else (second, first)
         assert leader.lease is not None
         before = leader.lease.epoch

@@ -12,11 +12,11 @@ from coxswain.control.tables import init
 from coxswain.schemas.policy import TenantPolicy
 from tests.support.leaders import Leaders
 from tests.support.nats import NatsServer
-from tests.support.working import Working, connection, until, working
+from tests.support.waiting import eventually
+from tests.support.working import Working, connection, working
 
 pytestmark = pytest.mark.nats
 
-SOON_S = 30.0
 MODULE = '''
 import os
 from pathlib import Path
@@ -85,21 +85,21 @@ async def test_a_policy_that_raises_ends_no_controller(
     """A standby takes over; with none that works, whoever leads still brings tables out; and it mends."""
     async with working(nats_server) as worker:
         crew.join("one")
-        await until(lambda: worker.leader == "one", SOON_S)
+        await eventually(lambda: worker.leader == "one")
         crew.join("two")
-        await until(crew.said("two", "nats.connected"), SOON_S)
+        await eventually(crew.said("two", "nats.connected"))
         crew.mood("one").touch()
-        await until(lambda: worker.leader == "two", SOON_S)
+        await eventually(lambda: worker.leader == "two")
         assert "RuntimeError: in a mood" in crew.log("one")
 
         crew.mood("two").touch()
-        await until(lambda: worker.leader == "one", SOON_S)
+        await eventually(lambda: worker.leader == "one")
         await client.tenants.put("acme", TenantPolicy(weight=2.0))
-        await until(lambda: configured(worker, "acme"), SOON_S)
+        await eventually(lambda: configured(worker, "acme"))
         assert worker.leader == "one"
 
         crew.mood("one").unlink()
-        await until(crew.said("one", "policy.recovered"), SOON_S)
+        await eventually(crew.said("one", "policy.recovered"))
         assert all(process.poll() is None for process in crew.processes.values())
         # Each failure is in the log once, however many steps it lasts.
         assert crew.log("two").count("policy.failed") == 1

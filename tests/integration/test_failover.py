@@ -18,11 +18,11 @@ from coxswain.schemas.policy import TenantPolicy, digest
 from tests.support.leaders import Leaders
 from tests.support.nats import NatsServer
 from tests.support.proxy import Proxy
-from tests.support.working import Working, connection, until, working
+from tests.support.waiting import eventually
+from tests.support.working import Working, connection, working
 
 pytestmark = pytest.mark.nats
 
-SOON_S = 8.0
 """Time for a takeover on a machine that has other things to do; what it takes is measured in bench/failover.py."""
 
 
@@ -66,8 +66,8 @@ async def led(workers: list[Working], *names: str) -> str:
         heard = {worker.leader for worker in workers}
         return len(heard) == 1 and heard <= set(names)
 
-    await until(one, 30.0)
-    await until(lambda: all(any(each.accepted for each in worker.told) for worker in workers), 30.0)
+    await eventually(one)
+    await eventually(lambda: all(any(each.accepted for each in worker.told) for worker in workers))
     return workers[0].leader
 
 
@@ -81,12 +81,12 @@ async def test_a_killed_leader_is_replaced_and_fairness_goes_on(
     (other,) = {"one", "two"} - {first}
     epoch = workers[0].epoch
     assert epoch is not None
-    await until(lambda: min(served(workers).values()) > 500, 30.0)
+    await eventually(lambda: min(served(workers).values()) > 500)
     leaders.send(first, signal.SIGKILL)
-    await until(lambda: all(worker.accepted(epoch) for worker in workers), SOON_S)
+    await eventually(lambda: all(worker.accepted(epoch) for worker in workers))
     assert {worker.leader for worker in workers} == {other}
     before = served(workers)
-    await until(lambda: min(served(workers).values()) > min(before.values()) + 300, 30.0)
+    await eventually(lambda: min(served(workers).values()) > min(before.values()) + 300)
     # U = wq × 4 slots × 20 tokens = 160 for each of two workers that know of each other a moment later: 2U each.
     gap = served(workers)
     assert abs(gap["a"] - gap["b"]) <= 2 * 160 * 2
@@ -100,7 +100,7 @@ async def test_of_two_that_start_at_once_one_leads(
         leaders.start(name)
     first = await led(workers, "one", "two")
     before = served(workers)
-    await until(lambda: min(served(workers).values()) > min(before.values()) + 200, 30.0)
+    await eventually(lambda: min(served(workers).values()) > min(before.values()) + 200)
     assert len({each.epoch for worker in workers for each in worker.told}) == 1
     assert {worker.leader for worker in workers} == {first}
     assert all(process.poll() is None for process in leaders.processes.values())
@@ -116,10 +116,10 @@ async def test_a_leader_that_slept_through_its_end_changes_nothing(
     epoch = workers[0].epoch
     assert epoch is not None
     leaders.send(first, signal.SIGSTOP)
-    await until(lambda: all(worker.accepted(epoch) for worker in workers), SOON_S)
+    await eventually(lambda: all(worker.accepted(epoch) for worker in workers))
     woken_at = time.monotonic()
     leaders.send(first, signal.SIGCONT)
-    await until(lambda: "lease.lost" in leaders.log(first) or "lease.given_up" in leaders.log(first))
+    await eventually(lambda: "lease.lost" in leaders.log(first) or "lease.given_up" in leaders.log(first))
     await asyncio.sleep(1.0)
     for worker in workers:
         late = [each for each in worker.told if each.epoch <= epoch and each.at > woken_at]
@@ -137,9 +137,9 @@ async def test_a_lease_bucket_that_is_deleted_and_made_again_locks_nobody_out(
     epoch = workers[0].epoch
     assert epoch is not None
     await client.js.delete_key_value(client.subjects.lease_bucket)
-    await until(lambda: "lease.missing" in leaders.log("one"))
+    await eventually(lambda: "lease.missing" in leaders.log("one"))
     await init(client.js, client.subjects)
-    await until(lambda: all(worker.accepted(epoch) for worker in workers), SOON_S)
+    await eventually(lambda: all(worker.accepted(epoch) for worker in workers))
     later = workers[0].epoch
     assert later is not None
     assert later[0] > epoch[0]
@@ -157,26 +157,26 @@ async def test_a_worker_that_was_cut_off_is_counted_once(nats_server: NatsServer
             working(nats_server, "w1", proxy.url) as far,
             working(nats_server, "w2") as near,
         ):
-            await until(lambda: far.told and near.told)
+            await eventually(lambda: far.told and near.told)
             # Only now: what was charged before a controller first looked is no news to it.
             for worker in (far, near):
                 worker.arrive("a", 5, 20, times=3_000)
                 worker.serving = True
-            await until(lambda: controller.core.fleet.totals("a").charged > 0)
+            await eventually(lambda: controller.core.fleet.totals("a").charged > 0)
             await proxy.cut()
             views = controller.core.fleet
-            await until(lambda: [view.worker for view in views.live()] == ["w2"])
+            await eventually(lambda: [view.worker for view in views.live()] == ["w2"])
             far.serving = False
             far.arrive("b", 5, 20, times=10)
             await client.tenants.put("b", TenantPolicy(weight=2.0))
             await proxy.mend()
-            await until(lambda: far.config == digest({}, {"b": TenantPolicy(weight=2.0)}), 20.0)
+            await eventually(lambda: far.config == digest({}, {"b": TenantPolicy(weight=2.0)}), 20.0)
             near.serving = False
-            await until(lambda: views.totals("a").charged == served([far, near])["a"])
+            await eventually(lambda: views.totals("a").charged == served([far, near])["a"])
             policy = controller.core.policy
             assert isinstance(policy, Vtc)
             # Frames are counted as they come, and V is brought up to date at the next step.
-            await until(lambda: policy.virtual["a"] == pytest.approx(served([far, near])["a"]))
+            await eventually(lambda: policy.virtual["a"] == pytest.approx(served([far, near])["a"]))
     finally:
         controller.stopping.set()
         await asyncio.wait_for(task, 10)
@@ -189,9 +189,9 @@ async def test_a_worker_that_comes_late_gets_everything(
     await client.tenants.put("a", TenantPolicy(weight=4.0))
     leaders.start("one")
     await led(workers, "one")
-    await until(lambda: min(served(workers).values()) > 200, 30.0)
+    await eventually(lambda: min(served(workers).values()) > 200)
     async with working(nats_server, "w3") as late:
-        await until(lambda: late.config == digest({}, {"a": TenantPolicy(weight=4.0)}))
+        await eventually(lambda: late.config == digest({}, {"a": TenantPolicy(weight=4.0)}))
         late.arrive("a", 5, 20, times=10)
         late.arrive("b", 5, 20, times=10)
-        await until(lambda: late.account("a").base > 0 and late.account("b").base > 0)
+        await eventually(lambda: late.account("a").base > 0 and late.account("b").base > 0)

@@ -19,16 +19,7 @@ from coxswain.schemas.policy import ClassPolicy, Lead, Prices, TenantPolicy, Ten
 from coxswain.schemas.status import Frame, QueueQuery, RequestQuery
 from coxswain.schemas.subjects import CONTROLLER
 from tests.support.nats import NatsServer
-from tests.support.steered import (
-    FLEET,
-    UNHURRIED_S,
-    WORKER,
-    Steer,
-    engine_id,
-    public_id,
-    steer,
-    steered_rig,
-)
+from tests.support.steered import FLEET, UNHURRIED_S, WORKER, Steer, engine_id, public_id, steer, steered_rig
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.nats, pytest.mark.vllm]
