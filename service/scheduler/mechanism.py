@@ -10,6 +10,7 @@ the scheduler's own state, on the engine's thread, between two of its steps or, 
 """
 
 import time
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
@@ -26,6 +27,9 @@ from coxswain.service.scheduler.tenants import Account
 
 CLASS_STRIDE: Final = 2**33
 """vLLM picks a victim by `Request.priority`; we write class and priority into it, class first."""
+
+FEW: Final = 32
+"""Requests that are put into the running list one by one; where more came, it is sorted."""
 
 _urgency = attrgetter("priority")
 
@@ -48,6 +52,8 @@ class Mechanism:
         self.parks: bool = scheduler.connector is None
         self.core: SteeringCore
         self._unsorted = self._bounding = self._reclaiming = False
+        self._appended = 0
+        """How many vLLM has put at the end of its running list since that was in order, or more."""
         self._chunks: bool = scheduler.scheduler_config.enable_chunked_prefill
         self._left: dict[Group, int] = {}
         self._whole: dict[Group, int] = {}
@@ -245,9 +251,15 @@ class Mechanism:
         vLLM's running loop gives tokens in list order; without this a request keeps its place of admission whatever
         its priority becomes. Stable, and only when something moved.
         """
-        if self._unsorted:
-            self._unsorted = False
+        if self._unsorted or self._appended > FEW:
             self._scheduler.running.sort(key=_urgency)
+        elif self._appended:  # the rest is in order, and a thousand keys are not looked at for one
+            running = self._scheduler.running
+            news = running[-self._appended :]
+            del running[-self._appended :]
+            for request in news:
+                insort(running, request, key=_urgency)
+        self._unsorted, self._appended = False, 0
 
     def best_running(self) -> int | None:
         """Place of the best class that runs; call `sort` before."""
@@ -338,9 +350,10 @@ class Mechanism:
             if isinstance(group, Account):
                 self.core.limits.counted(group)
 
-    def admitted(self) -> None:
+    def admitted(self, count: int) -> None:
         """vLLM put requests at the end of its running list."""
-        self._unsorted |= self.core.room.orders_running
+        if self.core.room.orders_running:
+            self._appended += count
 
     def fit(self) -> None:
         """Keep vLLM's bounds in step with what is held.

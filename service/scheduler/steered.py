@@ -330,7 +330,7 @@ class SteeredScheduler(AsyncScheduler):
         scheduled = output.num_scheduled_tokens
         ids = [data.req_id for data in output.scheduled_new_reqs]
         ids += output.scheduled_cached_reqs.resumed_req_ids
-        self.mechanism.admitted()
+        self.mechanism.admitted(len(ids))
         for request_id in ids:
             record = self.core.roster.records[request_id]
             computed = record.payload.num_computed_tokens - scheduled[request_id]

@@ -145,6 +145,7 @@ class Run:
             held |= bool(case.turns)  # it waits for its client
             self.idle[name] = 0 if held or name in self.engine.scheduled else self.idle.get(name, 0) + 1
         self.check_caps()
+        self.check_order()
         self.longest_idle = max(self.longest_idle, *self.idle.values(), 0)
 
     def over(self, name: str, case: Case) -> bool:
@@ -165,6 +166,14 @@ class Run:
                     group for group in over if group not in (record.account, core.limits.group_of(record))
                 ]
         assert not over, over
+
+    def check_order(self) -> None:
+        """Before every step: where classes say so, the step's tokens are given by class and priority."""
+        scheduler = self.engine.scheduler
+        scheduler.mechanism.sort()
+        if scheduler.core.room.orders_running:
+            order = [request.priority for request in scheduler.running]
+            assert order == sorted(order)
 
     def command(self, verb: str, some: list[Case], **fields: Any) -> None:
         """An operator's command, or with `role` a controller's."""
