@@ -27,7 +27,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from coxswain.control.qoe import quality
+from coxswain.control.estimates.qoe import quality
 from coxswain.lab.devices import DEVICES, Device
 from coxswain.lab.experiment import run
 from coxswain.lab.life import Life

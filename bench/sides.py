@@ -20,7 +20,7 @@ from itertools import count
 from typing import Any
 
 from bench.rig import Rig, vllm_config
-from coxswain.schemas.logs import get_logger
+from coxswain.common.logs import get_logger
 from coxswain.service.bus.process import BUFFER
 
 STOCK = ("fcfs", "priority")

@@ -216,9 +216,9 @@ async def measure(
     running: int,
 ) -> list[dict[str, Any]]:
     """A row per rate; all windows of one rate together. `find` gives the engine's process once it is up."""
+    from coxswain.common.connection import Connection
     from coxswain.control.client import Client
     from coxswain.schemas.commands import Preempt, Targets
-    from coxswain.schemas.connection import Connection
 
     windows: dict[int, list[Window]] = {rate: [] for rate in rates}
     async with await Client.connect(Connection(urls=(url,), fleet=FLEET)) as client:

@@ -14,9 +14,9 @@ from typing import Final
 import msgspec
 import nkeys  # type: ignore[import-untyped]
 
+from coxswain.common.files import save
 from coxswain.control.errors import ControlError
 from coxswain.schemas.errors import UNREADABLE
-from coxswain.schemas.files import save
 from coxswain.schemas.names import MAX_TOKEN_CHARS, check_token
 from coxswain.schemas.permissions import INBOX, ROLES, WORKER, crossing, rights
 from coxswain.schemas.subjects import Subjects

@@ -13,6 +13,7 @@ import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
+from coxswain.common.connection import Connection
 from coxswain.control.errors import NoAnswerError, UnreachableError, UnreadableError
 from coxswain.control.history import replay
 from coxswain.control.link import Link
@@ -20,7 +21,6 @@ from coxswain.control.tables import Table
 from coxswain.control.transport import Notice, open_link
 from coxswain.schemas import commands, status
 from coxswain.schemas.commands import Command, Reply
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, UNREADABLE, Code, RefusedError
 from coxswain.schemas.events import Event, decode_event
 from coxswain.schemas.names import ALL, check_token, tenant_key, tenant_of_key

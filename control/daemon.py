@@ -19,6 +19,8 @@ from nats.aio.msg import Msg
 from ulid import ULID
 
 from coxswain import __version__
+from coxswain.common.connection import Connection
+from coxswain.common.throttle import Throttle
 from coxswain.control.client import Client
 from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Outgoing, Send
 from coxswain.control.errors import ControlError, DeniedError, NotSetUpError, UnreachableError
@@ -34,13 +36,11 @@ from coxswain.control.transport import public_urls
 from coxswain.control.web.board import Standing
 from coxswain.control.web.page import Page, Web
 from coxswain.schemas.commands import Rank, encode
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.names import sanitise_token
 from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy
 from coxswain.schemas.status import QueueQuery, RequestStatus
 from coxswain.schemas.subjects import CONTROLLER
-from coxswain.schemas.throttle import Throttle
 
 MAX_IN_FLIGHT: Final = 1_024
 """Commands that wait for an answer, over all workers."""

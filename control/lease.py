@@ -17,12 +17,12 @@ import nats.js.errors
 from nats.js import JetStreamContext
 from nats.js.kv import KeyValue
 
+from coxswain.common.throttle import Throttle
 from coxswain.control.errors import DeniedError
 from coxswain.control.logs import log
 from coxswain.control.tables import LEASE_TTL_S, explained
 from coxswain.schemas.policy import Epoch, LeaseHolder
 from coxswain.schemas.subjects import Subjects
-from coxswain.schemas.throttle import Throttle
 
 KEY: Final = "leader"
 RENEW_S: Final = 0.5

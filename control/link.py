@@ -14,8 +14,8 @@ import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
+from coxswain.common.nats_client import NatsClient
 from coxswain.control.errors import DeniedError
-from coxswain.schemas.nats_client import NatsClient
 
 _VIOLATION: Final = re.compile(
     r'permissions violation for (publish|subscription) to "([^"]*)"', re.IGNORECASE

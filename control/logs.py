@@ -1,11 +1,11 @@
-"""The log of a controller: lines as a worker's (`schemas/logs.py`). Set up by the program, which it belongs to."""
+"""The log of a controller: lines as a worker's (`common/logs.py`). Set up by the program, which it belongs to."""
 
 import os
 import sys
 
 import structlog
 
-from coxswain.schemas.logs import rules
+from coxswain.common.logs import rules
 
 log = structlog.get_logger()
 

@@ -14,9 +14,9 @@ from typing import Any
 from nats.aio.client import Server
 from nats.errors import Error as NatsError
 
+from coxswain.common.connection import Connection, IdentityRefusedError
 from coxswain.control.errors import UnreachableError
 from coxswain.control.link import Link
-from coxswain.schemas.connection import Connection, IdentityRefusedError
 
 MAX_DELAY_S = 2.0
 """Longest wait between two attempts to reconnect."""

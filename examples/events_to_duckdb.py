@@ -7,8 +7,8 @@ import sys
 import duckdb
 import msgspec
 
+from coxswain.common.connection import Connection
 from coxswain.control.client import Client
-from coxswain.schemas.connection import Connection
 
 TABLE = """CREATE TABLE IF NOT EXISTS events (id VARCHAR PRIMARY KEY, unix_s DOUBLE, kind VARCHAR, worker VARCHAR,
     tenant VARCHAR, class VARCHAR, request VARCHAR, event JSON)"""

@@ -1,6 +1,6 @@
 """The names of everything on `/metrics`, and what they mean: a contract, like subjects. Pure data.
 
-The HTTP edge (`service/edge_metrics.py`) and the controller (`control/metrics.py`) export nothing that is not here;
+The HTTP edge (`service/edge/metrics.py`) and the controller (`control/metrics.py`) export nothing that is not here;
 dashboards and alerts query nothing else (a test holds all three to it).
 
 Rules:
@@ -9,7 +9,7 @@ Rules:
   - base units: `_seconds`, tokens, blocks, slots, never a percentage: divide in the query;
   - one word for one thing, the wire's own where it has one (`schemas/status.py`);
   - no total beside its parts: what is split by a label is summed by whoever wants the sum;
-  - labels have few values: of tenants the N most served, and `other` for the rest (`service/edge_tally.py`).
+  - labels have few values: of tenants the N most served, and `other` for the rest (`service/edge/tally.py`).
 """
 
 from typing import Final, Literal, NamedTuple

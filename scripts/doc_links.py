@@ -23,7 +23,7 @@ _LINK = re.compile(
 )
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$", re.MULTILINE)
 _PATH = re.compile(
-    r"(?:schemas|service|control|lab|bench|src|tests|deploy|docs|examples|scripts|requirements|\.ci)/[\w./-]+"
+    r"(?:common|schemas|service|control|lab|bench|src|tests|deploy|docs|examples|scripts|requirements|\.ci)/[\w./-]+"
 )
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-FOLDERS: Final = ("schemas", "service", "control", "lab")
+FOLDERS: Final = ("common", "schemas", "service", "control", "lab")
 
 USE_IT: Final = """
 import importlib, importlib.util, pkgutil, sys
@@ -28,7 +28,7 @@ for package in (coxswain.schemas, coxswain.control):
 mixed = sorted(name for name in sys.modules if name.startswith("coxswain.service"))
 assert not mixed, f"control imports the engine side: {mixed}"
 assert not any(name.startswith("coxswain.lab") for name in sys.modules), "control imports the lab"
-for name in ("control", "service", "schemas", "lab", "vllm", "torch"):
+for name in ("common", "control", "service", "schemas", "lab", "vllm", "torch"):
     assert importlib.util.find_spec(name) is None, f"{name} is importable next to an installed coxswain"
 """
 

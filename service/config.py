@@ -1,7 +1,7 @@
 """Settings of the engine side, read once from the environment.
 
 Pure: reads a mapping, opens nothing. Called by the scheduler's shell and the launcher; a bad value is refused
-here, in words, before anything starts. How to reach NATS is `schemas/connection.py`.
+here, in words, before anything starts. How to reach NATS is `common/connection.py`.
 """
 
 import socket
@@ -10,8 +10,8 @@ from typing import Final, Literal, cast, get_args
 
 import msgspec
 
-from coxswain.schemas.connection import AddressRefusedError, Connection
-from coxswain.schemas.logs import FORMATS, LEVELS
+from coxswain.common.connection import AddressRefusedError, Connection
+from coxswain.common.logs import FORMATS, LEVELS
 from coxswain.schemas.names import MAX_TOKEN_CHARS, NameRefusedError, check_token, sanitise_token
 from coxswain.schemas.policy import LEADER_LEASE_S
 

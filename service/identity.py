@@ -2,7 +2,7 @@
 
 Importing this module reads the environment and hooks vLLM, on purpose: vLLM imports it before the server
 listens, so a wrong setting stops the start with its reason instead of failing every request. Nothing else
-imports it; the parts are `edge.py` (decisions), `edge_asgi.py` (ASGI) and `edge_hook.py` (vLLM).
+imports it; the parts are `edge/core.py` (decisions), `edge/asgi.py` (ASGI) and `edge/hook.py` (vLLM).
 """
 
 import os
@@ -11,12 +11,12 @@ from typing import Final
 from prometheus_client import Counter
 
 from coxswain.schemas.metrics import EDGE_REFUSALS
-from coxswain.service import edge_hook
 from coxswain.service.config import Settings
-from coxswain.service.edge import FORWARDED, Edge, EdgeSettings
-from coxswain.service.edge_asgi import EdgeMiddleware
-from coxswain.service.edge_page import App
-from coxswain.service.edge_status import listener
+from coxswain.service.edge import hook as edge_hook
+from coxswain.service.edge.asgi import EdgeMiddleware
+from coxswain.service.edge.core import FORWARDED, Edge, EdgeSettings
+from coxswain.service.edge.page import App
+from coxswain.service.edge.status import listener
 from coxswain.service.keys import Keyring
 
 _SETTINGS: Final = EdgeSettings.from_env(os.environ)

@@ -6,7 +6,7 @@
 
 A key is 256 random bits, so its plain SHA-256 is enough to keep: there is nothing to guess (a password
 would need a slow hash). `add` shows the key once. Neither keys nor hashes are ever logged. Used by
-`edge.py`, which calls `Keyring.refresh` now and then; the file may be edited, replaced or mounted while the
+`edge/core.py`, which calls `Keyring.refresh` now and then; the file may be edited, replaced or mounted while the
 worker runs.
 """
 
@@ -25,9 +25,9 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
+from coxswain.common.files import save
+from coxswain.common.logs import get_logger
 from coxswain.schemas.errors import UNREADABLE
-from coxswain.schemas.files import save
-from coxswain.schemas.logs import get_logger
 from coxswain.schemas.names import DEFAULT, NameRefusedError, check_tenant, check_token
 from coxswain.schemas.policy import INT32_MAX, INT32_MIN, Int32
 

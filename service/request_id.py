@@ -4,8 +4,8 @@ vLLM hands the scheduler nothing of a request but its id, so the id carries who 
 signs it; the scheduler believes only a signed one, so no client can name another tenant, with or without the
 edge in place. Shape: `cox.<tenant, percent-encoded>.<class or nothing>.<ULID>.<signature>`.
 
-Pure text work, no I/O. Called by `edge.py` and `edge_hook.py` (make, insert) and by the scheduler (parse). The id that
-comes of it, and what else people may give for it, is `schemas/request_id.py`.
+Pure text work, no I/O. Called by `edge/core.py` and `edge/hook.py` (make, insert) and by the scheduler (parse).
+The id that comes of it, and what else people may give for it, is `schemas/request_id.py`.
 """
 
 import hmac

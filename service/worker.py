@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from coxswain.schemas.connection import DEFAULT_URL
-from coxswain.schemas.logs import redact
+from coxswain.common.connection import DEFAULT_URL
+from coxswain.common.logs import redact
 from coxswain.service import keys, plugin
 from coxswain.service.config import SettingRefusedError, Settings
-from coxswain.service.edge import EdgeSettings
+from coxswain.service.edge.core import EdgeSettings
 from coxswain.service.simulated import flags as simulated
 
 SCHEDULER: Final = "coxswain.service.scheduler.SteeredScheduler"

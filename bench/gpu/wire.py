@@ -16,9 +16,9 @@ from typing import Any
 
 from ulid import ULID
 
+from coxswain.common.connection import Connection
 from coxswain.control.client import Client
 from coxswain.schemas.commands import COMMANDS, Configure, Targets
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.service.request_id import make
 

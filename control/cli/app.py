@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from coxswain.common.connection import DEFAULT_FLEET, DEFAULT_URL, AddressRefusedError, Connection
 from coxswain.control.cli import parse
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.words import printable
@@ -34,7 +35,6 @@ from coxswain.control.errors import (
     RowError,
     UnreachableError,
 )
-from coxswain.schemas.connection import DEFAULT_FLEET, DEFAULT_URL, AddressRefusedError, Connection
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.names import NameRefusedError, check_token
 

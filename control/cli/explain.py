@@ -1,6 +1,6 @@
 """`cox explain`: one request's story, or why a tenant is slow, from the event log.
 
-Called by `__init__.py`; `control/story.py` and `control/slow.py` find it out, `view_explain.py` says it.
+Called by `__init__.py`; `explain/story.py` and `explain/slow.py` find it out, `view_explain.py` says it.
 """
 
 import re
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 from ulid import ULID
 
-from coxswain.control.ahead import Classes
 from coxswain.control.cli import parse, view_explain
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.errors import ControlError
-from coxswain.control.slow import Investigator
-from coxswain.control.story import AnyEvent, Teller
+from coxswain.control.explain.ahead import Classes
+from coxswain.control.explain.slow import Investigator
+from coxswain.control.explain.story import AnyEvent, Teller
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import ClassPolicy
 

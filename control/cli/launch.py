@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from coxswain.common.logs import FORMATS, LEVELS
 from coxswain.control.cli import parse
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
-from coxswain.schemas.logs import FORMATS, LEVELS
 
 ENGINE_EXTRAS = "pip install '.[cpu]' (or '.[gpu]') in a checkout of Coxswain"
 

@@ -14,7 +14,7 @@ from coxswain.control.cli import parse, view_requests
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.view_requests import Listing, Told
-from coxswain.control.picture import RequestRow
+from coxswain.control.view.picture import RequestRow
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.names import ALL
 from coxswain.schemas.status import Frame, QueueQuery, RequestQuery, RequestStatus

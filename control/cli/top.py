@@ -16,7 +16,7 @@ from coxswain.control.cli import parse
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.words import plural
-from coxswain.control.recording import Recorder, Recording, RecordingError
+from coxswain.control.view.recording import Recorder, Recording, RecordingError
 
 if TYPE_CHECKING:
     from coxswain.control.top.sources import Source
@@ -116,8 +116,8 @@ async def _show(cox: Cox, source: "Source", troubles: list[str], every_s: float)
 
 async def _print(cox: Cox, source: "Source", every_s: float) -> None:
     """A picture per line, for ever; of a recording, to its end."""
-    from coxswain.control.overview import Overview
     from coxswain.control.top.sources import Replay
+    from coxswain.control.view.overview import Overview
 
     overview = Overview(source.fleet)
 

@@ -8,13 +8,13 @@ from typing import Final
 
 from rich.text import Text
 
-from coxswain.control.ahead import Ahead
 from coxswain.control.cli.grid import Column, Row, grid
 from coxswain.control.cli.view_events import KIND_STYLE, detail
 from coxswain.control.cli.view_requests import STATE_STYLE
 from coxswain.control.cli.words import clock, count, plural, printable, share, span
-from coxswain.control.slow import Quantiles, Slow
-from coxswain.control.story import ChildStory, Story
+from coxswain.control.explain.ahead import Ahead
+from coxswain.control.explain.slow import Quantiles, Slow
+from coxswain.control.explain.story import ChildStory, Story
 from coxswain.schemas.events import Event, Finished
 
 SHOWN: Final = 10

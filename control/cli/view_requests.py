@@ -10,7 +10,7 @@ from rich.text import Text
 
 from coxswain.control.cli.grid import Cell, Column, Row, grid, grid_width
 from coxswain.control.cli.words import clock, count, plural, printable, span
-from coxswain.control.picture import RequestRow
+from coxswain.control.view.picture import RequestRow
 from coxswain.schemas.status import Child, RequestReport, RequestStatus
 
 STATE_STYLE = {"running": "green", "held": "yellow", "queued": "cyan"}

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from ulid import ULID
 
+from coxswain.common.connection import Connection
 from coxswain.control.client import Client
 from coxswain.control.demo.load import TENANTS
 from coxswain.control.demo.processes import Crew, DemoError, Process, run_once, tail
@@ -30,7 +31,6 @@ from coxswain.control.demo.screen import Screen, View
 from coxswain.control.demo.streams import MODEL, Endpoint
 from coxswain.control.demo.watch import Watch
 from coxswain.schemas.commands import Command, Reply
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.status import Config
 
 FLEET: Final = "demo"

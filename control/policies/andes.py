@@ -19,9 +19,9 @@ from typing import Annotated, ClassVar, Final
 
 import msgspec
 
+from coxswain.control.estimates.qoe import Reader
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
 from coxswain.control.policy import Directives, Sees, Tables, each_class
-from coxswain.control.qoe import Reader
 from coxswain.schemas.policy import CutIn, NotNegative
 from coxswain.schemas.status import RequestStatus
 

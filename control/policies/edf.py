@@ -26,10 +26,10 @@ from typing import Annotated, ClassVar, Final, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from coxswain.control.estimates.predict import MovingAverage
+from coxswain.control.estimates.rates import Rates
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
 from coxswain.control.policy import Directives, Sees, Tables
-from coxswain.control.predict import MovingAverage
-from coxswain.control.rates import Rates
 from coxswain.schemas.names import Token
 from coxswain.schemas.policy import ClassPolicy, CutIn
 from coxswain.schemas.status import ClassStatus, RequestStatus

@@ -37,11 +37,11 @@ from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
 
-from coxswain.control.crowd import Crowd
+from coxswain.control.estimates.crowd import Crowd
+from coxswain.control.estimates.predict import MovingAverage
+from coxswain.control.estimates.victims import Victims
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView, admitted
 from coxswain.control.policy import Cap, Directives, Group, Kv, Sees, Tables, weight_of
-from coxswain.control.predict import MovingAverage
-from coxswain.control.victims import Victims
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import Prices, TenantRank
 from coxswain.schemas.status import TenantStatus

@@ -1,4 +1,4 @@
-"""The screen of `cox top`: tables of one overview, and keys. Draws; what is true is `control/overview.py`'s.
+"""The screen of `cox top`: tables of one overview, and keys. Draws; what is true is `control/view/overview.py`'s.
 
 Frames come from a `Source` and go into the overview as they come; the screen is drawn at its own pace, so a fleet of
 any size costs the terminal the same. Called by `cli/top.py`.
@@ -16,14 +16,14 @@ from textual.widgets import Footer, Input, Static
 from coxswain.control.cli.view_requests import Told, story
 from coxswain.control.cli.words import printable
 from coxswain.control.errors import ControlError, NoAnswerError
-from coxswain.control.overview import TICK_S, Overview
-from coxswain.control.picture import ClassRow, Happening, Picture, RequestRow, TenantRow, WorkerRow
 from coxswain.control.top.columns import CLASSES, REQUESTS, TENANTS, WORKERS
 from coxswain.control.top.dialogs import Help, Question, Story
 from coxswain.control.top.lines import head, line
 from coxswain.control.top.sources import Live, Replay, Source
 from coxswain.control.top.steering import Target, Verb, send
 from coxswain.control.top.table import Table
+from coxswain.control.view.overview import TICK_S, Overview
+from coxswain.control.view.picture import ClassRow, Happening, Picture, RequestRow, TenantRow, WorkerRow
 from coxswain.schemas.commands import Targeted, Targets
 from coxswain.schemas.errors import RefusedError
 from coxswain.schemas.status import Child, RequestQuery, RequestReport

@@ -12,7 +12,7 @@ from rich.text import Text
 from coxswain.control.cli.grid import Cell, Column
 from coxswain.control.cli.view_requests import state as request_state
 from coxswain.control.cli.words import count, printable, share, span
-from coxswain.control.picture import ClassRow, RequestRow, TenantRow, WorkerRow
+from coxswain.control.view.picture import ClassRow, RequestRow, TenantRow, WorkerRow
 from coxswain.schemas.policy import LEADER_LEASE_S
 
 GAUGE: Final = 12

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from coxswain.control.cli.words import count, plural, printable, span
-from coxswain.control.picture import Happening, LeaderRow, Picture
 from coxswain.control.top.sources import Live, Replay, Source
+from coxswain.control.view.picture import Happening, LeaderRow, Picture
 from coxswain.schemas.policy import LEADER_LEASE_S
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
-from coxswain.control.recording import Recorder, Recording
+from coxswain.control.view.recording import Recorder, Recording
 from coxswain.schemas.status import Frame
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from coxswain.control.cli.verdict import judge, skew_s
 from coxswain.control.cli.words import span
 from coxswain.control.client import Client
 from coxswain.control.errors import ControlError
-from coxswain.control.picture import Happening
+from coxswain.control.view.picture import Happening
 from coxswain.schemas import commands
 from coxswain.schemas.errors import RefusedError
 from coxswain.schemas.names import ALL

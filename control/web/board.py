@@ -1,6 +1,6 @@
 """What a browser is shown: raw status messages in, one JSON document out. Pure; the clock is passed in.
 
-The same model as `cox top` (`control/overview.py`), cut to what a page can show. Not for two threads at once:
+The same model as `cox top` (`control/view/overview.py`), cut to what a page can show. Not for two threads at once:
 `page.py` gives it one of its own, for a large fleet's picture takes longer than the controller's loop may stand still.
 """
 
@@ -11,8 +11,8 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 
 from coxswain import __version__
-from coxswain.control.overview import Overview
-from coxswain.control.picture import Picture, RequestRow, TenantRow
+from coxswain.control.view.overview import Overview
+from coxswain.control.view.picture import Picture, RequestRow, TenantRow
 from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.status import decode_frame
 

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Final, NamedTuple
 
+from coxswain.common.throttle import Throttle
 from coxswain.control.errors import ControlError
 from coxswain.control.logs import log
 from coxswain.control.web.board import MAX_SENT, Board, Message, Of, SentRow, Standing
-from coxswain.schemas.throttle import Throttle
 
 EVERY_S: Final = 1.0
 """Between two pictures, if drawing one takes less than `DUTY` of it."""

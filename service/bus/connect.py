@@ -5,7 +5,7 @@
 * A callback that raises kills the client's read loop in silence: ours cannot raise.
 * `close` can wait for ever for a frozen server to take the last bytes: ours gives up.
 
-Called by `loop.py` and `edge_status.py`.
+Called by `loop.py` and `edge/status.py`.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from typing import Final
 
 from nats.aio.client import Client
 
-from coxswain.schemas.connection import Connection
-from coxswain.schemas.nats_client import NatsClient
+from coxswain.common.connection import Connection
+from coxswain.common.nats_client import NatsClient
 
 BACKOFF_S: Final = (0.1, 5.0)
 """First and longest pause between connections; doubled each time, and jittered against herds."""

@@ -14,9 +14,9 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.errors import SlowConsumerError
 
-from coxswain.schemas.logs import get_logger
+from coxswain.common.logs import get_logger
+from coxswain.common.throttle import Throttle
 from coxswain.schemas.subjects import Subjects
-from coxswain.schemas.throttle import Throttle
 from coxswain.service.bus.connect import CLOSE_S, Backoff, close, connect
 from coxswain.service.bus.eventlog import EventLog
 from coxswain.service.bus.frames import Frames

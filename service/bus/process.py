@@ -18,7 +18,7 @@ from typing import IO, Any, Final
 
 from msgspec.structs import replace
 
-from coxswain.schemas.logs import get_logger
+from coxswain.common.logs import get_logger
 from coxswain.service.bus import wire
 from coxswain.service.bus.outbox import Outbox
 from coxswain.service.config import Settings

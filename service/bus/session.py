@@ -17,12 +17,12 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from coxswain import __version__
+from coxswain.common.throttle import Throttle
 from coxswain.schemas.commands import encode
 from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
 from coxswain.schemas.permissions import SERVICE
 from coxswain.schemas.status import Frame
 from coxswain.schemas.subjects import Subjects
-from coxswain.schemas.throttle import Throttle
 from coxswain.service.bus import intake
 from coxswain.service.bus.eventlog import EventLog
 from coxswain.service.bus.frames import Frames, split

@@ -14,7 +14,7 @@ from typing import Any
 
 import uvloop
 
-from coxswain.schemas.logs import get_logger
+from coxswain.common.logs import get_logger
 from coxswain.service.bus.loop import Bus
 from coxswain.service.config import Settings
 from coxswain.service.port import Port

@@ -7,9 +7,9 @@ Called by `steered.py` on the engine's thread.
 import time
 from typing import Final
 
+from coxswain.common.logs import get_logger
 from coxswain.schemas.commands import Reply
 from coxswain.schemas.errors import Code, RefusedError
-from coxswain.schemas.logs import get_logger
 from coxswain.service.port import AnswerOut, CommandIn, LeadIn, Port, QueryIn, ReplyOut
 from coxswain.service.scheduler.answers import Answer, Answers
 from coxswain.service.scheduler.core import SteeringCore

@@ -17,7 +17,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from coxswain import __version__
-from coxswain.schemas.logs import get_logger
+from coxswain.common.logs import get_logger
 from coxswain.schemas.subjects import ENGINE
 from coxswain.service.bus import BUSES, BusProcess, BusThread
 from coxswain.service.config import Settings

@@ -22,7 +22,7 @@ from vllm.v1.outputs import (
 )
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from coxswain.schemas.logs import get_logger
+from coxswain.common.logs import get_logger
 from coxswain.service.simulated.checker import Checker, Limits
 from coxswain.service.simulated.offload import Connector
 from coxswain.service.simulated.runner import Runner, Sample, Step

@@ -22,10 +22,10 @@ import httpx
 import psutil
 from msgspec.structs import replace
 
+from coxswain.common.connection import Connection
 from coxswain.control.client import Client
 from coxswain.control.errors import ControlError
 from coxswain.control.tables import LogLimits, init
-from coxswain.schemas.connection import Connection
 from coxswain.service.tiny import make_model
 from tests.support.cluster import NatsCluster
 from tests.support.nats import NatsServer, free_port

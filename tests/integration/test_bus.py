@@ -12,9 +12,9 @@ import nats
 import psutil
 import pytest
 
+from coxswain.common.connection import Connection
 from coxswain.control.client import Client
 from coxswain.schemas.commands import decode_reply
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER
 from coxswain.schemas.status import decode_config, decode_frame, decode_page, decode_report
 from coxswain.schemas.subjects import Subjects

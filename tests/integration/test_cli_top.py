@@ -12,13 +12,13 @@ import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
+from coxswain.common.connection import Connection
 from coxswain.control.cli import app
 from coxswain.control.cli.exits import Exit
 from coxswain.control.client import Client
-from coxswain.control.recording import Recording
 from coxswain.control.top.app import TopApp
 from coxswain.control.top.sources import Live
-from coxswain.schemas.connection import Connection
+from coxswain.control.view.recording import Recording
 from coxswain.schemas.subjects import Subjects
 from tests.support.fake_worker import FakeWorker, request
 from tests.support.frames import frame, row

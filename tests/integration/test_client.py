@@ -11,11 +11,11 @@ from nats.aio.client import Client as Nats
 from nats.aio.client import Server
 from nats.aio.msg import Msg
 
+from coxswain.common.connection import MAX_PINGS, PING_INTERVAL_S, Connection
 from coxswain.control.client import Client
 from coxswain.control.errors import NoAnswerError, UnreachableError
 from coxswain.control.transport import next_server, open_link
 from coxswain.schemas.commands import Drain, Reply, encode
-from coxswain.schemas.connection import MAX_PINGS, PING_INTERVAL_S, Connection
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER, Code, RefusedError
 from coxswain.schemas.names import NameRefusedError
 from coxswain.schemas.status import RequestQuery

@@ -12,12 +12,12 @@ import nats
 import pytest
 from ulid import ULID
 
+from coxswain.common.connection import Connection
 from coxswain.control.client import Client
 from coxswain.control.errors import ControlError
 from coxswain.control.lease import KEY
 from coxswain.control.tables import LogLimits, init
 from coxswain.schemas.commands import Abort, Targets
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.subjects import Subjects
 from tests.support.bus import FLEET, Worker, stored
 from tests.support.cluster import NatsCluster, leader_of

@@ -17,11 +17,11 @@ import pytest
 from nats.js.api import KeyValueConfig, StreamConfig
 from typer.testing import CliRunner
 
+from coxswain.common.connection import Connection
 from coxswain.control.cli import app
 from coxswain.control.cli.exits import Exit
 from coxswain.control.client import Client
 from coxswain.control.tables import LEASE_TTL_S, init
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.status import Leader
 from tests.support.fake_worker import FakeWorker, request
 from tests.support.nats import NatsServer

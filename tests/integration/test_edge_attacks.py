@@ -32,8 +32,8 @@ from coxswain.control.doctor import judge
 from coxswain.control.examine import examine
 from coxswain.schemas.names import DEFAULT
 from coxswain.service import keys, request_id
-from coxswain.service.edge import OPEN_PATHS, Edge, EdgeSettings
-from coxswain.service.edge_asgi import EdgeMiddleware
+from coxswain.service.edge.asgi import EdgeMiddleware
+from coxswain.service.edge.core import OPEN_PATHS, Edge, EdgeSettings
 from coxswain.service.keys import Grant, Keyring
 from coxswain.service.tiny import make_model
 from tests.support.secured import Secured, secured

@@ -11,10 +11,10 @@ import duckdb
 import msgspec
 import pytest
 
+from coxswain.common.connection import Connection
 from coxswain.control.client import Client
 from coxswain.control.tables import init
 from coxswain.schemas import events as ev
-from coxswain.schemas.connection import Connection
 from tests.integration.test_event_log import store
 from tests.support.log import LoggedEngine
 from tests.support.nats import NatsServer

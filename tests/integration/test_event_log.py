@@ -10,13 +10,13 @@ import pytest
 from nats.js import JetStreamContext
 from typer.testing import CliRunner
 
+from coxswain.common.connection import Connection
 from coxswain.control.cli import app
 from coxswain.control.cli.exits import Exit
 from coxswain.control.client import Client
 from coxswain.control.errors import NotSetUpError
 from coxswain.control.tables import init
 from coxswain.schemas import events as ev
-from coxswain.schemas.connection import Connection
 from tests.support.log import LoggedEngine
 from tests.support.nats import NatsServer
 

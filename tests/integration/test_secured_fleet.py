@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
+from coxswain.common.connection import Connection
 from coxswain.control.cli import app
 from coxswain.control.cli.exits import Exit
 from coxswain.control.client import Client
@@ -27,7 +28,6 @@ from coxswain.control.errors import DeniedError, UnreachableError
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.tables import init
 from coxswain.schemas.commands import Abort, Targets, encode
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.policy import Lead, TenantPolicy
 from coxswain.service.port import LeadIn
 from tests.support.bus import Worker

@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from bench.rig import Rig
+from coxswain.common.connection import Connection
 from coxswain.control.client import Client
 from coxswain.control.tables import init
 from coxswain.schemas.commands import Reply, Targets, decode_reply
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER
 from coxswain.schemas.policy import ClassPolicy, Lead, Prices, TenantPolicy, TenantRank
 from coxswain.schemas.status import Frame, QueueQuery, RequestQuery

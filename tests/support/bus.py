@@ -9,8 +9,8 @@ from typing import Any, Self
 import nats
 from nats.js.api import StreamConfig
 
+from coxswain.common.logs import get_logger
 from coxswain.schemas.events import decode_event
-from coxswain.schemas.logs import get_logger
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import BusProcess, BusThread
 from coxswain.service.config import Settings

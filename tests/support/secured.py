@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from coxswain.common.connection import Connection
 from coxswain.control import auth
 from coxswain.control.client import Client
 from coxswain.control.tables import init
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.subjects import Subjects
 from tests.support.nats import NatsServer
 

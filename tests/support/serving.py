@@ -16,9 +16,9 @@ import httpx
 import msgspec
 import psutil
 
+from coxswain.common.connection import Connection
 from coxswain.control.client import Client
 from coxswain.control.tables import init
-from coxswain.schemas.connection import Connection
 from tests.support.nats import NatsServer
 
 WORKER = "cpu-1"

@@ -9,9 +9,9 @@ from unittest.mock import patch
 from ulid import ULID
 
 from bench.rig import Rig, vllm_config
+from coxswain.common.connection import Connection
 from coxswain.control.client import Client
 from coxswain.schemas.commands import COMMANDS, Reply, Targets
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.subjects import OPERATOR
 from coxswain.service.request_id import make
 from tests.support.waiting import PATIENCE_S

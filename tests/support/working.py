@@ -11,9 +11,9 @@ import msgspec
 import nats
 from nats.aio.msg import Msg
 
+from coxswain.common.connection import Connection
 from coxswain.control.core import Beat, Send
 from coxswain.schemas.commands import Reply, decode, encode
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.policy import Epoch, Lead
 from coxswain.schemas.subjects import Subjects
 from tests.support.frames import SmallWorker

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coxswain.control.estimates.qoe import Reader, quality
 from coxswain.control.fleet import Fleet
 from coxswain.control.policies.andes import FULL, LATER, NOW, Andes
 from coxswain.control.policy import Tables
-from coxswain.control.qoe import Reader, quality
 from coxswain.schemas.policy import ClassPolicy
 from coxswain.schemas.status import KvBlocks, Slots
 from tests.support.frames import frame, request, row

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import uvloop
 
-from coxswain.schemas.connection import Connection
+from coxswain.common.connection import Connection
 from coxswain.service.bus.connect import connect
 
 INFO = (

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 
 from coxswain.control.cli import view_events, view_fleet, view_requests, view_tables
 from coxswain.control.cli.view_requests import Listing, Told
-from coxswain.control.picture import RequestRow
+from coxswain.control.view.picture import RequestRow
 from coxswain.schemas import events as ev
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import (

@@ -3,13 +3,13 @@
 import asyncio
 from typing import Any
 
+from coxswain.common.connection import Connection
 from coxswain.control.core import Answer, Send
 from coxswain.control.daemon import Controller
 from coxswain.control.errors import NoAnswerError
 from coxswain.control.policies.edf import Edf
 from coxswain.control.told import ANSWER_S
 from coxswain.schemas.commands import Limit, Reply, Targets
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.status import QueuePage
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from coxswain.control.crowd import ENOUGH, Crowd
+from coxswain.control.estimates.crowd import ENOUGH, Crowd
 from coxswain.control.fleet import Fleet
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.policy import Tables

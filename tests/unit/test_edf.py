@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Send
+from coxswain.control.estimates.rates import Rates
 from coxswain.control.fleet import Fleet
 from coxswain.control.policies.edf import SPAN, Edf, Job, _deadline, _priority, late
 from coxswain.control.policy import Tables
-from coxswain.control.rates import Rates
 from coxswain.schemas.commands import decode, encode
 from coxswain.schemas.policy import ClassPolicy
 from coxswain.schemas.status import ClassStatus

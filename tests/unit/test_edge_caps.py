@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coxswain.common.connection import Connection
 from coxswain.schemas.commands import encode
-from coxswain.schemas.connection import Connection
 from coxswain.schemas.status import ClassStatus, Frame, TenantStatus
-from coxswain.service import edge_hook
 from coxswain.service.bus.frames import split
 from coxswain.service.config import SettingRefusedError, Settings
-from coxswain.service.edge import Edge, EdgeSettings, Refusal
-from coxswain.service.edge_asgi import EdgeMiddleware
-from coxswain.service.edge_caps import LOST_S, STALE_S, ClassSeen, EdgeCaps, EdgeFrame, Passage, TenantSeen
-from coxswain.service.edge_status import EdgeStatus, listener, workers_behind
+from coxswain.service.edge import hook as edge_hook
+from coxswain.service.edge.asgi import EdgeMiddleware
+from coxswain.service.edge.caps import LOST_S, STALE_S, ClassSeen, EdgeCaps, EdgeFrame, Passage, TenantSeen
+from coxswain.service.edge.core import Edge, EdgeSettings, Refusal
+from coxswain.service.edge.status import EdgeStatus, listener, workers_behind
 from tests.support.frames import frame, row
 
 decode = msgspec.json.Decoder(EdgeFrame).decode

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from coxswain.schemas.commands import encode
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import CommandStats
-from coxswain.service.edge import Refusal
-from coxswain.service.edge_caps import EdgeCaps, EdgeFrame, Passage
+from coxswain.service.edge.caps import EdgeCaps, EdgeFrame, Passage
+from coxswain.service.edge.core import Refusal
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
 from tests.support.fake_engine import FakeEngine
 

@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from coxswain.service import edge_hook
-from coxswain.service.edge import Edge, EdgeSettings
-from coxswain.service.edge_asgi import EdgeMiddleware
+from coxswain.service.edge import hook as edge_hook
+from coxswain.service.edge.asgi import EdgeMiddleware
+from coxswain.service.edge.core import Edge, EdgeSettings
 
 
 class Server:

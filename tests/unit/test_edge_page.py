@@ -14,16 +14,16 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge, make_asgi_app
 from prometheus_client.parser import text_string_to_metric_families
 
+from coxswain.common.connection import Connection
+from coxswain.common.logs import get_logger
 from coxswain.schemas import metrics as names
-from coxswain.schemas.connection import Connection
-from coxswain.schemas.logs import get_logger
 from coxswain.schemas.status import ClassStatus, Frame, Leader
 from coxswain.service import keys
-from coxswain.service.edge import Edge, EdgeSettings
-from coxswain.service.edge_asgi import EdgeMiddleware
-from coxswain.service.edge_caps import EdgeCaps, EdgeFrame
-from coxswain.service.edge_metrics import EdgeMetrics
-from coxswain.service.edge_status import EdgeStatus
+from coxswain.service.edge.asgi import EdgeMiddleware
+from coxswain.service.edge.caps import EdgeCaps, EdgeFrame
+from coxswain.service.edge.core import Edge, EdgeSettings
+from coxswain.service.edge.metrics import EdgeMetrics
+from coxswain.service.edge.status import EdgeStatus
 from coxswain.service.keys import Grant, Keyring
 from tests.support.frames import frame, row
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coxswain.schemas import metrics as names
 from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.status import ClassStatus, CommandStats
-from coxswain.service.edge_tally import KEPT_S, MAX_CLASSES, TENURE_S, Tally
+from coxswain.service.edge.tally import KEPT_S, MAX_CLASSES, TENURE_S, Tally
 from tests.support.frames import frame, row
 
 OUTPUT = names.TENANT_OUTPUT.name

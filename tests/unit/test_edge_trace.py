@@ -13,15 +13,15 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
+from coxswain.common.connection import Connection
 from coxswain.schemas import events as ev
-from coxswain.schemas.connection import Connection
-from coxswain.service import edge_trace
 from coxswain.service.config import Settings
-from coxswain.service.edge import Edge, EdgeSettings
-from coxswain.service.edge_asgi import EdgeMiddleware
-from coxswain.service.edge_caps import EdgeCaps
-from coxswain.service.edge_status import EdgeStatus, listener
-from coxswain.service.edge_trace import Traces
+from coxswain.service.edge import trace as edge_trace
+from coxswain.service.edge.asgi import EdgeMiddleware
+from coxswain.service.edge.caps import EdgeCaps
+from coxswain.service.edge.core import Edge, EdgeSettings
+from coxswain.service.edge.status import EdgeStatus, listener
+from coxswain.service.edge.trace import Traces
 
 SECRET = "ab" * 32
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -212,7 +212,7 @@ def test_off_is_free():
     """Without vLLM's own flag nothing is made, nothing is heard, and OpenTelemetry is not even imported."""
     code = (
         "import sys; from types import SimpleNamespace as N; from coxswain.service.config import Settings;"
-        "from coxswain.service.edge_status import listener; import coxswain.service.edge_asgi;"
+        "from coxswain.service.edge.status import listener; import coxswain.service.edge.asgi;"
         "env = {'COX_NATS_URL': 'nats://127.0.0.1:1', 'COX_WORKER': 'w1'};"
         "app = N(state=N(vllm_config=N(parallel_config=N(), observability_config=N(otlp_traces_endpoint=None))));"
         "status = listener(Settings.from_env(env), env)(app);"

@@ -8,8 +8,8 @@ from ulid import ULID
 
 from coxswain.control.cli import view_explain
 from coxswain.control.cli.explain import SKEW_S, made_at
-from coxswain.control.slow import Investigator, Quantiles, Slow
-from coxswain.control.story import ChildStory, Story, Teller
+from coxswain.control.explain.slow import Investigator, Quantiles, Slow
+from coxswain.control.explain.story import ChildStory, Story, Teller
 from coxswain.schemas import events as ev
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from tests.support.log import LoggedEngine

@@ -12,7 +12,7 @@ import coxswain
 from coxswain.control import auth
 from coxswain.control.cli import app
 from coxswain.control.cli.parse import address
-from coxswain.service.edge import READY
+from coxswain.service.edge.core import READY
 from coxswain.service.worker import SHUTDOWN_S
 
 helm = pytest.importorskip("helm_python", reason="HELM IS NOT HERE: the chart was not rendered")

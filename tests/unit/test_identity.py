@@ -10,11 +10,12 @@ import httpx
 import pytest
 from ulid import ULID
 
-from coxswain.schemas.logs import get_logger
-from coxswain.service import edge_hook, keys, request_id
+from coxswain.common.logs import get_logger
+from coxswain.service import keys, request_id
 from coxswain.service.config import SettingRefusedError
-from coxswain.service.edge import Edge, EdgeSettings, Ticket
-from coxswain.service.edge_asgi import EdgeMiddleware, ticket
+from coxswain.service.edge import hook as edge_hook
+from coxswain.service.edge.asgi import EdgeMiddleware, ticket
+from coxswain.service.edge.core import Edge, EdgeSettings, Ticket
 from coxswain.service.keys import Grant, Keyring
 from coxswain.service.request_id import Claim
 
@@ -155,7 +156,7 @@ async def test_revoked_key_is_refused_while_running(file: Path, monkeypatch: pyt
     """A key revoked in the file is refused at the next look, without a restart."""
     rig, key = with_key(file, Grant(tenant="acme"))
     clock = [1000.0]
-    monkeypatch.setattr("coxswain.service.edge_asgi.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("coxswain.service.edge.asgi.time", SimpleNamespace(monotonic=lambda: clock[0]))
     assert (await rig.post(key)).status_code == 200
     keys.revoke(file, next(iter(keys.load(file).values())).id)
     clock[0] += 1.5

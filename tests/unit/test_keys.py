@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coxswain.schemas.logs import get_logger
+from coxswain.common.logs import get_logger
 from coxswain.service import keys
 from coxswain.service.keys import Grant, Keyring, KeysRefusedError
 

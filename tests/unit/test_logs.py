@@ -3,7 +3,7 @@
 import io
 import json
 
-from coxswain.schemas.logs import REDACTED, get_logger
+from coxswain.common.logs import REDACTED, get_logger
 
 
 def test_json_lines_without_a_terminal() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from coxswain.control.overview import Overview
-from coxswain.control.picture import Picture
+from coxswain.control.view.overview import Overview
+from coxswain.control.view.picture import Picture
 from coxswain.schemas.status import CommandStats, Frame, Gone, KvBlocks, Leader, Slots
 from tests.support.frames import frame, request, row
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from coxswain.control import recording
-from coxswain.control.overview import Overview
-from coxswain.control.recording import Recorder, Recording, RecordingError
+from coxswain.control.view import recording
+from coxswain.control.view.overview import Overview
+from coxswain.control.view.recording import Recorder, Recording, RecordingError
 from tests.support.frames import frame, request, row
 
 NOW = 1_700_000_000.0

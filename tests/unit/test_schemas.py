@@ -10,15 +10,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from coxswain.schemas import commands, events, names, policy, status
-from coxswain.schemas.commands import VERBS
-from coxswain.schemas.connection import (
+from coxswain.common.connection import (
     DEFAULT_URL,
     MAX_PINGS,
     PING_INTERVAL_S,
     AddressRefusedError,
     Connection,
 )
+from coxswain.schemas import commands, events, names, policy, status
+from coxswain.schemas.commands import VERBS
 from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
 from coxswain.schemas.jsonschema import ROOTS, document
 from coxswain.schemas.names import NameRefusedError

@@ -1,6 +1,6 @@
 """How often a kind of line may be logged."""
 
-from coxswain.schemas.throttle import Throttle
+from coxswain.common.throttle import Throttle
 
 
 def test_each_thing_passes_once_per_period_and_the_rest_is_counted() -> None:

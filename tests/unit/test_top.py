@@ -12,12 +12,12 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from coxswain.control.cli.grid import Cell
-from coxswain.control.overview import Overview
-from coxswain.control.picture import RequestRow
-from coxswain.control.recording import Recorder, Recording
 from coxswain.control.top.app import TopApp
 from coxswain.control.top.columns import REQUESTS, TENANTS, gauge
 from coxswain.control.top.sources import Live, Replay, Timed
+from coxswain.control.view.overview import Overview
+from coxswain.control.view.picture import RequestRow
+from coxswain.control.view.recording import Recorder, Recording
 from coxswain.schemas import commands as c
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.status import ClassStatus, Frame, KvBlocks, Leader, RequestReport, Slots

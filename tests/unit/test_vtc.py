@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coxswain.control.core import ControlCore, Inputs, Send
+from coxswain.control.estimates.predict import MovingAverage
 from coxswain.control.fleet import Fleet
 from coxswain.control.policies.vtc import KEEP, Vtc
 from coxswain.control.policy import Tables
-from coxswain.control.predict import MovingAverage
 from coxswain.schemas.policy import TenantPolicy
 from tests.support.frames import SmallWorker, frame, request, row
 

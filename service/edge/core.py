@@ -1,6 +1,6 @@
 """What the HTTP edge decides: who asks, may they, for what class and priority.
 
-Pure: no ASGI, no vLLM, no files. Called by `edge_asgi.py` once per request; O(number of headers), bodies
+Pure: no ASGI, no vLLM, no files. Called by `asgi.py` once per request; O(number of headers), bodies
 are never looked at.
 
 Who asks, in this order:
@@ -25,7 +25,7 @@ from coxswain.service.config import SettingRefusedError
 from coxswain.service.keys import Grant, Keyring
 
 if TYPE_CHECKING:
-    from coxswain.service.edge_caps import Passage
+    from coxswain.service.edge.caps import Passage
 
 Headers = list[tuple[bytes, bytes]]
 """As in an ASGI scope: names in lower case."""

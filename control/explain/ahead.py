@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from coxswain.control.life import Life
+from coxswain.control.explain.life import Life
 from coxswain.schemas import events as ev
 from coxswain.schemas.policy import ClassPolicy
 

@@ -10,9 +10,9 @@ from typing import Final
 
 import msgspec
 
-from coxswain.control.ahead import Ahead, Classes, Line
-from coxswain.control.life import Life
-from coxswain.control.story import AnyEvent, Gaps
+from coxswain.control.explain.ahead import Ahead, Classes, Line
+from coxswain.control.explain.life import Life
+from coxswain.control.explain.story import AnyEvent, Gaps
 from coxswain.schemas import events as ev
 
 AT_ONCE_S: Final = 0.05

@@ -1,4 +1,4 @@
-"""Our families behind vLLM's own on its `/metrics`: one page, one port. ASGI only; called by `edge_asgi.py`.
+"""Our families behind vLLM's own on its `/metrics`: one page, one port. ASGI only; called by `asgi.py`.
 
 vLLM's page comes from a registry that it keeps to itself where it runs several API server processes, so ours is put
 behind what it answers.

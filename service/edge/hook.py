@@ -13,8 +13,8 @@ from typing import Any
 
 from coxswain.schemas.request_id import normalise
 from coxswain.service import request_id
-from coxswain.service.edge import Ticket
-from coxswain.service.edge_asgi import ticket
+from coxswain.service.edge.asgi import ticket
+from coxswain.service.edge.core import Ticket
 
 
 def apply(request: Any, held: Ticket) -> None:

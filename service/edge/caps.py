@@ -1,7 +1,7 @@
 """Caps at the HTTP edge: what the engines behind this server have queued, and who may still send.
 
 Pure: frames and clock readings in, a refusal or a passage out; a decision is a few dictionary look-ups. Called by
-`edge_asgi.py` once per request and by `edge_status.py` for every status frame.
+`asgi.py` once per request and by `status.py` for every status frame.
 
 What counts as queued is what the engines' last frames say, and what this process let through that those frames cannot
 know of yet. A frame's totals say how many of a tenant's requests an engine has ever been given, so it is known which
@@ -19,7 +19,7 @@ import msgspec
 
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.parts import Assembler
-from coxswain.service.edge import Refusal
+from coxswain.service.edge.core import Refusal
 
 STALE_S: Final = 5.0
 """Numbers of a worker that was silent for longer count no more: it publishes at least once a second."""

@@ -14,15 +14,15 @@ from typing import Any, Final
 import msgspec
 from nats.aio.msg import Msg
 
-from coxswain.schemas.connection import Connection
+from coxswain.common.connection import Connection
+from coxswain.common.logs import get_logger
+from coxswain.common.throttle import Throttle
 from coxswain.schemas.errors import UNREADABLE
-from coxswain.schemas.logs import get_logger
 from coxswain.schemas.subjects import Subjects
-from coxswain.schemas.throttle import Throttle
 from coxswain.service.bus.connect import Backoff, close, connect
 from coxswain.service.config import SettingRefusedError, Settings
-from coxswain.service.edge_caps import EdgeCaps, EdgeFrame
-from coxswain.service.edge_metrics import EdgeMetrics
+from coxswain.service.edge.caps import EdgeCaps, EdgeFrame
+from coxswain.service.edge.metrics import EdgeMetrics
 
 PENDING_MESSAGES: Final = 256
 PENDING_BYTES: Final = 32 * 1024 * 1024
@@ -181,7 +181,7 @@ def _traces(config: Any) -> Any:
     observability = getattr(config, "observability_config", None)
     if getattr(observability, "otlp_traces_endpoint", None) is None:
         return None
-    from coxswain.service.edge_trace import Traces
+    from coxswain.service.edge.trace import Traces
 
     return Traces()
 

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from typing import Final
 
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
-from coxswain.control.picture import Happening, Weight
+from coxswain.control.view.picture import Happening, Weight
 from coxswain.schemas.policy import Epoch
 from coxswain.schemas.status import Frame, RequestStatus, StoryLine
 

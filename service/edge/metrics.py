@@ -4,7 +4,7 @@ Nothing is read, computed or kept for it in the engine, and in the server only t
 read when somebody asks. Where vLLM runs several API server processes any of them may be asked: they share what was
 counted by a file in the folder where prometheus_client's processes share theirs.
 
-Called by `edge_status.py` (frames) and `edge_asgi.py` (requests for the page).
+Called by `status.py` (frames) and `asgi.py` (requests for the page).
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from typing import Any, Final
 
 import msgspec
 
+from coxswain.common.logs import get_logger
 from coxswain.schemas import metrics as names
 from coxswain.schemas.errors import UNREADABLE
-from coxswain.schemas.logs import get_logger
 from coxswain.schemas.metrics import LONG_SILENT_S, OTHER, Metric
 from coxswain.schemas.parts import Assembler, Parts
 from coxswain.schemas.status import Frame, decode_glance
-from coxswain.service.edge_caps import EdgeFrame
-from coxswain.service.edge_tally import TENANT_FIELDS, Life, Tally
+from coxswain.service.edge.caps import EdgeFrame
+from coxswain.service.edge.tally import TENANT_FIELDS, Life, Tally
 
 STATES: Final = ("serving", "draining", "paused")
 MAX_LIVES: Final = 4

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
-from coxswain.control.ahead import Ahead, Classes, Line
-from coxswain.control.life import PHASES, Life
+from coxswain.control.explain.ahead import Ahead, Classes, Line
+from coxswain.control.explain.life import PHASES, Life
 from coxswain.schemas import events as ev
 from coxswain.schemas.request_id import normalise
 

@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from coxswain.control.chronicle import Chronicle
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
-from coxswain.control.picture import (
+from coxswain.control.view.chronicle import Chronicle
+from coxswain.control.view.picture import (
     ClassRow,
     Happening,
     LeaderRow,
@@ -20,7 +20,7 @@ from coxswain.control.picture import (
     TenantRow,
     WorkerRow,
 )
-from coxswain.control.recent import FirstTokens, Recent
+from coxswain.control.view.recent import FirstTokens, Recent
 from coxswain.schemas.status import ClassStatus, Frame, StoryLine, TenantStatus
 
 WINDOW_S: Final = 30.0

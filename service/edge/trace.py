@@ -7,7 +7,7 @@ the worker's events, which carry their times: the engine's step has nothing to d
 
   coxswain.request ── queue ── run ── cut-in | hold ── run ── …    and beside them vLLM's llm_request
 
-Called by `edge_asgi.py` (requests) and `edge_status.py` (events), on the server's loop.
+Called by `asgi.py` (requests) and `status.py` (events), on the server's loop.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from coxswain.service.edge import Admitted, Headers
+from coxswain.service.edge.core import Admitted, Headers
 
 MAX_OPEN: Final = 10_000
 """Requests whose events are waited for; the oldest are given up first."""

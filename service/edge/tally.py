@@ -9,7 +9,7 @@ hands only to one that is served `MARGIN` times as much as its holder, who has h
 it keeps its series, still, for `KEPT_S`, so that Prometheus has seen the last of it; then the series ends. It is not
 added to `other`: that would look like service all at once.
 
-Called by `edge_metrics.py`, whenever somebody asks for `/metrics`. A struct of plain values, so that several API
+Called by `metrics.py`, whenever somebody asks for `/metrics`. A struct of plain values, so that several API
 server processes can share it as bytes.
 """
 

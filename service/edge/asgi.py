@@ -1,4 +1,4 @@
-"""The HTTP edge as ASGI middleware: carries `edge.py`'s decisions out, decides nothing itself.
+"""The HTTP edge as ASGI middleware: carries `core.py`'s decisions out, decides nothing itself.
 
 Outermost in vLLM's server (see `identity.py`). It touches headers only, never bodies, so streaming is
 unaffected.
@@ -13,8 +13,9 @@ from typing import Any, Final
 import msgspec
 from ulid import ULID
 
-from coxswain.service import edge_page
-from coxswain.service.edge import (
+from coxswain.service.edge import page as edge_page
+from coxswain.service.edge.caps import DRAINING_RETRY_S, DRAINS, Passage
+from coxswain.service.edge.core import (
     CLIENT_ID_HEADER,
     HEALTH,
     ID_HEADER,
@@ -27,9 +28,8 @@ from coxswain.service.edge import (
     Ticket,
     client_id,
 )
-from coxswain.service.edge_caps import DRAINING_RETRY_S, DRAINS, Passage
-from coxswain.service.edge_page import App, Message, Receive, Scope, Send
-from coxswain.service.edge_status import EdgeStatus
+from coxswain.service.edge.page import App, Message, Receive, Scope, Send
+from coxswain.service.edge.status import EdgeStatus
 from coxswain.service.keys import Keyring
 
 ticket: Final[ContextVar[Ticket | None]] = ContextVar("coxswain_ticket", default=None)
