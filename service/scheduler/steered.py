@@ -241,9 +241,11 @@ class SteeredScheduler(AsyncScheduler):
         return bool(len(self.requests) > running + waiting + len(self.core.roster.held))
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """As vLLM, but held requests give up their KV first when running ones must."""
+        """As vLLM, but held requests give up their KV first when running ones must, and all are told why."""
         if reset_running_requests:
             self.core.lose_all_kv(self.now(), "prefix cache reset")
+            for request in self.running:
+                self.core.evicted(self.now(), request.steering, "prefix cache reset")
         return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
 
     def shutdown(self) -> None:

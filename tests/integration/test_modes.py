@@ -308,7 +308,9 @@ def test_prefix_cache_reset(start: Start, mode: dict[str, bool], kv: str) -> Non
     steered.told("preempt", "held", kv="drop" if kv == "drop" else "keep")
     few_steps(steered)
     assert steered.core.reset_prefix_cache() is False
+    events = steered.events()
     assert steered.core.reset_prefix_cache(reset_running_requests=True) is True
+    assert [fields["reason"] for _, kind, fields in events if kind is ev.Preempted] == ["prefix cache reset"]
     assert steered.scheduler.kv_cache_manager.usage == 0
     few_steps(steered)
     steered.command("continue", "held")

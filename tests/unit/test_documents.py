@@ -128,7 +128,11 @@ def test_every_field_of_the_tables_is_documented(table: str, row: type[msgspec.S
 
 def test_the_environment_variables_are_those_that_are_read() -> None:
     """The table of variables names all that the code reads, and no others."""
-    code = [path for part in ("schemas", "service", "control", "lab") for path in (ROOT / part).rglob("*.py")]
+    code = [
+        path
+        for part in ("common", "schemas", "service", "control", "lab")
+        for path in (ROOT / part).rglob("*.py")
+    ]
     read = {name for path in code for name in re.findall(r'"(COX_[A-Z_]*[A-Z])"', path.read_text())}
     documented = set(re.findall(r"`(COX_[A-Z_]*[A-Z])`", OPERATIONS))
     assert documented == read

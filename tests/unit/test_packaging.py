@@ -120,6 +120,21 @@ def test_the_license_is_the_one_that_is_declared():
     assert "END OF TERMS AND CONDITIONS" in text
 
 
+@pytest.mark.parametrize(
+    ("folder", "may_import"),
+    [
+        ("schemas", {"schemas"}),
+        ("common", {"common", "schemas"}),
+        ("service", {"common", "schemas", "service"}),
+        ("control", {"common", "schemas", "control"}),
+    ],
+)
+def test_folders_import_in_one_direction(folder, may_import):
+    """The contract knows nobody, plumbing the contract alone, and the two sides not each other."""
+    code = "\n".join(path.read_text() for path in (ROOT / folder).rglob("*.py"))
+    assert set(re.findall(r"^\s*(?:from|import) coxswain\.(\w+)", code, re.MULTILINE)) <= may_import
+
+
 @pytest.mark.parametrize("group", ["console_scripts", "vllm.general_plugins", "coxswain.policies"])
 def test_what_the_package_offers_to_others_exists(group):
     """Every entry point of ours names an object that can be imported."""
