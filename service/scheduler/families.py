@@ -6,6 +6,7 @@ hundred thousand waiting requests that is a quarter of what steering remembers o
 
 from collections.abc import Collection
 
+from coxswain.schemas.request_id import normalise
 from coxswain.service.scheduler.record import Record
 
 
@@ -36,6 +37,10 @@ class Families:
     def get(self, request: str) -> Collection[Record]:
         """All children of a client's request that have not ended, in order; empty if there are none."""
         return self[request] if request in self._families else ()
+
+    def find(self, name: str) -> Collection[Record]:
+        """As `get`, by whatever name people have for the request: the id of a body or of a log does, too."""
+        return self.get(name) or self.get(normalise(name))
 
     def next_child(self, request: str) -> int:
         """The number that the next child will have; the first is 0."""

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from coxswain.schemas import status as st
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import Epoch
-from coxswain.schemas.request_id import normalise
 from coxswain.service.port import Draft
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.rows import ClassRows, RequestRows, TenantRows, row
@@ -139,7 +138,7 @@ class Reporter:
             RefusedError: 404 if there is none.
         """
         core, families = self.core, self.core.roster.families
-        family = families.get(name) or families.get(normalise(name))
+        family = families.find(name)
         if not family:
             raise RefusedError(Code.NOT_FOUND, f"no request {name!r} here: finished, aborted, or never here")
         return st.RequestReport(

@@ -13,7 +13,6 @@ from coxswain.schemas import commands as c
 from coxswain.schemas import events as ev
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.names import RESERVED
-from coxswain.schemas.request_id import normalise
 from coxswain.schemas.status import CommandStats
 from coxswain.schemas.subjects import CONTROLLER, ENGINE, OPERATOR
 from coxswain.service.scheduler.answered import Answered
@@ -26,6 +25,9 @@ from coxswain.service.scheduler.tenants import MAX_TENANTS
 
 Outcome = tuple[c.Outcome, str, int]
 """(outcome, detail, tokens in flight) of one target."""
+
+Results = list[tuple[Record | str, Outcome]]
+"""What became of each target: a request that is here, or the name of what was not found."""
 
 
 class Commands:
@@ -44,7 +46,7 @@ class Commands:
         self._outcomes: defaultdict[str, Counter[str]] = defaultdict(Counter)
         """Per verb, how many ended so: `applied`, `partial`, or the refusal's code."""
         self._answered = Answered()
-        self._verbs: dict[str, Callable[[float, str, c.Command], list[tuple[Record | str, Outcome]]]] = {
+        self._verbs: dict[str, Callable[[float, str, c.Command], Results]] = {
             "prioritize": self._prioritize,
             "preempt": self._preempt,
             "continue": self._continue,
@@ -123,13 +125,13 @@ class Commands:
 
     # Targets
 
-    def _resolve(self, targets: c.Targets) -> tuple[list[Record], list[tuple[Record | str, Outcome]]]:
+    def _resolve(self, targets: c.Targets) -> tuple[list[Record], Results]:
         """The union of what the targets mean now, in order of arrival at this list, and what was not found."""
         core = self.core
         found: dict[Record, None] = {}
-        missing: list[tuple[Record | str, Outcome]] = []
+        missing: Results = []
         for name in targets.requests:
-            family = core.roster.families.get(name) or core.roster.families.get(normalise(name))
+            family = core.roster.families.find(name)
             if family:
                 found.update(dict.fromkeys(family))
             else:
@@ -149,7 +151,7 @@ class Commands:
         self,
         command: c.Targeted,
         act: Callable[[Record], Outcome],
-    ) -> list[tuple[Record | str, Outcome]]:
+    ) -> Results:
         records, results = self._resolve(command.targets)
         results.extend((record, act(record)) for record in records)
         failed = [outcome for _, outcome in results if outcome[0] in ("not_found", "not_possible")]
@@ -165,7 +167,7 @@ class Commands:
 
     # Verbs
 
-    def _prioritize(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _prioritize(self, now: float, role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Prioritize)
         if command.priority is None and command.class_ is None:
             raise RefusedError(Code.MALFORMED, "prioritize needs `priority`, `class` or both")
@@ -178,7 +180,7 @@ class Commands:
 
         return self._each(command, act)
 
-    def _preempt(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _preempt(self, now: float, role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Preempt)
         if role == CONTROLLER and command.lease_s is None:
             raise RefusedError(Code.MALFORMED, "a controller's preempt needs `lease_s`")
@@ -201,7 +203,7 @@ class Commands:
 
         return self._each(command, act)
 
-    def _continue(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _continue(self, now: float, role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Continue)
 
         def act(record: Record) -> Outcome:
@@ -217,7 +219,7 @@ class Commands:
 
         return self._each(command, act)
 
-    def _abort(self, _now: float, _role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _abort(self, _now: float, _role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Abort)
         doomed: list[Record] = []
 
@@ -229,7 +231,7 @@ class Commands:
         self.core.engine.abort(doomed)
         return results
 
-    def _rank(self, _now: float, _role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _rank(self, _now: float, _role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Rank)
         core = self.core
         new = sum(name not in core.tenants.accounts for name in command.tenants)
@@ -242,7 +244,7 @@ class Commands:
             core.rank(name, rank)
         return []
 
-    def _configure(self, _now: float, _role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _configure(self, _now: float, _role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Configure)
         if reserved := sorted(RESERVED & command.classes.keys()):
             raise RefusedError(Code.MALFORMED, f"class name {reserved[0]!r} is reserved: choose another")
@@ -252,7 +254,7 @@ class Commands:
         self.core.configure(command.classes, command.tenants)
         return []
 
-    def _limit(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _limit(self, now: float, role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Limit)
         targets = command.targets
         if targets.requests or targets.all:
@@ -284,15 +286,13 @@ class Commands:
             role, [target for target in known if caps[target] != NO_CAPS]
         ):
             raise RefusedError(Code.TOO_LARGE, obstacle)
-        results: list[tuple[Record | str, Outcome]] = [
-            (name, ("not_found", "no such class", 0)) for name in missing
-        ]
+        results: Results = [(name, ("not_found", "no such class", 0)) for name in missing]
         for target, asked in caps.items():
             done = self.core.limits.limit(now, role, target, asked)
             results.append((target.name, ("applied" if done else "unchanged", str(target), 0)))
         return results
 
-    def _drain(self, now: float, role: str, command: c.Command) -> list[tuple[Record | str, Outcome]]:
+    def _drain(self, now: float, role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Drain)
         if command.on:
             return [(record, ("applied", "", 0)) for record in self.core.drain.begin(now, role)]
@@ -308,7 +308,7 @@ class Commands:
         self,
         now: float,
         command: c.Command,
-        results: list[tuple[Record | str, Outcome]],
+        results: Results,
         ignored: tuple[str, ...],
     ) -> c.Reply:
         counts: dict[str, int] = {}
