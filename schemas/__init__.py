@@ -1,8 +1,7 @@
 """The wire contract, version 1: what crosses NATS and nothing else.
 
 Lives here: msgspec structs, one module per direction, their decoders, subjects, names and refusal codes.
-May not live here: I/O, clocks, vLLM, NATS, anything of `service` or
-`control`. Both of those import this.
+May not live here: I/O, clocks, vLLM, NATS, anything else of ours. `common`, `service` and `control` import this.
 The rules behind the shapes are in `docs/protocol.md`; `cox schema` prints all of it as JSON Schema.
 """
 

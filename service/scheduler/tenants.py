@@ -38,7 +38,7 @@ class Account(Group):
     __slots__ = (
         "ahead", "base", "cached_input_tokens", "charged", "discarded_tokens", "expected_output",
         "external_input_tokens", "finished", "lift", "meter", "output_tokens", "policy", "recomputed_tokens",
-        "reloaded_tokens", "restored_tokens", "seen", "settled_at", "shut", "tenants", "touched",
+        "reloaded_tokens", "restored_tokens", "seen", "settled_at", "shut", "tenants",
         "uncached_input_tokens", "uncomputed_input_tokens", "virtual_time", "waiting", "weight",
     )  # fmt: skip
 
@@ -67,7 +67,6 @@ class Account(Group):
         self.shut = False
         """The queue's: whether its lines stand aside because it was full when the queue was last told."""
         self.tenants = tenants
-        self.touched = tenants.touched
         self.settled_at = 0
         """What `Tenants.deliveries` was then."""
 
@@ -95,21 +94,24 @@ class Account(Group):
         return self.rank[0] - self.ahead
 
     def settle(self) -> None:
-        """Count and charge the output that was delivered since this was last called; nobody expected it."""
+        """Count and charge the output that was delivered since this was last called; nobody expected it.
+
+        `Meter.read` and `deliver` in one, without their calls: every step that admits asks this of many tenants.
+        """
         tenants, meter = self.tenants, self.meter
         self.settled_at = tenants.deliveries
         if news := meter.past + sum(map(len, meter.lists.values())) - self.output_tokens:
             self.output_tokens += news
             self.charged += news * tenants.prices.output / self.weight
             self.virtual_time = self.base + self.charged + self.lift
-            if self not in self.touched:
-                self.touched[self] = False
+            if self not in tenants.touched:
+                tenants.touched[self] = False
 
     def charge(self, cost: float) -> None:
         """Add `cost` (tokens × price) at the weight in force now."""
         self.charged += cost / self.weight
         self.virtual_time = self.base + self.charged + self.lift
-        self.touched.setdefault(self, False)
+        self.tenants.touched.setdefault(self, False)
 
     def deliver(self, tokens: int, price: float, owed: float = 0.0) -> None:
         """Count and charge output tokens; `owed` more are expected, and charged at the price and weight in force."""
@@ -117,7 +119,7 @@ class Account(Group):
         ahead, self.ahead = self.ahead, owed * price / self.weight
         self.charged += tokens * price / self.weight + (self.ahead - ahead)
         self.virtual_time = self.base + self.charged + self.lift
-        self.touched.setdefault(self, False)
+        self.tenants.touched.setdefault(self, False)
 
     def rebase(self, base: float) -> None:
         """Set the controller's base."""
@@ -132,11 +134,11 @@ class Account(Group):
 
     def _sum(self) -> None:
         self.virtual_time = self.base + self.charged + self.lift
-        self.touched[self] = True
+        self.tenants.touched[self] = True
 
     def touch(self) -> None:
         """Something changed that its row in status shows, beyond what a charge changes."""
-        self.touched[self] = True
+        self.tenants.touched[self] = True
 
 
 class Tenants:

@@ -77,7 +77,7 @@ def test_every_change_of_virtual_time_is_news(change: str) -> None:
     """Whatever moves a tenant's virtual time marks it for the next status frame."""
     tenant = account()
     getattr(tenant, change)(5.0)
-    assert tenant in tenant.touched
+    assert tenant in tenant.tenants.touched
 
 
 # The lift, as the core applies it
