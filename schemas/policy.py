@@ -63,6 +63,8 @@ class ClassPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Requests of the class that may wait on one worker; the HTTP edge refuses more (429)."""
     linger_s: NotNegative = 0.0
     """For how long after a better class was last present its step budget stays in force."""
+    stand_aside: bool = False
+    """Running requests of the class wait out the step in which one of a better class begins."""
 
 
 class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True):

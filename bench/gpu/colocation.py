@@ -45,7 +45,7 @@ async def arrive(llm: Any, sizes: Sizes) -> list[Request]:
 async def colocation(
     llm: Any, wire: Any, sizes: Sizes, *, variant: str, batch: bool = True, interactive: bool = True,
     policy: str = "fcfs", cut_in: str = "off", spare: int = 0, budget: int | None = None,
-    steady: bool = False,
+    steady: bool = False, aside: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """One variant: time to first token of every interactive request, batch tokens/s while they arrive.
 
@@ -60,6 +60,7 @@ async def colocation(
         cut_in: of the interactive class, ours.
         spare: slots for holds, ours.
         budget: the batch's prefill tokens per step, ours.
+        aside: whether the batch leaves the step in which an interactive request begins to it, ours.
         steady: whether the batch's ends are spread evenly, as after a long time; else it begins at once and
             goes on in waves, and slots become free together.
     """
@@ -68,7 +69,7 @@ async def colocation(
     before = None
     if wire is not None:
         wire.ignored.clear()
-        await wire.classes(cut_in=cut_in, budget=budget, linger_s=LINGER_S)
+        await wire.classes(cut_in=cut_in, budget=budget, linger_s=LINGER_S, aside=aside)
         before = await wire.status()
     count = sizes.outstanding if batch else 0
     # Lower runs first; under fcfs nobody looks at it.
@@ -85,7 +86,7 @@ async def colocation(
     if batch and found["batch_tokens_per_s"] < 1:
         raise RuntimeError(f"the batch stood still: {found['steps']}")
     return {"variant": variant, "side": STEERED if wire is not None else "stock", "cut_in": cut_in, "spare": spare,
-            "budget": budget, "policy": policy, "steady": steady, **found}  # fmt: skip
+            "budget": budget, "policy": policy, "steady": steady, "aside": aside, **found}  # fmt: skip
 
 
 async def _window(llm: Any, sizes: Sizes, *, interactive: bool) -> dict[str, Any]:

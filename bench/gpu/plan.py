@@ -112,8 +112,10 @@ def units(sizes: Sizes) -> list[Unit]:
         return Unit(name=name, part="colocation", side=side, kind="colocation", fields={"variant": name, **fields},
                     seconds=sizes.ramp_s[0] * fields.get("batch", True) + window_s + extra_s)  # fmt: skip
 
-    def held(name: str, budget: int | None, *, steady: bool = False) -> Unit:
-        return mixed(name, STEERED, cut_in="slots", spare=sizes.spare, budget=budget, steady=steady)
+    def held(name: str, budget: int | None, *, steady: bool = False, aside: bool = False) -> Unit:
+        return mixed(
+            name, STEERED, cut_in="slots", spare=sizes.spare, budget=budget, steady=steady, aside=aside
+        )
 
     def loop(slots: int, round_: int, side: str) -> Unit:
         return Unit(
@@ -134,11 +136,14 @@ def units(sizes: Sizes) -> list[Unit]:
         mixed("stock priority", STOCK, policy="priority", extra_s=6.0),
         held("hold", None),
         held(f"hold, budget {middle}", middle),
+        held(f"hold, budget {middle}, aside", middle, aside=True),
         mixed("drop", STEERED, cut_in="kv", spare=0),
         # The frontier: batch rates can be compared only where no wave falls into one window and not the other.
         mixed("steady: stock priority", STOCK, policy="priority", steady=True),
         held("steady: hold", None, steady=True),
+        held("steady: hold, aside", None, steady=True, aside=True),
         *(held(f"steady: hold, budget {budget}", budget, steady=True) for budget in sizes.budgets),
+        *(held(f"steady: hold, budget {budget}, aside", budget, steady=True, aside=True) for budget in sizes.budgets),
         *(loop(few, round_, side) for round_, side in turns),
         *(
             Unit(

@@ -115,13 +115,15 @@ class Wire:
         return reply
 
     async def classes(
-        self, *, cut_in: str = "off", budget: int | None = None, linger_s: float = 0.0
+        self, *, cut_in: str = "off", budget: int | None = None, linger_s: float = 0.0, aside: bool = False
     ) -> Configure:
         """Two classes, interactive before batch, one tenant each: what a mixed load is steered by."""
         tables = {
             "classes": {
                 INTERACTIVE: ClassPolicy(position=0, cut_in=cut_in),
-                BATCH: ClassPolicy(position=1, max_prefill_tokens_per_step=budget, linger_s=linger_s),
+                BATCH: ClassPolicy(
+                    position=1, max_prefill_tokens_per_step=budget, linger_s=linger_s, stand_aside=aside
+                ),
             },
             "tenants": {who: TenantPolicy(class_=who) for who in (INTERACTIVE, BATCH)},
         }

@@ -157,6 +157,12 @@ async def classes_set(
         str | None,
         or_none("Prefill tokens per step while a better class is there.", parse.count_or_none, "N|none"),
     ] = None,
+    stand_aside: Annotated[
+        bool | None,
+        typer.Option(
+            "--stand-aside/--no-stand-aside", help="Leaves the step in which something better begins to it."
+        ),
+    ] = None,
     borrow: Annotated[
         bool | None, typer.Option("--borrow/--no-borrow", help="May use the idle share of others.")
     ] = None,
@@ -188,6 +194,7 @@ async def classes_set(
         cooldown_s=cooldown,
         ageing_s=ageing,
         max_prefill_tokens_per_step=max_prefill_tokens_per_step,
+        stand_aside=stand_aside,
         borrow=borrow,
         max_running=max_running,
         max_queued=max_queued,

@@ -1,29 +1,38 @@
-"""The step budget: how many prompt tokens a class may compute per step while a better class is present. Pure.
+"""The step budget: what a class may compute per step while a better class is present. Pure.
 
 An arriving request waits for the step in flight, and a step that computes a long prefill is long: so a class whose
 prefills may wait gets fewer tokens per step (`max_prefill_tokens_per_step`) while a better class has anything that
 waits or runs, and for `linger_s` after it had (a stream of urgent requests has gaps). A step in which something better
 waits, and so begins, is left to it: no prompt of such a class beside its own. Never two steps in a row, for what waits
-may wait for long. What a role set with `limit` is in force always. Decodes are never bounded.
+may wait for long. What a role set with `limit` is in force always.
+
+Decodes are never bounded, but a class with `stand_aside` leaves that one step to what begins in it altogether: a step
+with any prompt in it is a slow one for everybody in it. Once for each that begins, and only if it can.
 """
 
 from collections.abc import Callable
 
+from coxswain.service.scheduler.engine import Engine
 from coxswain.service.scheduler.groups import ClassGroup, Group
 from coxswain.service.scheduler.limits import Limits
 from coxswain.service.scheduler.queue import SteeredQueue
+from coxswain.service.scheduler.record import Record
 
 
 class StepBudget:
     """The budgets of all classes.
 
     Args:
+        engine: who has the room for what waits.
         place_of: place of a class among all, 0 first.
         queue: who waits.
         limits: what roles set.
     """
 
-    def __init__(self, place_of: Callable[[str], int], queue: SteeredQueue, limits: Limits) -> None:
+    def __init__(
+        self, engine: Engine, place_of: Callable[[str], int], queue: SteeredQueue, limits: Limits
+    ) -> None:
+        self._engine = engine
         self._place_of = place_of
         self._queue = queue
         self._limits = limits
@@ -32,6 +41,12 @@ class StepBudget:
         """When a class with a budget last had a better one beside it."""
         self._yielded: set[str] = set()
         """Classes that left the last step to something better."""
+        self._last_aside = 0
+        """Place of the last class that may stand aside: for what comes before it."""
+        self._stood_for: Record | None = None
+        """For whom classes stood aside last."""
+        self.aside: list[ClassGroup] = []
+        """Classes of which the step that begins computes nothing."""
 
     def __bool__(self) -> bool:
         """Whether any step may have to be bounded; if not, `begin` need not be called."""
@@ -42,8 +57,10 @@ class StepBudget:
         self._groups = {
             name: group
             for name, group in groups.items()
-            if group.policy.max_prefill_tokens_per_step is not None
+            if group.policy.max_prefill_tokens_per_step is not None or group.policy.stand_aside
         }
+        asides = (self._place_of(name) for name, group in self._groups.items() if group.policy.stand_aside)
+        self._last_aside = max(asides, default=0)
         self._seen_at = {name: at for name, at in self._seen_at.items() if name in self._groups}
 
     def begin(self, now: float, running: int | None) -> dict[Group, int]:
@@ -52,19 +69,35 @@ class StepBudget:
         `running`: place of the best class of which anything runs, or None.
         """
         waiting = self._queue.first_class()
-        places = [running, None if waiting is None else self._place_of(waiting)]
-        best = min((place for place in places if place is not None), default=None)
+        waits = None if waiting is None else self._place_of(waiting)
+        best = min((place for place in (running, waits) if place is not None), default=None)
+        beginner = None if waits is None else self._beginner_of(waits)
         bounds = self._limits.prefill()
-        before, self._yielded = self._yielded, set()
+        before, self._yielded, self.aside = self._yielded, set(), []
         for name, group in self._groups.items():
             place = self._place_of(name)
             if best is not None and best < place:
                 self._seen_at[name] = now
             seen_at = self._seen_at.get(name)
-            if seen_at is not None and now - seen_at <= group.policy.linger_s:
-                tokens = group.policy.max_prefill_tokens_per_step or 0
-                if waiting is not None and self._place_of(waiting) < place and name not in before:
+            if seen_at is None or now - seen_at > group.policy.linger_s:
+                continue
+            tokens = group.policy.max_prefill_tokens_per_step
+            if waits is not None and waits < place and name not in before:
+                if beginner is not None and group.policy.stand_aside:
+                    self.aside.append(group)
+                    self._stood_for = beginner
+                if tokens is not None or group in self.aside:
                     self._yielded.add(name)
                     tokens = 0
+            if tokens is not None:
                 bounds[group] = min(tokens, bounds.get(group, tokens))
         return bounds
+
+    def _beginner_of(self, waits: int) -> Record | None:
+        """Who of the class at this place begins in this step, if classes may stand aside for it."""
+        if waits >= self._last_aside:
+            return None
+        head, free = self._queue.peek(), self._engine.free_blocks()
+        if head is self._stood_for or self._engine.free_slots() <= 0 or self._engine.needs(head, free) > free:
+            return None
+        return head

@@ -61,7 +61,7 @@ class SteeringCore:
         self.room = Room(
             engine, self.roster, self.queue, self.holds, self.limits, self.evict, self.class_place
         )
-        self.budget = StepBudget(self.class_place, self.queue, self.limits)
+        self.budget = StepBudget(engine, self.class_place, self.queue, self.limits)
         self.classes: dict[str, ClassPolicy] = {}
         self.digest = ""
         self.configure({}, {})

@@ -12,7 +12,7 @@ the scheduler's own state, on the engine's thread, between two of its steps or, 
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import attrgetter
 from typing import Any, Final
 
@@ -57,6 +57,7 @@ class Mechanism:
         self._chunks: bool = scheduler.scheduler_config.enable_chunked_prefill
         self._left: dict[Group, int] = {}
         self._whole: dict[Group, int] = {}
+        self._aside: Collection[Group] = ()
         self._busy: list[Group] = []
         self._reserve_lookahead: Callable[..., Any] = scheduler._reserve_prefill_lookahead  # noqa: SLF001
         self._allocate: Callable[..., Any] = scheduler.kv_cache_manager.allocate_slots
@@ -271,8 +272,8 @@ class Mechanism:
         """Whether the last step's bounds are still in force."""
         return bool(self._left)
 
-    def bound_prefill(self, left: dict[Group, int]) -> None:
-        """Bound the prompt tokens of tenants and classes in the step that begins.
+    def bound_prefill(self, left: dict[Group, int], aside: Collection[Group] = ()) -> None:
+        """Bound the prompt tokens of tenants and classes in the step that begins; of `aside` nothing runs.
 
         vLLM asks `_reserve_prefill_lookahead` once per request and step how many tokens it may have, after its own
         budget and before it allocates; 0 skips a running request, and ends the admission of waiting ones. So that
@@ -280,7 +281,7 @@ class Mechanism:
         """
         if self._scheduler.need_mamba_block_aligned_split:
             return  # chunks of such models must end where vLLM put the end
-        self._left, self._whole = left, dict(left)
+        self._left, self._whole, self._aside = left, dict(left), aside
         self._note_busy(left)
         self._bounding = _put(
             self._scheduler, "_reserve_prefill_lookahead", self._grant, bool(left), self._bounding
@@ -289,9 +290,12 @@ class Mechanism:
     def _grant(self, request: Any, computed: int, tokens: int) -> int:
         """What vLLM would give a request, within what is left to its class."""
         granted = int(self._reserve_lookahead(request, computed, tokens))
+        record = request.steering
+        # With an adapter it goes on: vLLM counts those of what runs in the step, and would take its room for free.
+        if self._aside and not request.lora_request and self.core.limits.group_of(record) in self._aside:
+            return 0
         if request.num_tokens - computed <= 1:  # a decode
             return granted
-        record = request.steering
         groups = [
             group for group in (record.account, self.core.limits.group_of(record)) if group in self._left
         ]

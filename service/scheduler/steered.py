@@ -157,7 +157,8 @@ class SteeredScheduler(AsyncScheduler):
             core.room.plan(now)
         self.mechanism.sort()
         if core.budget or self.mechanism.bounds_prefill:  # once more after the last bound went: to lift it
-            self.mechanism.bound_prefill(core.budget.begin(now, self.mechanism.best_running()))
+            left = core.budget.begin(now, self.mechanism.best_running())
+            self.mechanism.bound_prefill(left, core.budget.aside)
         if core.tenants.ahead and len(self.running) < self.max_num_active_reqs:
             core.ledger.settle_ahead()
         output = super().schedule(*args, **kwargs)

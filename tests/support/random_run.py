@@ -48,6 +48,7 @@ TABLES: Final[tuple[dict[str, Any], ...]] = (
                 ageing_s=0.5,
                 max_prefill_tokens_per_step=24,
                 linger_s=0.05,
+                stand_aside=True,
                 borrow=True,
                 max_running=1,
             ),

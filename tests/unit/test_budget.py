@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from coxswain.schemas.policy import ClassPolicy
+from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.groups import Caps
 from coxswain.service.scheduler.limits import Target
@@ -12,11 +12,11 @@ URGENT, DEFAULT, BATCH = 0, 1, 2
 
 
 def core_with(**budgets: dict[str, Any]) -> SteeringCore:
-    """A core with the classes `urgent`, `default` and `batch`, in that order, and what is said of them."""
+    """A core with the classes `urgent`, `default` and `batch`, in that order, and a tenant in each."""
     core = FakeEngine().core
     names = ("urgent", "default", "batch")
     classes = {name: ClassPolicy(position=i, **budgets.get(name, {})) for i, name in enumerate(names)}
-    core.configure(classes, {})
+    core.configure(classes, {name: TenantPolicy(class_=name) for name in names})
     return core
 
 
@@ -57,6 +57,49 @@ def test_a_step_is_not_left_to_what_is_no_better() -> None:
     engine: Any = core.engine
     engine.submit()
     assert begin(core, 0.0, URGENT) == {"default": 4}
+
+
+ASIDE = {"stand_aside": True}
+
+
+def aside(core: SteeringCore, running: int | None = BATCH) -> list[str]:
+    """The classes that stand aside in the step that begins."""
+    core.budget.begin(0.0, running)
+    return [group.name for group in core.budget.aside]
+
+
+def test_classes_stand_aside_once_for_what_begins() -> None:
+    """With and without a budget, all that are worse; prompts wait as well. Not again for the same one."""
+    core = core_with(default=ASIDE, batch={**ASIDE, **FOUR})
+    engine: Any = core.engine
+    engine.submit("urgent")
+    assert begin(core, 0.0, BATCH) == {"default": 0, "batch": 0}
+    assert [group.name for group in core.budget.aside] == ["default", "batch"]
+    assert [aside(core) for _ in range(4)] == [[]] * 4
+
+
+def test_nobody_stands_aside_for_an_equal_or_for_nobody() -> None:
+    """Neither for its own, nor for worse, nor where nothing waits, nor without being told to."""
+    core = core_with(default=ASIDE, batch=FOUR)
+    engine: Any = core.engine
+    assert aside(core) == []
+    engine.submit("batch")
+    assert aside(core) == []
+    engine.submit("default")
+    assert aside(core) == []
+
+
+def test_nobody_stands_aside_for_what_cannot_begin() -> None:
+    """Without a free slot, or with too few blocks, the step would compute nothing."""
+    core = core_with(default=ASIDE)
+    engine: Any = core.engine
+    engine.submit("urgent")
+    slots, engine.free_slots = engine.free_slots, lambda: 0
+    assert aside(core) == []
+    engine.free_slots, blocks, engine.free_blocks = slots, engine.free_blocks, lambda: 0
+    assert aside(core) == []
+    engine.free_blocks = blocks
+    assert aside(core) == ["default"]
 
 
 def test_it_lingers() -> None:

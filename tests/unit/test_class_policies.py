@@ -19,6 +19,7 @@ rows = st.builds(
     max_running=st.none() | st.integers(0, 9),
     max_prefill_tokens_per_step=st.none() | st.integers(1, 999),
     linger_s=st.sampled_from([0.0, 2.0]),
+    stand_aside=st.booleans(),
     borrow=st.booleans(),
 )
 tables = st.dictionaries(st.sampled_from(["default", "chat", "batch", "bulk"]), rows, min_size=1)
