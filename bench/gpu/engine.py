@@ -1,31 +1,50 @@
 """An engine in this process's children: made for a GPU or for a dry run, asked, and brought to rest.
 
-Called by `host` and `identity`. vLLM is imported inside the functions, and torch is never used here: an engine
+Called by `host`, `identity` and `trial`. vLLM is imported inside the functions, and torch is never used here: an engine
 is forked from this process, and one forked from a process that has used torch hangs.
 """
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import wire
 from bench.gpu.plan import STEERED, Mode
 
 IDLE_S = 60.0
 
 
 def make(model: Path, *, scheduler: str, mode: Mode, **options: Any) -> Any:
-    """An AsyncLLM without prefix caching, so that every token is computed."""
+    """An AsyncLLM; unless told otherwise without prefix caching, so that every token is computed."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     if mode is Mode.GPU:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
-    arguments = AsyncEngineArgs(
-        model=str(model), skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=True,
-        scheduler_cls=scheduler, **options,
-    )  # fmt: skip
+    usual = {"skip_tokenizer_init": True, "enable_prefix_caching": False, "disable_log_stats": True}
+    arguments = AsyncEngineArgs(model=str(model), scheduler_cls=scheduler, **(usual | options))
     return AsyncLLM.from_engine_args(arguments)
+
+
+@asynccontextmanager
+async def steered(
+    worker: str, model: Path, mode: Mode, **options: Any
+) -> AsyncIterator[tuple[Any, wire.Wire]]:
+    """A steered engine of this name and who commands it, both classes configured; it is shut down at the end."""
+    async with wire.server_at_hand() as url:
+        os.environ.update(wire.environment(worker, url))
+        llm = make(model, scheduler="coxswain.service.scheduler.SteeredScheduler", mode=mode, **options)
+        try:
+            async with await wire.connect() as client:
+                send = wire.Wire(client, worker)
+                await send.ready()
+                await send.classes()
+                yield llm, send
+        finally:
+            llm.shutdown()
 
 
 def make_8b(model: Path, side: str, *, kv_bytes: int, mode: Mode) -> Any:

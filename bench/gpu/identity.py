@@ -26,17 +26,21 @@ import msgspec
 
 from bench.gpu import wire
 from bench.gpu.blocks import swap_tables
-from bench.gpu.engine import make, simulated
+from bench.gpu.engine import simulated, steered
 from bench.gpu.load import Request
-from bench.gpu.plan import DRY, LLAMA_8B, Mode, Sizes
+from bench.gpu.plan import LLAMA_8B, Mode, Sizes
 
 WORKER = "identity"
 FILLER_TOKENS = 12
 BURST_TOKENS = 24
-REST_S = 0.2
-"""Longer than any step: what was in flight when a hold was applied has reached its client."""
+REST_S, RESTS = 0.15, 50
+"""Longer than any step: who says nothing for so long is at rest. And how often that is waited for."""
 PARKED_S = 2.0
 """How long held requests are given to be parked; it happens once nothing of theirs is in flight."""
+
+
+Lines = dict[int, list[int]]
+"""What a request said: tokens by child."""
 
 
 def write_model(folder: Path) -> None:
@@ -61,31 +65,57 @@ class Bench:
         self.llm = llm
         self.send = send
         self.sizes = sizes
-        longest = 60 if sizes is DRY else 600
+        longest = sizes.identity_prompt
         self.prompts = [
             source.choices(range(10, vocabulary), k=source.randrange(longest // 6, longest))
             for _ in range(sizes.identity_requests)
         ]
-        self.reference: list[list[int]] = []
+        self.reference: list[Lines] = []
+
+    def ask(self, index: int) -> dict[str, Any]:  # noqa: ARG002 - a mode's trial asks by index
+        """What sets the request with this prompt apart; see `Request`."""
+        return {}
 
     def begin(self, indices: Iterable[int], tokens: int, tenant: str = wire.BATCH) -> list[Request]:
         """Send these prompts."""
         return [
-            Request(self.llm, wire.name(tenant), self.prompts[index], tokens).start() for index in indices
+            Request(self.llm, wire.name(tenant), self.prompts[index], tokens, **self.ask(index)).start()
+            for index in indices
         ]
 
     def all(self) -> list[Request]:
         """Send every prompt, for all of its tokens."""
         return self.begin(range(len(self.prompts)), self.sizes.identity_tokens)
 
-    async def end(self, runs: list[Request]) -> list[list[int]]:
+    async def end(self, runs: list[Request]) -> list[Lines]:
         """All tokens of these."""
         await asyncio.gather(*(run.task for run in runs if run.task))
-        return [run.tokens for run in runs]
+        return [run.lines for run in runs]
 
-    def equal(self, outputs: list[list[int]], tokens: int | None = None) -> int:
+    def equal(self, outputs: list[Lines], tokens: int | None = None) -> int:
         """How many of the first prompts' outputs are the first `tokens` tokens of the undisturbed ones."""
-        return sum(mine == whole[:tokens] for mine, whole in zip(outputs, self.reference, strict=False))
+        return sum(
+            mine == {child: line[:tokens] for child, line in whole.items()}
+            for mine, whole in zip(outputs, self.reference, strict=False)
+        )
+
+    async def at_rest(self, runs: list[Request]) -> list[int]:
+        """Wait until these say nothing more, what was in flight when they were held included; what they said."""
+        said: list[int] = []
+        for _ in range(RESTS):
+            before, said = said, [run.said for run in runs]
+            if said == before:
+                break
+            await asyncio.sleep(REST_S)
+        return said
+
+    async def lost(self) -> Counter[str]:
+        """Positions that had lost their KV so far, by where it came from again."""
+        rows = (await self.send.status()).tenants
+        return Counter({
+            kind: sum(getattr(row, f"{kind}_total") for row in rows)
+            for kind in ("recomputed_tokens", "restored_tokens", "reloaded_tokens", "discarded_tokens")
+        })  # fmt: skip
 
     async def kv_of(self, runs: list[Request]) -> Counter[str]:
         """Where the KV of these held requests is."""
@@ -97,32 +127,35 @@ class Bench:
         )
 
     async def held(self, kv: str, victims: int, point: int) -> dict[str, Any]:
-        """Hold `victims` requests after `point` tokens, keep, park or drop their KV, continue; compare all."""
-        before = (await self.send.status()).recomputed_tokens_total
+        """Hold `victims` requests after `point` tokens, keep, park or drop their KV, continue; compare all.
+
+        After 0 tokens: the last ones, as soon as the first request says something: some wait, one is in its prompt.
+        """
+        before = await self.lost()
         runs = self.all()
-        chosen = runs[:victims]
-        await asyncio.gather(*(run.until(point) for run in chosen))
+        chosen = runs[:victims] if point else runs[-victims:]
+        await asyncio.gather(*(run.until(max(1, point)) for run in (chosen if point else runs[:1])))
         reply = await self.send(
             "preempt", [run.name for run in chosen], kv="drop" if kv == "drop" else "keep"
         )
-        await asyncio.sleep(REST_S)
-        seen = [len(run.tokens) for run in chosen]
+        seen = await self.at_rest(chosen)
         filled = await self._fill(chosen) if kv == "park" else []
         await asyncio.sleep(0.1)
         where = await self.kv_of(chosen)
-        moved = sum(len(run.tokens) != old for run, old in zip(chosen, seen, strict=True))
+        moved = sum(run.said != old for run, old in zip(chosen, seen, strict=True))
         await self.send("continue", [run.name for run in chosen])
         outputs = await self.end(runs)
-        after = (await self.send.status()).recomputed_tokens_total
+        lost = await self.lost()
+        lost.subtract(before)
         return {
             "kv": kv, "held": victims, "after_tokens": point, "counts": reply.counts, "kv_while_held": where,
             "equal": self.equal(outputs), "of": len(runs),
             "others_equal": self.equal(filled, FILLER_TOKENS), "others": len(filled),
-            "moved_while_held": moved, "recomputed_tokens": after - before,
+            "moved_while_held": moved, **lost,
             "in_flight_tokens": sum(result.in_flight_tokens for result in reply.results),
         }  # fmt: skip
 
-    async def _fill(self, held: list[Request]) -> list[list[int]]:
+    async def _fill(self, held: list[Request]) -> list[Lines]:
         """Want all active slots, so that held requests must give back theirs and are parked; what the others said."""
         fillers = self.begin(range(len(self.prompts)), FILLER_TOKENS)
         until = time.monotonic() + PARKED_S
@@ -172,7 +205,7 @@ class Bench:
         held = {row.request for row in (await self.send.status()).requests if row.state == "held"}
         pair = [index for index, name in enumerate(names) if name in held][:2]
         try:
-            (blocks,) = await self.llm.collective_rpc(swap_tables, args=([names[index] for index in pair],))
+            blocks, *_ = await self.llm.collective_rpc(swap_tables, args=([names[index] for index in pair],))
         finally:
             await self.send("continue", names)
             outputs = await self.end(runs)
@@ -197,7 +230,9 @@ async def measure(bench: Bench, found: dict[str, Any], save: Any, until: float) 
     bench.reference = await bench.end(bench.all())
     again = await bench.end(bench.all())
     found["undisturbed_equal"] = bench.equal(again)
-    found["distinct_tokens"] = len({token for line in bench.reference for token in line})
+    found["distinct_tokens"] = len(
+        {token for lines in bench.reference for line in lines.values() for token in line}
+    )
     try:
         found["control"] = await bench.swapped()
     except Exception as error:  # noqa: BLE001 - without a control nothing passes, but the cases are worth having
@@ -251,25 +286,15 @@ async def identity(out: Path, mode: Mode, *, deadline_s: float) -> int:
         out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
 
     with tempfile.TemporaryDirectory(prefix="cox-identity-") as folder:
-        async with wire.server_at_hand() as url:
-            os.environ.update(wire.environment(WORKER, url))
-            model, options, vocabulary = _model(Path(folder), mode)
-            llm = make(
-                model, scheduler="coxswain.service.scheduler.SteeredScheduler", mode=mode, enforce_eager=True,
-                max_num_seqs=count + sizes.identity_spare, max_num_active_seqs=count, **options,
-            )  # fmt: skip
-            async with await wire.connect() as client:
-                send = wire.Wire(client, WORKER)
-                await send.ready()
-                (config,) = await client.query(WORKER, "config")
-                found["scheduler"] = config.scheduler
-                await send.classes()
-                try:
-                    await measure(Bench(llm, send, sizes, vocabulary), found, save, until)
-                finally:
-                    found["ignored"] = sorted(send.ignored)
-                    save()
-                    llm.shutdown()
+        model, options, vocabulary = _model(Path(folder), mode)
+        slots = {"max_num_seqs": count + sizes.identity_spare, "max_num_active_seqs": count}
+        async with steered(WORKER, model, mode, enforce_eager=True, **slots, **options) as (llm, send):
+            found["scheduler"] = await send.settings()
+            try:
+                await measure(Bench(llm, send, sizes, vocabulary), found, save, until)
+            finally:
+                found["ignored"] = sorted(send.ignored)
+                save()
     print({name: value for name, value in found.items() if name != "cases"})
     return 0 if found["passed"] else 1
 
@@ -283,15 +308,25 @@ def _model(folder: Path, mode: Mode) -> tuple[Path, dict[str, Any], int]:
             {"max_model_len": 2_048, "max_num_batched_tokens": 2_048, **simulated(check=True)},
             31_000,
         )
+    make_model(folder / "model", mode)
     if mode is Mode.DRY:
-        word = ["coxswain.service.tiny", str(folder / "tiny"), "--hidden", "128"]
-        subprocess.run([sys.executable, "-m", *word], check=True, stdout=subprocess.DEVNULL)
         options = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 2**26}
-        return folder / "tiny", options, 700
-    # In a process of its own: an engine forked from one that has used torch hangs.
-    subprocess.run([sys.executable, "-m", "bench.gpu", "model", str(folder / "model")], check=True)
+        return folder / "model", options, 700
     options = {
         "max_model_len": 2_048, "max_num_batched_tokens": 2_048, "kv_cache_memory_bytes": 4 * 2**30,
         "gpu_memory_utilization": 0.04,
     }  # fmt: skip
     return folder / "model", options, 31_000
+
+
+def make_model(folder: Path, mode: Mode) -> None:
+    """Make the seeded model for a GPU, or the tiny one for a CPU.
+
+    In a process of its own: an engine forked from one that has used torch hangs.
+    """
+    word = (
+        ["bench.gpu", "model", str(folder)]
+        if mode is Mode.GPU
+        else ["coxswain.service.tiny", str(folder), "--hidden", "128"]
+    )
+    subprocess.run([sys.executable, "-m", *word], check=True, stdout=subprocess.DEVNULL)

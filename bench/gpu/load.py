@@ -30,23 +30,30 @@ class Request:
 
     Args:
         llm: the engine.
+        prompt_: token ids, or what a streaming session says, as an iterator of `StreamingInput`.
         tokens: exactly so many come out.
         priority: vLLM's own, which stock schedules by.
         stream: False gets all tokens at the end, which spares the front end most of its work.
         due: when it should have been sent; its latency counts from there. Default: now.
+        params: sampling parameters beside those of a greedy request.
+        options: what else `generate` takes.
     """
 
     def __init__(
-        self, llm: Any, id_: str, prompt_: list[int], tokens: int, *, priority: int = 0, stream: bool = True,
-        due: float | None = None,
+        self, llm: Any, id_: str, prompt_: Any, tokens: int, *, priority: int = 0, stream: bool = True,
+        due: float | None = None, params: dict[str, Any] | None = None, options: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.name = id_
         self.tokens: list[int] = []
+        """What it said; of several children (`n`) the first."""
+        self.lines: dict[int, list[int]] = {0: self.tokens}
+        """What every child said."""
         self.times: list[float] = []
         self.began = time.perf_counter() if due is None else due
         self.over = False
         self._news = asyncio.Event()
-        self._arguments = (llm, prompt_, tokens, priority, stream)
+        self._arguments = (llm, prompt_, tokens, {"priority": priority, **(options or {})}, stream)
+        self._params = params or {}
         self.task: asyncio.Task[None] | None = None
 
     def start(self) -> "Request":
@@ -60,21 +67,28 @@ class Request:
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        llm, prompt_, tokens, priority, stream = self._arguments
+        llm, prompt_, tokens, options, stream = self._arguments
+        fields = {"temperature": 0.0, "ignore_eos": True, **self._params}
         params = SamplingParams(
-            max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False,
+            max_tokens=tokens, detokenize=False, **fields,
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         try:
-            text = TokensPrompt(prompt_token_ids=prompt_)
-            async for output in llm.generate(text, params, self.name, priority=priority):
-                new = output.outputs[0].token_ids
-                self.times.extend([time.perf_counter()] * len(new))
-                self.tokens.extend(new)
+            text = TokensPrompt(prompt_token_ids=prompt_) if isinstance(prompt_, list) else prompt_
+            async for output in llm.generate(text, params, self.name, **options):
+                for part in output.outputs:
+                    new = part.token_ids
+                    self.times.extend([time.perf_counter()] * len(new))
+                    self.lines.setdefault(part.index, []).extend(new)
                 self._news.set()
         finally:
             self.over = True
             self._news.set()
+
+    @property
+    def said(self) -> int:
+        """Tokens so far, of all children."""
+        return sum(map(len, self.lines.values()))
 
     async def until(self, count: int) -> None:
         """Wait until so many tokens are here; raises what the request died of."""

@@ -62,6 +62,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     identity_victims: int = 16
     identity_tokens: int = 120
     identity_spare: int = 8
+    identity_prompt: int = 600
+    """The longest prompt; the shortest is a sixth of it."""
 
 
 FULL: Final = Sizes()
@@ -70,6 +72,7 @@ DRY: Final = Sizes(
     shapes=(Shape(48, 40), Shape(24, 24)), outstanding=14, interactive=Shape(24, 6), rate=6.0, arrivals=12,
     ramp_s=(1.0, 1.0), drain_s=8.0, windows_s=(1.5, 1.5), contexts=(256, 1_024), cycles=2, beside=3, commands=20,
     budgets=(64, 128), identity_requests=8, identity_victims=3, identity_tokens=120, identity_spare=2,
+    identity_prompt=60,
 )  # fmt: skip
 """Every line of the same code on a laptop: the simulated device, and a tiny model on the CPU."""
 

@@ -1,4 +1,4 @@
-"""A whole run: NATS, three engines on one GPU, units of the plan in order until the time is up, JSON after each.
+"""A whole run: NATS, three engines on one GPU, units of the plan in order, the modes; JSON after each.
 
     bench/h200.sh --out DIR [--deadline S] [--dry] [--only TEXT,…]
 
@@ -22,7 +22,8 @@ import msgspec
 import nats
 import nats.errors
 
-from bench.gpu import wire
+from bench.gpu import modes, trials, wire
+from bench.gpu.children import Child, cache_of
 from bench.gpu.host import PATIENCE, subject
 from bench.gpu.plan import LLAMA_8B, STEERED, STOCK, Mode, Sizes, Unit, choose, share, units
 from bench.gpu.summary import summary
@@ -31,7 +32,6 @@ LOAD_S = 300.0
 """An engine that is not up after this long is given up."""
 IDENTITY_S, IDENTITY_DRY_S = 45.0, 240.0
 """How long loaded engines wait for identity before it is ended; a CPU needs its time."""
-CACHE = Path(os.environ.get("VLLM_CACHE_ROOT", "~/.cache/vllm")).expanduser()
 END_S = 12.0
 """Kept back from the deadline to end processes and print the table."""
 GRACE_S = 30.0
@@ -54,10 +54,10 @@ class Saved:
         """Whether a unit was measured."""
         return unit.name in self.part(unit.part)
 
-    def add(self, unit: Unit, result: dict[str, Any]) -> None:
+    def add(self, part: str, name: str, result: dict[str, Any]) -> None:
         """Save a unit's result."""
-        found = {**self.part(unit.part), unit.name: result}
-        path = self.folder / f"{unit.part}.json"
+        found = {**self.part(part), name: result}
+        path = self.folder / f"{part}.json"
         path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
 
 
@@ -68,39 +68,24 @@ def wanted(sizes: Sizes, only: tuple[str, ...]) -> list[Unit]:
     ]
 
 
+def wanted_modes(only: tuple[str, ...]) -> list[modes.EngineMode]:
+    """The modes, or those that were named."""
+    return [
+        way for way in modes.MODES if not only or modes.PART.startswith(only) or way.name.startswith(only)
+    ]
+
+
 def listing(mode: Mode, only: tuple[str, ...]) -> str:
     """The plan as text."""
-    todo = wanted(mode.sizes, only)
+    todo, ways = wanted(mode.sizes, only), wanted_modes(only)
     lines = [f"{unit.seconds:6.0f} s  {unit.part:<10}  {unit.side:<7}  {unit.name}" for unit in todo]
-    return "\n".join([*lines, f"{sum(unit.seconds for unit in todo):6.0f} s  beside loading"])
-
-
-class Child:
-    """One process of a run; its output goes to the run's log."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.ended = asyncio.create_task(process.wait())
-
-    @classmethod
-    async def start(cls, log: Any, *arguments: str, env: dict[str, str]) -> "Child":
-        """Start `python -m bench.gpu …`, in a session of its own, so that its engine ends with it."""
-        return cls(
-            await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "bench.gpu", *arguments,
-                stdout=log, stderr=log, env=env, start_new_session=True,
-            )
-        )  # fmt: skip
-
-    async def end(self) -> None:
-        """End it and all that it started."""
-        for number in (15, 9):
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                break
-            await asyncio.wait((self.ended,), timeout=3.0)
-        await self.ended
+    lines.append(f"{sum(unit.seconds for unit in todo):6.0f} s  beside loading")
+    if ways:
+        lines.append(
+            f"{modes.MODES_S * len(ways) / len(modes.MODES):6.0f} s  {modes.PART:<10}  afterwards, side by side:"
+        )
+        lines += [f"{'':20}  {way.name}" for way in ways]
+    return "\n".join(lines)
 
 
 class Run:
@@ -133,9 +118,9 @@ class Run:
 
     async def start(self, name: str, *arguments: str) -> None:
         """Start a child."""
-        # Two engines that compile the same model at the same time must not write the same files.
-        env = {**self.env, "VLLM_CACHE_ROOT": str(CACHE / f"bench-{name}")}
-        self.children[name] = await Child.start(self.log, *arguments, "--mode", self.mode, env=env)
+        self.children[name] = await Child.start(
+            self.log, *arguments, "--mode", self.mode, env=self.env | cache_of(name)
+        )
 
     async def end(self, *names: str) -> None:
         """End children."""
@@ -168,6 +153,22 @@ class Run:
         self.say(f"identity: {len(found.get('cases', ()))} cases, passed: {found.get('passed')}")
         await self.end("identity")
 
+    async def modes(self, todo: list[modes.EngineMode], gpus: int) -> None:
+        """Try modes of vLLM, of which those that passed before are not tried again."""
+        known = self.saved.part(modes.PART)
+        todo = [way for way in todo if known.get(way.name, {}).get("remarks") != []]
+        if not todo:
+            return
+
+        def save(way: modes.EngineMode, found: dict[str, Any]) -> None:
+            self.saved.add(modes.PART, way.name, found)
+            self.say(f"{way.name}: {'; '.join(found['remarks']) or 'passed'}")
+
+        with (self.saved.folder / f"{modes.PART}.log").open("ab") as log:
+            await trials.Trials(
+                self.mode, env=self.env, gpus=gpus, left_s=self.left_s, save=save, log=log
+            ).all(todo)
+
     async def measure(self, link: Any, sides: set[str], todo: list[Unit]) -> None:
         """Hand out units to these engines until none fits in the time left."""
         while unit := choose(todo, sides, self.left_s()):
@@ -176,7 +177,7 @@ class Run:
             answer = await self._ask(link, unit)
             took = f"{time.monotonic() - began:.1f} s of {unit.seconds:.0f}"
             if "result" in answer:
-                self.saved.add(unit, answer["result"])
+                self.saved.add(unit.part, unit.name, answer["result"])
                 self.say(f"{unit.part}: {unit.name} on {unit.side}, {took}")
             else:
                 self.say(f"{unit.part}: {unit.name} FAILED after {took}:\n{answer['error']}")
@@ -213,11 +214,11 @@ def machine() -> dict[str, Any]:
             continue
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
-        name, memory, driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout \
-            .splitlines()[0].split(", ")  # fmt: skip
+        lines = subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()
+        name, memory, driver = lines[0].split(", ")
     except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
         return found
-    return {**found, "gpu": name, "memory_mib": int(memory), "driver": driver}
+    return {**found, "gpu": name, "gpus": len(lines), "memory_mib": int(memory), "driver": driver}
 
 
 async def run(out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...]) -> int:
@@ -246,6 +247,7 @@ async def run(out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...]
                                       "--deadline", str(max(1.0, state.left_s())))  # fmt: skip
                 await _waves(state, link, waves, todo, ["--model", str(model), "--kv-bytes", str(kv_bytes)])
                 await state.identity()
+                await state.modes(wanted_modes(only), found.get("gpus", 0))
             finally:
                 await state.end(*state.children)
                 await link.close()

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from bench.gpu.modes import MODES, row
+
 RESAMPLES = 1_000
 
 Parts = dict[str, Any]
@@ -193,8 +195,17 @@ def command(part: Parts) -> str:
     return table(head, rows)
 
 
+def modes(part: Parts) -> str:
+    """What came of every mode."""
+    head = (
+        "mode | runner | cases | equal | kept / parked / dropped | recomputed / restored / reloaded | remarks"
+    )
+    return table(head, [row(way, part[way.name]) for way in MODES if way.name in part])
+
+
 PARTS: dict[str, Callable[[Parts], str]] = {
     "identity": identity, "overhead": overhead, "colocation": colocation, "continue": continuing, "command": command,
+    "modes": modes,
 }  # fmt: skip
 
 

@@ -99,16 +99,21 @@ class Wire:
             while self.worker not in await self.client.statuses(wait_s=1.0):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
 
+    async def told(self, verb: str, names: Iterable[str] = (), **fields: Any) -> Any:
+        """Send a command about these requests; its reply, a refusal too."""
+        if verb != "configure":
+            fields.setdefault("targets", Targets(requests=tuple(names)))
+        command = COMMANDS[verb](id=str(ULID()), issuer="bench", **fields)
+        (reply,) = await self.client.command(self.worker, verb, command, timeout_s=30)
+        return reply
+
     async def __call__(self, verb: str, names: Iterable[str] = (), **fields: Any) -> Any:
         """Send a command about these requests; its reply.
 
         Raises:
             RuntimeError: the worker refused.
         """
-        if verb != "configure":
-            fields["targets"] = Targets(requests=tuple(names))
-        command = COMMANDS[verb](id=str(ULID()), issuer="bench", **fields)
-        (reply,) = await self.client.command(self.worker, verb, command, timeout_s=30)
+        reply = await self.told(verb, names, **fields)
         if reply.outcome == "rejected" and reply.code != 404:
             raise RuntimeError(f"{verb}: {reply.error}")
         self.ignored.update(reply.ignored)
@@ -133,3 +138,8 @@ class Wire:
         """The worker's full frame."""
         (frame,) = await self.client.query(self.worker, "status", timeout_s=30)
         return frame
+
+    async def settings(self) -> dict[str, Any]:
+        """What vLLM's scheduler was made with, as the worker says it."""
+        (config,) = await self.client.query(self.worker, "config", timeout_s=30)
+        return dict(config.scheduler)

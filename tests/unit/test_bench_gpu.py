@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from bench.gpu.blocks import swap_tables
+from bench.gpu.modes import MODES, EngineMode, Part, complaints, row
 from bench.gpu.plan import DRY, FULL, STEERED, STOCK, choose, share, units
 from bench.gpu.summary import bootstrap, percentile, summary
+from bench.gpu.trials import tail
+from coxswain.schemas.names import Token
 
 GIB = 2**30
 
@@ -109,3 +112,65 @@ def test_sabotage_swaps_the_blocks_that_both_have() -> None:
     assert runner.block_tables.block_tables[0].gpu.tolist() == [[21, 22, 13, 0], [0, 0, 0, 0], [11, 12, 0, 0]]
     with pytest.raises(LookupError, match="0 such requests"):
         swap_tables(SimpleNamespace(model_runner=runner), ["a", "c"])
+
+
+MODE = EngineMode(name="plain", parts=(Part.HELD,))
+RELOADING = EngineMode(name="offloading", parts=(Part.HELD,), parks=False, reloads=True)
+
+
+def tried(where: dict[str, int], kv: str, **fields: Any) -> dict[str, Any]:
+    """What a trial found that held 4 of 6 requests once."""
+    lost = {f"{kind}_tokens": 0 for kind in ("recomputed", "restored", "reloaded")}
+    case = {
+        "part": "held", "kv": kv, "after_tokens": 9, "kv_while_held": where, "equal": 6, "of": 6, "others_equal": 0,
+        "others": 0, "moved_while_held": 0, **lost, **fields,
+    }  # fmt: skip
+    return {"cases": [case], "requests": 6, "undisturbed_equal": 6, "simulated": False, "discarded_tokens": 0}
+
+
+@pytest.mark.parametrize(
+    ("mode", "found", "complaint"),
+    [
+        (MODE, tried({"kept": 4}, "keep"), None),
+        (MODE, tried({"kept": 1, "parked": 3}, "park"), None),
+        (MODE, tried({"dropped": 4}, "drop", recomputed_tokens=9, restored_tokens=40), None),
+        (RELOADING, tried({"dropped": 4}, "park", reloaded_tokens=64), None),
+        (MODE, tried({"kept": 4}, "keep", equal=5), "1 of 6"),
+        (MODE, tried({"kept": 4}, "keep", others=6, others_equal=4), "2 of 6"),
+        (MODE, tried({"kept": 4}, "keep", moved_while_held=1), "spoke while held"),
+        (MODE, tried({"kept": 4}, "keep", recomputed_tokens=3), "3 recomputed though KV was kept"),
+        (MODE, tried({"dropped": 4}, "keep"), "nothing was kept"),
+        (MODE, tried({"kept": 4}, "park"), "nothing was parked"),
+        (MODE, tried({"kept": 4}, "drop"), "nothing was dropped"),
+        (MODE, tried({"dropped": 4}, "drop"), "nothing came back"),
+        (RELOADING, tried({"dropped": 4}, "drop", recomputed_tokens=64), "nothing was reloaded"),
+        (RELOADING, tried({"parked": 4}, "park", reloaded_tokens=64), "parked, with a connector"),
+        (MODE, tried({"kept": 4}, "keep") | {"undisturbed_equal": 5}, "undisturbed twice: 5 of 6"),
+        (MODE, tried({}, "keep") | {"cases": []}, "not done: held"),
+        (MODE, {"cases": [], "error": "died"}, "died"),
+        (MODE, {"not_run": "needs a GPU"}, "not run: needs a GPU"),
+    ],
+)  # fmt: skip
+def test_a_mode_passes_only_if_all_is_as_it_must_be(
+    mode: EngineMode, found: dict[str, Any], complaint: str | None
+) -> None:
+    """Other tokens, words while held, KV that is not where it was said to be: each is a complaint, and in the table."""
+    remarks = complaints(mode, found)
+    assert bool(remarks) == bool(complaint), remarks
+    assert (complaint or "passed") in row(mode, found | {"remarks": remarks})[-1]
+
+
+def test_modes_have_names_of_their_own() -> None:
+    """A mode is named on the command line, between commas, in the JSON and, as a worker, on the bus."""
+    names = [way.name for way in MODES]
+    assert len({way.worker for way in MODES}) == len(names)
+    assert not any("," in name for name in names)
+    for way in MODES:
+        assert msgspec.convert(way.worker, Token) == way.worker
+
+
+def test_the_tail_of_a_log_is_what_went_wrong() -> None:
+    """Of a process that died: the lines with an error in them, not what was said after them."""
+    log = "starting\nTraceback (most recent call last):\n  ValueError: no such kernel\n\nshutting down\n"
+    assert tail(log) == "ValueError: no such kernel"
+    assert tail("one\n\ntwo\n") == "one | two"
