@@ -33,7 +33,7 @@ CLOSE: Final = 0.05
 """So is an expectation that is off by no more than this part of itself."""
 MAX_RANK_ROWS: Final = 2_000
 """Rows in one `rank`, well under NATS's default payload limit: those told longest ago. The next one has the rest."""
-RANK_ROWS_PER_STEP: Final = 1_500
+RANK_ROWS_PER_STEP: Final = 1_000
 """Rows that one step compares. In large fleets workers take turns: a step's length is bounded, not a rank's age."""
 ASK_S: Final = 0.5
 """How often a worker is asked for the part of its queue that frames do not list."""

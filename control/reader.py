@@ -15,8 +15,10 @@ from msgspec.structs import replace
 from coxswain.control.fleet import Fleet
 from coxswain.schemas.status import Frame, decode_frame, decode_glance
 
-MAX_UNREAD: Final = 59
-"""Full frames in a row of which only the head is read. The next, after a minute, is read whole: no mistake lasts."""
+MAX_UNREAD: Final = 599
+"""Full frames in a row of which only the head is read. The next, after ten minutes, is read whole: no mistake lasts.
+
+Much more often, and it would be what the slowest turns of a large fleet are made of."""
 MAX_INCARNATIONS: Final = 4_096
 """Of which it is remembered what was read; beyond, all begin anew."""
 _HEAD_BYTES: Final = 512

@@ -51,7 +51,7 @@ Part = Annotated[float, msgspec.Meta(gt=0, le=10)]
 
 KEEP: Final = 1_024
 """Counters kept whatever their tenants do; beyond, those that a lift would overtake anyway are forgotten."""
-ABSENT_ROWS: Final = 32
+ABSENT_ROWS: Final = 8
 """Tenants that do not wait on a worker and are told to it in one rank, in turns: they may come."""
 NEAR: Final = 2.0
 """Of a long output, at most so many times the shortest that is expected of anybody who waits is charged ahead.

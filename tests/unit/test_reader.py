@@ -150,9 +150,12 @@ def test_a_delta_that_came_after_a_lost_one_makes_up_for_nothing(parts: int) -> 
 
 
 def test_a_full_frame_is_read_now_and_then_whatever_it_says() -> None:
-    """One in sixty is read whole although it repeats what is known: what a delta left out is not lost for ever."""
+    """One in 600 is read whole although it repeats what is known: what a delta left out is not lost for ever."""
     reader = Listener()
-    read = [reader.read("w1", encode(frame("w1", "01A", seq, row("a"), revision=1))) for seq in range(300)]
+    read = [
+        reader.read("w1", encode(frame("w1", "01A", seq, row("a"), revision=1)))
+        for seq in range(3 * MAX_UNREAD)
+    ]
     gaps = [seq for seq, each in enumerate(read) if each.full]
     assert gaps[0] == 0
     assert {later - before for before, later in pairwise(gaps[1:])} == {MAX_UNREAD + 1}
