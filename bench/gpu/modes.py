@@ -163,7 +163,7 @@ def complaints(mode: EngineMode, found: dict[str, Any]) -> list[str]:
         said.append(f"undisturbed twice: {found['undisturbed_equal']} of {found['requests']} equal")
     if mode.kind is Kind.DRAFTED and not found["discarded_tokens"]:
         said.append("no draft was ever rejected: nothing was drafted")
-    if found.get("blocks_used_at_the_end") and not mode.options.get("enable_prefix_caching"):
+    if found.get("blocks_used_at_the_end"):
         said.append(f"{found['blocks_used_at_the_end']} blocks in use at the end")
     return list(dict.fromkeys(said))
 
