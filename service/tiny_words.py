@@ -1,6 +1,7 @@
 """The words that the tiny model speaks: plain text, one list, no code.
 
-Used by `tiny.py` alone. The order is part of the model: a word's place is its token id.
+Used by `tiny.py`, and by the benchmark that has engines choose among them. The order is part of the model: a
+word's place is its token id.
 """
 
 from typing import Final

@@ -23,6 +23,7 @@ from bench.gpu.load import Request
 from bench.gpu.modes import MODES, EngineMode, Kind, Part, complaints
 from bench.gpu.plan import Mode
 from coxswain.schemas.commands import Targets
+from coxswain.service.tiny_words import WORDS
 
 TURN_TOKENS = 12
 """Of each turn of a streaming session."""
@@ -31,12 +32,10 @@ END_S = 5.0
 """How long blocks may be in use when nobody is there any more."""
 FEW_TOKENS = list(range(300, 308))
 """All that requests with drafts may say."""
-REGEX = "[0-9a-f]{80}"
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 40}, "count": {"type": "integer"}},
-    "required": ["name", "count"],
-}
+CHOICE = [f" {word}" for word in WORDS[::40]]
+"""What structured output chooses from: tokens of the tokenizer, which every model here rates by all of its KV."""
+REGEX = f"({'|'.join(CHOICE)}){{100}}"
+SCHEMA = {"type": "array", "minItems": 50, "items": {"enum": CHOICE}}
 
 Found = dict[str, Any]
 
