@@ -101,10 +101,14 @@ GRAPHS: Final = {
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": GRAPH_SIZES},
 }
 OFFLOAD: Final = {
-    "kv_connector": "OffloadingConnector",
-    "kv_role": "kv_both",
-    "kv_connector_extra_config": {"cpu_bytes_to_use": 2**29, "offload_prompt_only": False},
+    "kv_transfer_config": {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 2**29, "offload_prompt_only": False},
+    }
 }
+SLEEPER: Final = {"enable_sleep_mode": True}
+ASLEEP: Final = (Part.SLEEP, Part.HELD)
 
 
 def _drafts(method: str) -> dict[str, Any]:
@@ -133,13 +137,13 @@ MODES: Final = (
     EngineMode(name="ngram drafts on V2 async", kind=Kind.DRAFTED, options=_drafts("ngram_gpu")),
     EngineMode(name="ngram drafts on V1 async", kind=Kind.DRAFTED, options=_drafts("ngram_gpu"), **_V1),
     EngineMode(name="ngram drafts on V1 sync", kind=Kind.DRAFTED, options=_drafts("ngram"), **_V1_SYNC),
+    EngineMode(name="KV offloading on V2 async", options=OFFLOAD, parks=False, reloads=True),
     EngineMode(
-        name="KV offloading on V2 async", options={"kv_transfer_config": OFFLOAD}, parks=False, reloads=True
+        name="KV offloading on V1 sync", v2=False, asynchronous=False, options=OFFLOAD, parks=False, reloads=True
     ),
     EngineMode(name="FP8 KV on V2 async", on_gpu={"kv_cache_dtype": "fp8"}, dry=""),
-    EngineMode(
-        name="sleep on V2 async", parts=(Part.SLEEP, Part.HELD), on_gpu={"enable_sleep_mode": True}
-    ),
+    EngineMode(name="sleep on V2 async", parts=ASLEEP, on_gpu=SLEEPER),
+    EngineMode(name="sleep on V1 sync", v2=False, asynchronous=False, parts=ASLEEP, on_gpu=SLEEPER),
     EngineMode(
         name="tensor parallel 2 on V2 async", parts=(Part.HELD, Part.CUT_IN), gpus=2, dry="cpu",
         options={"tensor_parallel_size": 2}, on_gpu={"disable_custom_all_reduce": True},
