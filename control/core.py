@@ -20,7 +20,17 @@ from coxswain.control.policy import Directives, Policy, Tables, weight_of
 from coxswain.control.told import ECHO_S, Said, Told
 from coxswain.schemas.commands import COMMANDS, Command
 from coxswain.schemas.names import DEFAULT
-from coxswain.schemas.policy import ClassPolicy, Epoch, Lead, Sight, TenantPolicy, TenantRank, digest
+from coxswain.schemas.policy import (
+    MAX_BASE,
+    MAX_QUANTITY,
+    ClassPolicy,
+    Epoch,
+    Lead,
+    Sight,
+    TenantPolicy,
+    TenantRank,
+    digest,
+)
 from coxswain.schemas.status import Frame, RequestStatus, TenantStatus
 
 BEAT_S: Final = 0.5
@@ -216,8 +226,14 @@ class ControlCore:
         return self._tables
 
     def _superseded_by(self, epoch: Epoch | None) -> Epoch | None:
-        heard = (view.frame.leader.epoch for view in self.fleet.live())
-        return max((other for other in heard if epoch and other and other > epoch), default=None)
+        """The latest epoch that workers obey instead of ours, if more than half of them do.
+
+        Fewer refuse us, and that is all: one worker that lies must not take the fleet's leader from it. If they are
+        right, our lease is gone, and it says so itself when it is renewed.
+        """
+        heard = [view.frame.leader.epoch for view in self.fleet.live()]
+        later = [other for other in heard if epoch and other and other > epoch]
+        return max(later) if 2 * len(later) > len(heard) else None
 
     def _meet(self, now: float) -> list[Outgoing]:
         """Forget incarnations that ended; greet new ones with a heartbeat, before which they obey nobody."""
@@ -290,7 +306,10 @@ class ControlCore:
     def _differing(
         self, now: float, view: WorkerView, told: Told, wanted: Mapping[str, TenantRank], tables: Tables
     ) -> dict[str, TenantRank]:
-        """The rows that a worker does not have: by what it was just told, else by what it reports."""
+        """The rows that a worker does not have: by what it was just told, else by what it reports.
+
+        None that it could not take: what it is to pay is made of what others say, and it would refuse all for one.
+        """
         rows: dict[str, TenantRank] = {}
         for tenant, rank in wanted.items():
             has: TenantRank | TenantStatus | None = None
@@ -300,6 +319,8 @@ class ControlCore:
             if has is None:
                 has = said.rank if said else TenantRank(weight=weight_of(tables.tenants, tenant))
             expected = rank.expected_output
+            if not (-MAX_BASE <= rank.base <= MAX_BASE and expected <= MAX_QUANTITY):
+                continue
             if (
                 abs(rank.base - has.base) > TOLERANCE
                 or rank.weight != has.weight

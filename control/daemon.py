@@ -36,7 +36,8 @@ from coxswain.control.transport import public_urls
 from coxswain.control.web.board import Standing
 from coxswain.control.web.page import Page, Web
 from coxswain.schemas.commands import Rank, encode
-from coxswain.schemas.errors import UNREADABLE, RefusedError
+from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
+from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.names import sanitise_token
 from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy
 from coxswain.schemas.status import QueueQuery, RequestStatus
@@ -52,6 +53,7 @@ COMMAND_TIMEOUT_S: Final = 0.75 * ANSWER_S
 """Shorter than the core's patience: it had better hear that there was no answer than guess."""
 NOBODY: Final = "none"
 """In numbers, the code of commands that nobody answered."""
+CODES: Final = frozenset(map(int, Code))
 JETSTREAM_TIMEOUT_S: Final = 1.0
 SET_UP_RETRY_S: Final = 2.0
 OTHERS_TRY_S: Final = 2 * LEASE_TTL_S
@@ -273,7 +275,7 @@ class Controller:
         self._answers.append(Answer(send, ok=ok, code=code))
         self.page.told(send.worker, send.verb, ok=ok, code=code, reason=why)
         if not ok:
-            self.meter.refused[send.verb, NOBODY if code is None else str(code)] += 1
+            self.meter.refused[send.verb, _label(code)] += 1
         if not ok and self._throttle.allow("command", send.worker, send.verb, code) is not None:
             log.warning("command.refused", worker=send.worker, verb=send.verb, code=code, reason=why)
 
@@ -334,6 +336,11 @@ class Controller:
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopping.wait(), seconds)
+
+
+def _label(code: int | None) -> str:
+    """A refusal's code for numbers: of what workers answer there are no more than we know of."""
+    return NOBODY if code is None else str(code) if code in CODES else OTHER
 
 
 @asynccontextmanager

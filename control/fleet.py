@@ -13,6 +13,7 @@ from typing import Final, Literal
 import msgspec
 
 from coxswain.control.presence import Presence
+from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.parts import Assembler
 from coxswain.schemas.status import ClassStatus, Frame, RequestStatus, TenantStatus
 
@@ -24,7 +25,8 @@ MAX_WORKERS: Final = 1_024
 """Views kept; beyond, the totals of the longest silent worker that is gone are added to the sums."""
 MAX_RETIRED: Final = 8
 """Ended incarnations remembered per worker, so that their late frames change nothing."""
-
+MAX_ENDED: Final = 262_144
+"""Tenants of which there are sums of ended incarnations; those of tenants beyond are in that of `OTHER`."""
 MAX_LEFT: Final = 4_096
 """Requests that left, remembered per worker until `settle`."""
 
@@ -184,7 +186,7 @@ class WorkerView:
         presence = self._presence
         before = old is not None and old.queued > 0
         if old is None or row.class_ != old.class_:
-            presence.classes.add(row.class_)
+            presence.meet(row.class_)
         if came_or_left := (row.queued > 0) != before:
             self._toggle(self.waiting, presence.waiting, name)
         if busied := _busy(row) != _busy(old):
@@ -217,7 +219,7 @@ class WorkerView:
     def _put_classes(self, frame: Frame) -> None:
         for row in frame.classes:
             self.classes[row.class_] = row
-            self._presence.classes.add(row.class_)
+            self._presence.meet(row.class_)
 
     def _toggle(self, mine: set[str], where: dict[str, set[str]], name: str) -> None:
         here = name not in mine
@@ -357,7 +359,8 @@ class Fleet:
             first = next(iter(self._retired))
             del self._retired[next((name for name in self._retired if name not in self.workers), first)]
         for tenant, row in view.tenants.items():
-            self.ended.setdefault(tenant, Totals()).add(row)
+            known = tenant in self.ended or len(self.ended) < MAX_ENDED
+            self.ended.setdefault(tenant if known else OTHER, Totals()).add(row)
         # Whatever succeeds it begins from nothing.
         self.changed[view.worker] = dict.fromkeys(view.tenants)
         view.count(counted=False)

@@ -1,5 +1,10 @@
 """Where each tenant waits and is busy, over all workers of a fleet. Pure; kept by `fleet`, read by policies."""
 
+from typing import Final
+
+MAX_CLASSES: Final = 1_024
+"""Classes that somebody is known to be in: a policy may configure all of them, on every worker."""
+
 
 class Presence:
     """Where each tenant is, over all live workers: kept as it changes, never searched for."""
@@ -12,7 +17,12 @@ class Presence:
         self.moved: dict[str, None] = {}
         """Tenants of which `waiting` changed since `Fleet.settle`."""
         self.classes: set[str] = set()
-        """Every class that any tenant or request was ever seen in."""
+        """Classes that any tenant or request was ever seen in, the first `MAX_CLASSES` of them."""
+
+    def meet(self, class_: str) -> None:
+        """Somebody is in the class."""
+        if len(self.classes) < MAX_CLASSES:
+            self.classes.add(class_)
 
     def note(self, where: dict[str, set[str]], tenant: str, worker: str, *, here: bool) -> None:
         """The tenant is on the worker now, or not any more; `where` is one of the two above."""

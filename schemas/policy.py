@@ -15,9 +15,11 @@ Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Weight = Annotated[float, msgspec.Meta(ge=1e-6, le=1e9)]
 """Not only positive: tokens ÷ weight must stay finite, or virtual times could not be ordered."""
-NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+MAX_QUANTITY: Final = 1e12
+NotNegative = Annotated[float, msgspec.Meta(ge=0, le=MAX_QUANTITY)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-Finite = Annotated[float, msgspec.Meta(ge=-1e18, le=1e18)]
+MAX_BASE: Final = 1e18
+Finite = Annotated[float, msgspec.Meta(ge=-MAX_BASE, le=MAX_BASE)]
 
 LEADER_LEASE_S: Final = 5.0
 """For how long workers go on with a leader that says nothing, unless `COX_LEADER_LEASE_S` says otherwise."""

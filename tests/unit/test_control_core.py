@@ -250,8 +250,31 @@ def test_a_stale_worker_is_left_alone_and_told_everything_on_return() -> None:
 
 
 def test_a_leader_that_workers_disown_says_nothing() -> None:
-    """A worker that obeys a later epoch means that we were replaced: silence, and the shell is told."""
+    """That most workers obey a later epoch means that we were replaced: silence, and the shell is told."""
     driver = Driver(Fcfs(Fcfs.Params()))
     later = (100.0, 9)
-    assert driver.step(0.0, frame(leader=Leader(epoch=later))) == []
+    theirs = [frame(worker, leader=Leader(epoch=later)) for worker in ("w1", "w2")]
+    assert driver.step(0.0, *theirs, frame("w3")) == []
     assert driver.core.superseded_by == later
+
+
+def test_one_worker_that_lies_does_not_take_the_leader_from_the_others() -> None:
+    """A worker that claims to obey a later epoch, whoever broke into it, is one worker that refuses us."""
+    driver = Driver(Fcfs(Fcfs.Params()))
+    liar = frame("w2", leader=Leader(epoch=(1e9, 2**60)))
+    beat, *sends = driver.step(0.0, frame("w1"), liar)
+    assert isinstance(beat, Beat)
+    assert "w1" in {send.worker for send in sends if isinstance(send, Send)}
+    assert driver.core.superseded_by is None
+
+
+def test_what_no_worker_would_take_spoils_no_rank() -> None:
+    """What one worker's absurd totals lead to is left out of what others are told: it would be refused whole."""
+    absurd = {
+        "a": TenantRank(base=-1e300),
+        "b": TenantRank(base=float("nan")),
+        "c": TenantRank(expected_output=1e300),
+    }
+    driver = Driver(Fixed(ranks={"w1": {**absurd, "d": TenantRank(base=5.0)}}))
+    (send,) = driver.sends(0.0, frame())
+    assert send.command.tenants.keys() == {"d"}

@@ -7,8 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from coxswain.control import fleet as module
 from coxswain.control.fleet import GONE_S, MAX_WORKERS, STALE_S, Fleet
+from coxswain.control.presence import MAX_CLASSES
 from coxswain.schemas.commands import encode
+from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.parts import Assembler
 from coxswain.schemas.status import Frame, Gone, decode_frame
 from tests.support.frames import frame, request, row
@@ -216,6 +219,27 @@ def test_a_fleet_beyond_all_bounds_may_restart() -> None:
         for name in names:
             assert fleet.merge(frame(name, incarnation, 0, row("a")), 0.0)
     assert {view.incarnation for view in fleet.workers.values()} == {"01B"}
+
+
+def test_tenants_beyond_all_bounds_lose_their_names_and_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of ended incarnations are of so many tenants; what others were served then goes to one sum of them all."""
+    monkeypatch.setattr(module, "MAX_ENDED", 2)
+    fleet = Fleet()
+    for number in range(4):
+        rows = [row("a", charged=1.0), *(row(f"t{number}{place}", charged=10.0) for place in range(3))]
+        fleet.merge(frame("w1", f"01{number}", 0, *rows), 0.0)
+    fleet.merge(frame("w1", "019", 0), 0.0)
+    assert fleet.totals("a").charged == 4.0
+    assert fleet.ended.keys() == {"a", "t00", OTHER}
+    assert sum(totals.charged for totals in fleet.ended.values()) == 4 * 31.0
+
+
+def test_classes_that_a_worker_invents_are_bounded() -> None:
+    """A policy may configure every class that anybody is in, everywhere: one worker must not make that without end."""
+    fleet = Fleet()
+    names = [f"c{number}" for number in range(2 * MAX_CLASSES)]
+    fleet.merge(frame("w1", "01A", 0, *(row(name, class_=name) for name in names)), 0.0)
+    assert fleet.presence.classes == set(names[:MAX_CLASSES])
 
 
 def test_a_tenant_has_one_name_in_memory_on_all_workers() -> None:
