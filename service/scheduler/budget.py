@@ -97,7 +97,11 @@ class StepBudget:
         """Who of the class at this place begins in this step, if classes may stand aside for it."""
         if waits >= self._last_aside:
             return None
-        head, free = self._queue.peek(), self._engine.free_blocks()
-        if head is self._stood_for or self._engine.free_slots() <= 0 or self._engine.needs(head, free) > free:
+        engine, head = self._engine, self._queue.peek()
+        if (
+            head is self._stood_for or self._place_of(head.class_) != waits
+        ):  # it waited for too long, and is next
             return None
-        return head
+        free = engine.free_blocks()
+        begins = engine.ready(head) and engine.free_slots() > 0 and engine.needs(head, free) <= free
+        return head if begins else None

@@ -240,9 +240,13 @@ class Mechanism:
         return [record for record in waiting if record.state is State.RUNNING]
 
     def worst_running(self) -> Iterator[Record]:
-        """From the end of vLLM's running list, which `sort` keeps in order."""
-        self.sort()
-        return (request.steering for request in reversed(self._scheduler.running))
+        """From the end of vLLM's running list, where `sort` keeps it in order; else of a copy that is."""
+        running = self._scheduler.running
+        if self.core.room.orders_running:
+            self.sort()
+        else:
+            running = sorted(running, key=_urgency)
+        return (request.steering for request in reversed(running))
 
     # For the shell
 

@@ -87,7 +87,7 @@ class Room:
         self._classes = classes
         self._cutting = [name for name, policy in classes.items() if policy.cut_in in CUTS]
         self.orders_running = any(
-            policy.cut_in != "off" or policy.max_prefill_tokens_per_step is not None
+            policy.cut_in != "off" or policy.borrow or policy.max_prefill_tokens_per_step is not None
             for policy in classes.values()
         )
         self.ranks_changed()

@@ -129,6 +129,39 @@ def test_held_kv_gives_way_to_what_runs(depth: int) -> None:
         ended_well(made, **{held: 20, other: 90})
 
 
+@DEPTHS
+@pytest.mark.parametrize(
+    "policy", [ClassPolicy(order="priority"), ClassPolicy(order="priority", cut_in="slots")]
+)
+def test_a_lowered_cap_stops_the_worst(policy: ClassPolicy, depth: int) -> None:
+    """Not the latest, whether anybody may cut in or not."""
+    with rig({"default": policy}, depth=depth, max_num_seqs=6, max_num_active_seqs=3) as made:
+        names = [add(made, "bulk", tokens=30, priority=priority) for priority in (9, 5, -10)]
+        made.step()
+        target = Target("class", "default")
+        made.scheduler.core.limits.limit(made.scheduler.now(), OPERATOR, target, Caps(max_running=1))
+        made.step()
+        states = [state(made, name) for name in names]
+        assert states == [State.HELD_KEPT, State.HELD_KEPT, State.RUNNING]
+        ended_well(made, **dict.fromkeys(names, 30))
+
+
+@DEPTHS
+def test_what_borrows_is_stopped_worst_first(depth: int) -> None:
+    """In a class where priority counts, though nobody may cut in."""
+    classes = {"batch": ClassPolicy(order="priority", borrow=True, max_running=1)}
+    tables = {"bulk": TenantPolicy(class_="batch"), "chat": TenantPolicy()}
+    with rig(classes, depth=depth, max_num_seqs=6, max_num_active_seqs=3) as made:
+        made.scheduler.core.configure(classes, tables)
+        names = [add(made, "bulk", tokens=30, priority=priority) for priority in (9, 5, -10)]
+        made.step()
+        other = add(made, "chat", tokens=5)
+        made.step()
+        states = [state(made, name) for name in names]
+        assert states == [State.HELD_KEPT, State.RUNNING, State.RUNNING]
+        ended_well(made, **dict.fromkeys(names, 30), **{other: 5})
+
+
 class TestStepBudget:
     """Prompt tokens per step of a class while a better one is present."""
 

@@ -90,7 +90,7 @@ def test_nobody_stands_aside_for_an_equal_or_for_nobody() -> None:
 
 
 def test_nobody_stands_aside_for_what_cannot_begin() -> None:
-    """Without a free slot, or with too few blocks, the step would compute nothing."""
+    """Without a free slot, with too few blocks, or not ready: the step would compute nothing."""
     core = core_with(default=ASIDE)
     engine: Any = core.engine
     engine.submit("urgent")
@@ -99,7 +99,22 @@ def test_nobody_stands_aside_for_what_cannot_begin() -> None:
     engine.free_slots, blocks, engine.free_blocks = slots, engine.free_blocks, lambda: 0
     assert aside(core) == []
     engine.free_blocks = blocks
+    ready, engine.ready = engine.ready, lambda _: False  # its grammar is being compiled, say
+    assert aside(core) == []
+    engine.ready = ready
     assert aside(core) == ["default"]
+
+
+def test_nobody_stands_aside_for_a_class_when_another_s_turn_has_come() -> None:
+    """The one that begins has waited too long: it is of no better class."""
+    core = core_with(default={**ASIDE, "ageing_s": 1.0})
+    engine: Any = core.engine
+    engine.submit("default")
+    engine.submit("urgent")
+    core.queue.age(0.0)
+    core.queue.age(5.0)
+    assert core.queue.peek().class_ == "default"
+    assert aside(core) == []
 
 
 def test_it_lingers() -> None:
