@@ -96,9 +96,11 @@ class Trials:
         text = log.read_bytes()
         self._log.write(b"\n== " + way.name.encode() + b"\n" + text)
         self._log.flush()
-        found: Found = msgspec.json.decode(out.read_bytes()) if out.exists() else {"cases": []}
-        if late or "load_s" not in found:
-            found["error"] = f"{late or 'the engine did not come up'}: {tail(text.decode(errors='replace'))}"
+        found: Found = msgspec.json.decode(out.read_bytes()) if out.exists() else {"cases": [], "error": ""}
+        if "error" in found:
+            # What its own process saw of it is seldom where it began.
+            how = late or ("failed" if "load_s" in found else "the engine did not come up")
+            found["error"] = f"{how}: {tail(text.decode(errors='replace'))}"
         return found
 
     async def _watch(self, child: Child, out: Path) -> str:
