@@ -1,11 +1,12 @@
 """The HTTP edge as ASGI middleware: carries `core.py`'s decisions out, decides nothing itself.
 
-Outermost in vLLM's server (see `identity.py`). It touches headers only, never bodies, so streaming is
-unaffected.
+Outermost in vLLM's server (see `identity.py`). It touches headers only, never bodies: of those it sees when they end.
+Streaming is unaffected.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final
@@ -121,20 +122,56 @@ class EdgeMiddleware:
             if kind == "websocket":
                 return await send({"type": "websocket.close", "code": 1013})
             return await _refuse(send, passage)
-        token = ticket.set(admitted.ticket._replace(passage=passage))
-        traces = self._status.traces if self._status and passage and kind == "http" else None
-        headers, span = admitted.headers, None
-        if traces is not None:
-            span, headers = traces.begin(admitted)
-        try:
+        with self._underway(scope, admitted, passage) as headers:
             # A copy: servers log and reuse the scope that they made.
-            return await self._app({**scope, "headers": headers}, receive, send)
-        finally:
-            ticket.reset(token)
-            if traces is not None:
-                traces.end(admitted.ticket.request, span)
+            scope = {**scope, "headers": headers}
+            if passage is None or kind == "websocket":
+                return await self._app(scope, receive, send)
+            return await self._once_whole(scope, receive, send, passage)
+
+    @contextmanager
+    def _underway(self, scope: Scope, admitted: Admitted, passage: Passage | None) -> Iterator[Headers]:
+        """What goes along with a request while the app has it, and ends with it; the headers that vLLM is to see."""
+        with ExitStack() as ends:
+            headers = admitted.headers
             if passage is not None:
-                passage.left()
+                ends.callback(passage.left)
+            ends.callback(ticket.reset, ticket.set(admitted.ticket._replace(passage=passage)))
+            traces = self._status.traces if self._status and passage and scope["type"] == "http" else None
+            if traces is not None:
+                span, headers = traces.begin(admitted)
+                ends.callback(traces.end, admitted.ticket.request, span)
+            yield headers
+
+    async def _once_whole(self, scope: Scope, receive: Receive, send: Send, passage: Passage) -> None:
+        """Have the app handle a request that needs a place in its class, which it is given once its body is there.
+
+        If there is none any more, to the app the client is gone; what it makes of that nobody sees.
+        """
+        refusal: Refusal | None = None
+        answers = False
+
+        async def receive_asking() -> Message:
+            nonlocal refusal
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body") and not answers:
+                refusal = passage.whole(time.monotonic())
+            return message if refusal is None else {"type": "http.disconnect"}
+
+        async def send_unless_refused(message: Message) -> None:
+            nonlocal answers
+            if refusal is None:
+                answers = True
+                await send(message)
+
+        try:
+            await self._app(scope, receive_asking, send_unless_refused)
+        except Exception:
+            if refusal is None:
+                raise
+        if refusal is not None:
+            self._count(refusal.status)
+            await _refuse(send, refusal)
 
     def _unready(self, scope: Scope) -> Refusal | None:
         """Why no new request should come here, whoever asks."""

@@ -82,21 +82,36 @@ class EdgeFrame(msgspec.Struct, frozen=True):
 class Passage:
     """One HTTP request that was let through, until it has reached the engine or will not.
 
+    It has a place of its tenant's from its first line, and one of its class's once its body is there: an upload may
+    last for as long as its client likes, and places of a class are others' too.
+
     Args:
         caps: where it counts.
         tenant: whose it is.
-        class_: the class that it counts in.
+        asked_class: the class that it asked for, or empty.
+        class_: the class that it would be in now.
     """
 
-    __slots__ = ("_caps", "_underway", "class_", "tenant")
+    __slots__ = ("_asked_class", "_caps", "_underway", "_whole", "class_", "tenant")
 
-    def __init__(self, caps: "EdgeCaps", tenant: str, class_: str) -> None:
+    def __init__(self, caps: "EdgeCaps", tenant: str, asked_class: str, class_: str) -> None:
         self._caps = caps
+        self._asked_class = asked_class
         self.tenant = tenant
         self.class_ = class_
         self._underway = True
+        self._whole = False
         caps.underway[tenant] += 1
-        caps.underway_in[class_] += 1
+
+    def whole(self, now: float) -> Refusal | None:
+        """Its body is there: give it a place in its class, or say why there is none any more. Once is enough."""
+        if self._whole or not self._underway:
+            return None
+        class_, refusal = self._caps.place(self.tenant, self._asked_class, now)
+        if refusal is None:
+            self._whole, self.class_ = True, class_
+            self._caps.underway_in[class_] += 1
+        return refusal
 
     def sent(self, now: float, children: int) -> None:
         """The front end gave the engine one of its prompts, as so many requests (`n`)."""
@@ -107,10 +122,16 @@ class Passage:
         """It is not on its way to the engine any more: it is there, or was answered without it."""
         if self._underway:
             self._underway = False
-            self._caps.underway[self.tenant] -= 1
-            self._caps.underway_in[self.class_] -= 1
-            if not self._caps.underway[self.tenant]:
-                del self._caps.underway[self.tenant]
+            _less(self._caps.underway, self.tenant)
+            if self._whole:
+                _less(self._caps.underway_in, self.class_)
+
+
+def _less(counts: Counter[str], name: str) -> None:
+    """One less of these; what is zero takes no memory."""
+    counts[name] -= 1
+    if not counts[name]:
+        del counts[name]
 
 
 class Load(NamedTuple):
@@ -170,7 +191,7 @@ class EdgeCaps:
         self.underway: Counter[str] = Counter()
         """HTTP requests per tenant that were let through and are not with the engine yet."""
         self.underway_in: Counter[str] = Counter()
-        """The same per class."""
+        """The same per class, of those whose body is there."""
         self.sent: defaultdict[str, deque[tuple[float, str]]] = defaultdict(deque)
         """Per tenant, requests (when, class) that were given to an engine and are in no frame yet, oldest first."""
         self.sent_in: Counter[str] = Counter()
@@ -230,23 +251,29 @@ class EdgeCaps:
             asked_class: the class that was asked for, or empty.
             now: monotonic seconds.
         """
-        views = [view for view in self.views.values() if now - view.heard_at <= STALE_S]
-        class_ = self._class_of(views, tenant, asked_class)
-        refusal = self._refusal(views, tenant, class_)
-        return refusal or Passage(self, tenant, class_)
+        class_, refusal = self.place(tenant, asked_class, now)
+        if refusal is None:
+            load = _load([view.tenants.get(tenant) for view in self._live(now)])
+            count = load.queued + self.underway[tenant] + len(self.sent.get(tenant, ()))
+            if load.cap is not None and count >= load.cap:
+                refusal = _too_many(f"tenant {tenant!r}", count, load)
+        return refusal or Passage(self, tenant, asked_class, class_)
 
-    def _refusal(self, views: list[View], tenant: str, class_: str) -> Refusal | None:
+    def place(self, tenant: str, asked_class: str, now: float) -> tuple[str, Refusal | None]:
+        """The class in which a request would wait, and why it may not, whoever its tenant is."""
+        views = self._live(now)
+        class_ = self._class_of(views, tenant, asked_class)
         if self.draining:
-            return DRAINS
-        load = _load([view.tenants.get(tenant) for view in views])
-        count = load.queued + self.underway[tenant] + len(self.sent.get(tenant, ()))
-        if load.cap is not None and count >= load.cap:
-            return _too_many(f"tenant {tenant!r}", count, load)
+            return class_, DRAINS
         load = _load([view.classes.get(class_) for view in views])
         count = load.queued + self.underway_in[class_] + self.sent_in[class_]
         if load.cap is not None and count >= load.cap:
-            return _too_many(f"class {class_!r}", count, load)
-        return None
+            return class_, _too_many(f"class {class_!r}", count, load)
+        return class_, None
+
+    def _live(self, now: float) -> list[View]:
+        """The engines whose numbers count."""
+        return [view for view in self.views.values() if now - view.heard_at <= STALE_S]
 
     def _class_of(self, views: list[View], tenant: str, asked: str) -> str:
         """The class in which the engine will queue it (`SteeringCore._class_for`), as far as the frames tell."""

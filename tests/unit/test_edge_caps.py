@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
@@ -23,6 +24,7 @@ from coxswain.service.edge.caps import LOST_S, STALE_S, ClassSeen, EdgeCaps, Edg
 from coxswain.service.edge.core import Edge, EdgeSettings, Refusal
 from coxswain.service.edge.status import EdgeStatus, listener, workers_behind
 from tests.support.frames import frame, row
+from tests.support.waiting import eventually
 
 decode = msgspec.json.Decoder(EdgeFrame).decode
 SECRET = "ab" * 32
@@ -69,9 +71,10 @@ class Engine:
 
 
 def enter(caps: EdgeCaps, now: float = 0.0, tenant: str = "a", class_: str = "") -> Passage:
-    """A request that is let through."""
+    """A request that is let through, and whole at once."""
     passage = caps.enter(tenant, class_, now)
     assert isinstance(passage, Passage), passage
+    assert passage.whole(now) is None
     return passage
 
 
@@ -141,6 +144,24 @@ def test_class_cap_counts_all_tenants() -> None:
     assert "class 'chat'" in refused(caps).message
     enter(caps, tenant="b")  # in `default`, of which nothing is known
     enter(caps, tenant="b", class_="unknown")
+
+
+def test_an_unfinished_upload_takes_a_place_of_its_tenant_alone() -> None:
+    """Who sends no body keeps nobody else out of the class; when it comes and there is no place left, it is refused."""
+    caps, engine = EdgeCaps(["w1"]), Engine(max_queued=2, class_cap=3)
+    caps.heard(engine.seen(), 0.0)
+    slow = [caps.enter("a", "chat", 0.0) for _ in range(2)]
+    assert "tenant 'a'" in refused(caps).message
+    for _ in range(3):
+        enter(caps, tenant="b", class_="chat")
+    assert "class 'chat'" in refused(caps, tenant="b", class_="chat").message
+    for passage in slow:
+        assert isinstance(passage, Passage)
+        late = passage.whole(0.0)
+        assert late is not None
+        assert "class 'chat' has 3" in late.message
+        passage.left()
+    assert (caps.underway["a"], caps.underway_in["chat"]) == (0, 3)
 
 
 def test_refusal_says_the_limit_and_when_to_try_again() -> None:
@@ -266,14 +287,16 @@ class World:
 
     Args:
         processes: how many.
-        cap: `max_queued` of the tenant.
+        cap: `max_queued` of the tenant, or of its class.
         seed: what happens.
     """
 
-    def __init__(self, processes: int, cap: int, seed: int) -> None:
+    def __init__(self, processes: int, cap: int, seed: int, *, of_class: bool = False) -> None:
         self.random = random.Random(seed)
-        self.engine = Engine(max_queued=cap)
+        self.engine = Engine(max_queued=None if of_class else cap, class_cap=cap if of_class else None)
         self.edges = [EdgeCaps(["w1"]) for _ in range(processes)]
+        self.uploads: list[Passage] = []
+        """Let in, their bodies still to come."""
         self.front: list[Passage] = []
         self.wire = 0
         self.now = 0.0
@@ -312,8 +335,14 @@ class World:
         for _ in range(self.random.choice((0, 1, 1, 5))):
             passage = self.edges[process].enter("a", "", self.now)
             if isinstance(passage, Passage):
+                self.uploads.append(passage)
+                seen.append((self.waiting + len(self.uploads), self.unconfirmed + len(self.uploads)))
+        while self.uploads and chance() < 0.8:
+            passage = self.uploads.pop(self.random.randrange(len(self.uploads)))
+            if passage.whole(self.now) is None:
                 self.front.append(passage)
-                seen.append((self.waiting, self.unconfirmed))
+            else:
+                passage.left()
         while self.front and chance() < 0.6:
             passage = self.front.pop(self.random.randrange(len(self.front)))
             if chance() < 0.1:
@@ -337,6 +366,16 @@ class World:
 def test_one_process_never_lets_the_queue_over_its_cap(seed: int, cap: int) -> None:
     """Whatever happens, in whatever order frames come: what waits, and what is on its way to, is never over the cap."""
     world = World(1, cap, seed)
+    for _ in range(300):
+        world.step()
+        assert world.waiting + len(world.uploads) <= cap
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 12))
+def test_one_process_never_lets_a_class_over_its_cap(seed: int, cap: int) -> None:
+    """The same for a class, of what is there: an upload is asked again when it has come."""
+    world = World(1, cap, seed, of_class=True)
     for _ in range(300):
         world.step()
         assert world.waiting <= cap
@@ -373,19 +412,26 @@ class Listening:
         self.go = asyncio.Event()
         self.passed = 0
         self.paths: list[str] = []
+        self.reads = False
+        """Whether the app reads bodies, and takes fright of a client that is gone."""
+        self.refused: list[int] = []
         status = EdgeStatus(Connection(urls=("nats://127.0.0.1:1",)), self.caps)
         status.start = lambda: None  # type: ignore[method-assign]
         settings = EdgeSettings.from_env({"COX_IDENTITY_KEY": SECRET, "COX_TENANT_HEADER": "x-tenant"})
-        app = EdgeMiddleware(self.inside, Edge(settings), None, lambda _app: status)
+        app = EdgeMiddleware(self.inside, Edge(settings), None, lambda _app: status, self.refused.append)
         transport = httpx.ASGITransport(app=app, client=("127.0.0.1", 1))
         self.client = httpx.AsyncClient(
             transport=transport, base_url="http://edge", headers={"x-tenant": "a"}
         )
 
-    async def inside(self, scope: Any, _receive: Any, send: Any) -> None:
+    async def inside(self, scope: Any, receive: Any, send: Any) -> None:
         """Where vLLM would be."""
         self.passed += 1
         self.paths.append(scope["path"])
+        while self.reads and (message := await receive()).get("more_body", True):
+            if message["type"] == "http.disconnect":
+                await send({"type": "http.response.start", "status": 400, "headers": []})
+                raise ConnectionError("the client is gone")
         await self.go.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"ok"})
@@ -404,6 +450,34 @@ async def test_http_answer_is_openais_with_retry_after() -> None:
     edge.go.set()
     assert (await running).status_code == 200
     assert (await edge.client.post("/v1/completions")).status_code == 200
+
+
+async def test_an_upload_is_asked_again_when_it_is_there() -> None:
+    """The class filled up while the body came: 429 all the same, in place of what the app makes of a client gone."""
+    edge = Listening()
+    edge.engine.max_queued, edge.engine.class_cap = None, 1
+    edge.caps.heard(edge.engine.seen(), asyncio.get_running_loop().time())
+    edge.reads = True
+    arrived = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await arrived.wait()
+        yield b"}"
+
+    slow = asyncio.create_task(edge.client.post("/v1/completions", content=body()))
+    await eventually(lambda: edge.passed == 1)
+    quick = asyncio.create_task(edge.client.post("/v1/completions"))
+    await eventually(lambda: edge.passed == 2)
+    arrived.set()
+    answer = await slow
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert answer.headers["x-request-id"].startswith("cox.a.")
+    assert edge.refused == [429]
+    edge.go.set()
+    assert (await quick).status_code == 200
+    assert not edge.caps.underway
+    assert not edge.caps.underway_in
 
 
 async def test_only_what_asks_an_engine_is_counted() -> None:

@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from coxswain.common.connection import Connection
 from coxswain.schemas import events as ev
 from coxswain.service.config import Settings
+from coxswain.service.edge import asgi as edge_asgi
 from coxswain.service.edge import trace as edge_trace
 from coxswain.service.edge.asgi import EdgeMiddleware
 from coxswain.service.edge.caps import EdgeCaps
@@ -39,6 +40,7 @@ class Rig:
         self.seen: dict[str, str] = {}
         status = EdgeStatus(Connection(urls=("nats://127.0.0.1:1",)), EdgeCaps(["w1"]), traces=self.traces)
         status.start = lambda: None  # type: ignore[method-assign]
+        self.status = status
         edge = Edge(EdgeSettings.from_env({"COX_IDENTITY_KEY": SECRET}))
         app = EdgeMiddleware(self._inside, edge, None, lambda _app: status)
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge")
@@ -142,6 +144,16 @@ async def test_what_is_held_in_the_queue_goes_back_to_it():
     )  # fmt: skip
     assert times(rig.spans()["queue"]) == [(1.0, 2.0), (3.0, 4.0)]
     assert times(rig.spans()["run"]) == [(4.0, 5.0)]
+
+
+async def test_a_tracer_that_fails_takes_no_place_for_ever(monkeypatch: pytest.MonkeyPatch):
+    """The request fails with it; what it counted as, and whose it was, is forgotten all the same."""
+    rig = Rig()
+    monkeypatch.setattr(rig.traces, "begin", lambda _admitted: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        await rig.request()
+    assert not rig.status.caps.underway
+    assert edge_asgi.ticket.get() is None
 
 
 async def test_vllm_is_handed_our_span_as_its_parent():
