@@ -11,8 +11,8 @@ takes the room of the worst of that work, if its class may (`cut_in`).
   held; where KV blocks are short, or no slot can be had so, they are preempted, if the class is `kv`.
 * Held requests give way before running ones, least urgent first: their slots by parking, their KV by dropping.
 
-* Caps are exact: what runs beyond one that was lowered is held. What runs on borrowed room gives way to whatever
-  waits within its caps, whether its class may cut in or not.
+* Caps are exact: what runs beyond one that was lowered is held, as far as it can be. What runs on borrowed room gives
+  way to whatever waits within its caps, whether its class may cut in or not.
 
 Acts through `Holds` and the port `Engine`. No policy.
 """
@@ -128,11 +128,18 @@ class Room:
             self._place(now)
 
     def _stop_excess(self, now: float) -> None:
-        """Hold what runs beyond its caps and may not borrow, the worst first; it goes on when there is room."""
+        """Hold what runs beyond its caps and may not borrow, the worst first; it goes on when there is room.
+
+        Who cannot be held (a streaming session) is passed over: the others are as many fewer.
+        """
         engine = self._engine
-        for record, group in self._limits.to_stop(lambda: chain(engine.released(), engine.worst_running())):
-            if engine.obstacle(record, "keep") is None:
-                self._holds.hold(now, record, ENGINE, "keep", None, f"over the cap of {group.name}")
+
+        def able() -> Iterator[Record]:
+            running = chain(engine.released(), engine.worst_running())
+            return (record for record in running if engine.obstacle(record, "keep") is None)
+
+        for record, group in self._limits.to_stop(able):
+            self._holds.hold(now, record, ENGINE, "keep", None, f"over the cap of {group.name}")
 
     def _place(self, now: float) -> None:
         """See to the first that would like to run, in their order, until one finds no room."""

@@ -223,6 +223,27 @@ def test_lowered_cap_names_the_excess_and_raised_one_lets_in(steered: Steered) -
     engine.check()
 
 
+def test_others_stop_in_place_of_what_cannot_be_held(steered: Steered) -> None:
+    """A cap lowered under a streaming session holds those that can be; where all are sessions, they run on."""
+    engine = steered.engine
+    records = [engine.submit("a", tokens=50) for _ in range(3)]
+    engine.step()
+    worst = list(engine.running)[-1]
+    worst.payload.obstacle = "a streaming session cannot be held"
+    steered("limit", to=A, max_running=1)
+    engine.step()
+    assert [record for record in records if record not in engine.core.roster.held] == [worst]
+    worst.payload.obstacle = None
+    steered("limit", to=A, max_running=2)
+    engine.step()
+    for record in engine.running:
+        record.payload.obstacle = "a streaming session cannot be held"
+    steered("limit", to=A, max_running=1)
+    engine.step()
+    assert running(engine) == "aa"
+    engine.check()
+
+
 def test_cap_holds_for_what_was_released_from_a_park_and_not_admitted_since(steered: Steered) -> None:
     """It counts as running before it does: what is too many of it is held again, and keeps its KV."""
     engine, core = steered.engine, steered.engine.core
