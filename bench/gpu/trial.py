@@ -229,7 +229,8 @@ def _options(way: EngineMode, mode: Mode) -> dict[str, Any]:
             options |= {"dtype": "float32", "kv_cache_memory_bytes": 2**26}
         else:
             options |= simulated(check=True)
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(way.v2))
+    on_cpu = mode is not Mode.GPU and way.dry == "cpu"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(way.v2 and not on_cpu))
     return options | way.options
 
 
