@@ -20,6 +20,8 @@ REFRESH_S: Final = 0.25
 LINE_EVERY_S: Final = 5.0
 """Between two progress lines where there is no terminal."""
 PLAIN_WIDTH: Final = 110
+PLAIN_CHARS: Final = 300
+"""Of a log's line, where there is no terminal."""
 
 
 class View(NamedTuple):
@@ -57,10 +59,12 @@ class Screen:
         self.console.print(Text("→ ", style="bold green") + Text(text))
 
     def failure(self, text: str, lines: Iterable[str] = ()) -> None:
-        """Print what went wrong, and the end of a log."""
+        """Print what went wrong, and the end of a log, a row a line: vLLM prints its whole configuration in one."""
         self.console.print(Text(text, style="bold red"))
         for line in lines:
-            self.console.print(Text(f"  │ {line}", style="dim"), soft_wrap=True)
+            row = Text(f"  │ {line}", style="dim")
+            row.truncate(self.console.width if self.console.is_terminal else PLAIN_CHARS, overflow="ellipsis")
+            self.console.print(row, soft_wrap=True)
 
     @asynccontextmanager
     async def show(self, view: View) -> AsyncIterator[None]:

@@ -41,7 +41,8 @@ NIGHT: Final = "night"
 """The tenant of act 3."""
 SHAPE: Final = ("--hidden", "512", "--layers", "12")
 """Of the model: 30 million weights, so that a step takes 10 to 20 ms and the engine, not HTTP, is scarce."""
-WORKER_START_S: Final = 180.0
+WORKER_SILENT_S: Final = 180.0
+"""A worker that starts is waited for until it has said nothing for so long: how slow the machine is, nobody knows."""
 SETTLE_S: Final = 20.0
 SAID_CHARS: Final = 44
 _LOG_PREFIX: Final = re.compile(r"^\(\w+ pid=\d+\)( \w+ [\d-]+ [\d:]+ \[\S+\])?")
@@ -188,7 +189,7 @@ async def run_stack(screen: Screen, crew: Crew, folder: Path) -> AsyncIterator[S
         endpoint = Endpoint(f"http://127.0.0.1:{http_port}", keys)
         worker = crew.start("worker", [*COX, *worker_arguments(model, http_port, folder)], env)
         with steps.step("cox worker: real vLLM, real weights, on this CPU", worker.log):
-            await _wait_for(endpoint, crew, worker)
+            await serves(endpoint, crew, worker)
     client = await Client.connect(Connection.from_env(env), name="cox-demo", timeout_s=10.0)
     async with endpoint, client:
         watch = Watch(client, WORKER)
@@ -262,12 +263,21 @@ async def _make_key(folder: Path, tenant: str, env: Mapping[str, str]) -> str:
     return (await run_once(f"an API key for {tenant}", argv, env)).strip()
 
 
-async def _wait_for(endpoint: Endpoint, crew: Crew, worker: Process) -> None:
-    end = time.monotonic() + WORKER_START_S
+async def serves(endpoint: Endpoint, crew: Crew, worker: Process) -> None:
+    """Wait until the worker serves, for as long as it lives and goes on saying something.
+
+    Raises:
+        DemoError: something of the crew ended, or the worker is silent.
+    """
+    said, heard_at = -1, 0.0
     while not await endpoint.healthy():
         crew.check()
-        if time.monotonic() > end:
-            raise DemoError(f"the worker does not serve after {WORKER_START_S:g} s", worker.log)
+        if (size := worker.log.stat().st_size) != said:
+            said, heard_at = size, time.monotonic()
+        elif time.monotonic() - heard_at > WORKER_SILENT_S:
+            raise DemoError(
+                f"the worker does not serve, and has said nothing for {WORKER_SILENT_S:g} s", worker.log
+            )
         await asyncio.sleep(0.25)
 
 

@@ -1,20 +1,25 @@
 """The demo's pure parts (metric, load, claims, report), and the promise that it leaves no process behind."""
 
 import asyncio
+import io
 import itertools
 import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from coxswain.control.demo import load, metrics, stack
 from coxswain.control.demo.metrics import Gap, Sample, Standing, percentile, service_gap
 from coxswain.control.demo.processes import Crew, DemoError, run_once, tail
 from coxswain.control.demo.report import Context, Fairness, Hold, Priority, Report, claims
-from coxswain.control.demo.streams import Choice, Chunk, Stream, Usage
+from coxswain.control.demo.screen import Screen
+from coxswain.control.demo.streams import Choice, Chunk, Endpoint, Stream, Usage
 from coxswain.schemas.status import TenantStatus
 
 
@@ -264,6 +269,38 @@ class TestProcesses:
             eventually(lambda: crew.check() or False)
         assert caught.value.log == process.log
         assert tail(process.log) == ["oh"]
+
+    async def test_a_worker_that_still_says_something_is_waited_for(self, tmp_path: Path, monkeypatch):
+        """However long it takes to start; one that is silent for long is given up, by name."""
+        crew, log = Crew(tmp_path / "logs"), tmp_path / "worker.log"
+        log.touch()
+        worker: Any = SimpleNamespace(log=log)
+        now, asked = 0.0, 0
+
+        async def healthy(_: Endpoint) -> bool:
+            nonlocal now, asked
+            now, asked = now + stack.WORKER_SILENT_S * 0.7, asked + 1
+            if asked < 5:
+                with log.open("a") as out:
+                    out.write("importing\n")
+            return asked == 5
+
+        monkeypatch.setattr(Endpoint, "healthy", healthy)
+        monkeypatch.setattr(stack, "time", SimpleNamespace(monotonic=lambda: now))
+        async with Endpoint("http://127.0.0.1:1", {}) as endpoint:
+            await stack.serves(endpoint, crew, worker)
+            with pytest.raises(DemoError, match="said nothing for 180 s") as caught:
+                await stack.serves(endpoint, crew, worker)
+        assert (asked, caught.value.log) == (8, log)
+
+    def test_a_log_s_endless_line_takes_one_row(self):
+        """vLLM's whole configuration stands in one: the end of the log must not be lost in it."""
+        shown = io.StringIO()
+        screen = Screen(Console(file=shown, force_terminal=True, width=40))
+        screen.failure("It failed", ["x" * 4_000, "the reason"])
+        first, second, third = shown.getvalue().splitlines()
+        assert ("It failed" in first, "the reason" in third) == (True, True)
+        assert second.count("x") < 40
 
     def test_a_program_that_is_missing_is_named(self, tmp_path: Path):
         """No such program is an error for people, not a traceback."""
