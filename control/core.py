@@ -130,8 +130,9 @@ class ControlCore:
         self.controller = controller
         self.cadence_s = cadence_s
         self.fleet = Fleet()
-        self.superseded_by: Epoch | None = None
-        """A later epoch than ours that a worker obeys: the shell must give up the lease."""
+        self.disowned_by: dict[str, Epoch] = {}
+        """Workers that obey a later epoch than ours, by their own word, and which: the shell must look whether the
+        lease is still ours. That alone decides: a worker may lie, or have been lied to."""
         self.failures = Failures()
         self._patient = patient
         self._new_id = new_id
@@ -154,12 +155,12 @@ class ControlCore:
         tables = self._complete(inputs.classes or {}, inputs.tenants or {})
         observed = self._observed(tables, now)
         self.fleet.settle()
-        self.superseded_by = self._superseded_by(inputs.epoch)
+        self.disowned_by = self._disowned_by(inputs.epoch)
         if inputs.epoch != self._epoch:
             self._epoch = inputs.epoch
             self._told.clear()
             self._beat_at = float("-inf")
-        if self._epoch is None or self.superseded_by is not None:
+        if self._epoch is None:
             if observed:
                 self.failures.rested()
             return []
@@ -225,15 +226,11 @@ class ControlCore:
             self._tables_of = (dict(classes), dict(tenants), len(seen))
         return self._tables
 
-    def _superseded_by(self, epoch: Epoch | None) -> Epoch | None:
-        """The latest epoch that workers obey instead of ours, if more than half of them do.
-
-        Fewer refuse us, and that is all: one worker that lies must not take the fleet's leader from it. If they are
-        right, our lease is gone, and it says so itself when it is renewed.
-        """
-        heard = [view.frame.leader.epoch for view in self.fleet.live()]
-        later = [other for other in heard if epoch and other and other > epoch]
-        return max(later) if 2 * len(later) > len(heard) else None
+    def _disowned_by(self, epoch: Epoch | None) -> dict[str, Epoch]:
+        if epoch is None:
+            return {}
+        heard = ((view.worker, view.frame.leader.epoch) for view in self.fleet.live())
+        return {worker: other for worker, other in heard if other and other > epoch}
 
     def _meet(self, now: float) -> list[Outgoing]:
         """Forget incarnations that ended; greet new ones with a heartbeat, before which they obey nobody."""

@@ -192,8 +192,8 @@ class Controller:
             else:
                 await self._beat(client, outgoing)
         self._look_after_policy(lease)
-        if self.core.superseded_by is not None:
-            lease.step_down(f"a worker obeys the later epoch {self.core.superseded_by}")
+        for worker, epoch in self.core.disowned_by.items():
+            lease.doubt(worker, epoch)
         for worker, incarnation in self.core.fleet.rivals.items():
             if self._throttle.allow("rival", worker) is not None:
                 log.warning(

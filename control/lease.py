@@ -9,6 +9,7 @@ Called by `daemon`, which asks `epoch` at every step.
 import asyncio
 import random
 import time
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -69,6 +70,9 @@ class Lease:
         self._until = 0.0
         self._quiet_until = 0.0
         self._unsure = False
+        self._doubts: dict[str, Epoch] = {}
+        """Workers that say that another leads, and which, since the last renewal began."""
+        self._hurry = asyncio.Event()
         self._closed = False
         self._throttle = Throttle()
 
@@ -77,8 +81,18 @@ class Lease:
         """Our epoch while we lead by our own clock, else None."""
         return self._epoch if time.monotonic() < self._until else None
 
-    def step_down(self, reason: str, others_try_s: float = LEASE_TTL_S) -> None:
-        """Stop leading at once, and let others try."""
+    def doubt(self, worker: str, epoch: Epoch) -> None:
+        """Look at the key at once: a worker says that it obeys a later epoch than ours.
+
+        We lead on unless the key says so too. What a worker says is no proof: if it were, one that lies, or was lied
+        to, could keep all others without a leader. And a leader that was replaced does no harm: it is refused.
+        """
+        if self._epoch is not None and self._throttle.allow("doubt", worker) is not None:
+            self._doubts[worker] = epoch
+            self._hurry.set()
+
+    def step_down(self, reason: str, others_try_s: float) -> None:
+        """Stop leading at once, and let others try for so long."""
         if self._epoch is not None:
             log.warning("lease.given_up", epoch=self._epoch, reason=reason)
         self._epoch = None
@@ -87,6 +101,7 @@ class Lease:
     async def run(self) -> None:
         """Hold the lease or wait for it, until `stop`."""
         while not self._closed:
+            self._hurry.clear()
             try:
                 pause_s = await (self._renew() if self._epoch else self._acquire())
             except nats.js.errors.KeyNotFoundError:
@@ -102,7 +117,11 @@ class Lease:
             if self._epoch and time.monotonic() >= self._until:
                 self._lose("could not renew in time")
             # Jitter: standbys that started together must not ask together.
-            await asyncio.sleep(pause_s * random.uniform(0.9, 1.1))  # noqa: S311
+            await self._pause(pause_s * random.uniform(0.9, 1.1))  # noqa: S311
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), seconds)
 
     def stop(self) -> None:
         """Let `run` end; a flag, because nats-py can swallow the cancellation of a publish."""
@@ -134,6 +153,7 @@ class Lease:
         self._unsure = False
         assert created is not None, "every server since 2.2 says when a stream was created"
         self._epoch = (created.timestamp(), revision)
+        self._doubts = {}
         self._revision = revision
         self._until = began + LEASE_TTL_S - MARGIN_S
         log.info("lease.taken", epoch=self._epoch, controller=self._holder.controller)
@@ -160,6 +180,7 @@ class Lease:
     async def _renew(self) -> float:
         assert self._kv is not None, "a lease that is held was taken"
         began = time.monotonic()
+        doubts, self._doubts = self._doubts, {}
         try:
             self._revision = await self._kv.update(KEY, self._value, last=self._revision)
         except nats.js.errors.KeyWrongLastSequenceError:
@@ -167,6 +188,13 @@ class Lease:
             self._lose("the key changed: another controller holds it, or an answer to us was lost")
             return 0.0
         self._until = began + LEASE_TTL_S - MARGIN_S
+        if doubts:
+            log.warning(
+                "lease.disputed",
+                epoch=self._epoch,
+                workers=doubts,
+                hint="they obey a later epoch, but the lease is ours: docs/runbook.md#coxswaincommandsrefused",
+            )
         return RENEW_S
 
     def _lose(self, reason: str) -> None:

@@ -249,23 +249,28 @@ def test_a_stale_worker_is_left_alone_and_told_everything_on_return() -> None:
     assert [send.verb for send in driver.sends(7.0, frame(seq=2))] == ["configure"]
 
 
-def test_a_leader_that_workers_disown_says_nothing() -> None:
-    """That most workers obey a later epoch means that we were replaced: silence, and the shell is told."""
+def test_workers_that_obey_a_later_epoch_are_named_and_all_are_led_on() -> None:
+    """Many of them are no proof either: somebody who broke into one may speak for its data-parallel ranks too."""
     driver = Driver(Fcfs(Fcfs.Params()))
-    later = (100.0, 9)
-    theirs = [frame(worker, leader=Leader(epoch=later)) for worker in ("w1", "w2")]
-    assert driver.step(0.0, *theirs, frame("w3")) == []
-    assert driver.core.superseded_by == later
-
-
-def test_one_worker_that_lies_does_not_take_the_leader_from_the_others() -> None:
-    """A worker that claims to obey a later epoch, whoever broke into it, is one worker that refuses us."""
-    driver = Driver(Fcfs(Fcfs.Params()))
-    liar = frame("w2", leader=Leader(epoch=(1e9, 2**60)))
-    beat, *sends = driver.step(0.0, frame("w1"), liar)
+    later, liars = (1e9, 2**60), ("w1-dp0", "w1-dp1")
+    theirs = [frame(worker, leader=Leader(epoch=later)) for worker in liars]
+    ours = [
+        frame("w2", leader=Leader(epoch=EPOCH)),
+        frame("w3", leader=Leader(epoch=(100.0, 6))),
+        frame("w4"),
+    ]
+    beat, *sends = driver.step(0.0, *theirs, *ours)
     assert isinstance(beat, Beat)
-    assert "w1" in {send.worker for send in sends if isinstance(send, Send)}
-    assert driver.core.superseded_by is None
+    assert {send.worker for send in sends if isinstance(send, Send)} >= {"w2", "w3", "w4"}
+    assert driver.core.disowned_by == dict.fromkeys(liars, later)
+
+
+def test_who_does_not_lead_is_disowned_by_nobody() -> None:
+    """A standby has no epoch that another could be later than."""
+    driver = Driver(Fcfs(Fcfs.Params()))
+    driver.epoch = None
+    driver.step(0.0, frame(leader=Leader(epoch=(1e9, 2**60))))
+    assert driver.core.disowned_by == {}
 
 
 def test_what_no_worker_would_take_spoils_no_rank() -> None:

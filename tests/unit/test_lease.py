@@ -1,6 +1,8 @@
 """The lease where NATS answers what it seldom does. With a real server: `tests/integration/test_failover.py`."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +14,19 @@ from coxswain.control import lease as module
 from coxswain.control.lease import RETRY_S, Lease
 from coxswain.schemas.policy import LeaseHolder
 from coxswain.schemas.subjects import Subjects
+from tests.support.waiting import eventually
+
+HOLDER = LeaseHolder(controller="c", policy="vtc", since=0.0)
+LATER = (9e9, 1)
 
 
 class Bucket:
     """JetStream with a bucket whose key expires between a standby's two looks at it."""
 
     def __init__(self) -> None:
-        self.looks = 0
+        self.looks = self.renewals = 0
+        self.taken = False
+        """Whether the key is another's now."""
 
     async def key_value(self, _: str) -> "Bucket":
         """Itself."""
@@ -33,10 +41,19 @@ class Bucket:
         self.looks += 1
         if self.looks == 1:
             raise nats.js.errors.KeyNotFoundError
+        if self.taken:
+            raise nats.js.errors.KeyWrongLastSequenceError
         return 7
 
+    async def get(self, _: str) -> Any:
+        """The other's."""
+        return SimpleNamespace(value=b"another", revision=9)
+
     async def update(self, *_: Any, **__: Any) -> int:
-        """The next revision."""
+        """The next revision, while the key is ours."""
+        self.renewals += 1
+        if self.taken:
+            raise nats.js.errors.KeyWrongLastSequenceError
         return 8
 
 
@@ -45,16 +62,57 @@ async def test_a_key_that_expires_while_a_standby_looks_is_taken_at_the_next_loo
 ) -> None:
     """It is no missing bucket, after which a standby would wait for longer than a takeover may take."""
     pauses: list[float] = []
-    sleep = asyncio.sleep
 
-    async def pause(seconds: float) -> None:
+    async def pause(_: Lease, seconds: float) -> None:
         pauses.append(seconds)
         if len(pauses) == 2:
             lease.stop()
-        await sleep(0)
 
-    monkeypatch.setattr(module.asyncio, "sleep", pause)
-    lease = Lease(Bucket(), Subjects("main"), LeaseHolder(controller="c", policy="vtc", since=0.0))  # type: ignore[arg-type]
+    monkeypatch.setattr(Lease, "_pause", pause)
+    lease = Lease(Bucket(), Subjects("main"), HOLDER)  # type: ignore[arg-type]
     await lease.run()
     assert pauses[0] < 2 * RETRY_S
     assert lease.epoch == (datetime(2026, 1, 1, tzinfo=UTC).timestamp(), 7)
+
+
+@asynccontextmanager
+async def held(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lease]:
+    """A lease that is held, and would not be renewed for ten minutes."""
+    monkeypatch.setattr(module, "RENEW_S", 600.0)
+    monkeypatch.setattr(module, "LEASE_TTL_S", 3_600.0)
+    monkeypatch.setattr(module, "RETRY_S", 0.01)
+    lease = Lease(bucket, Subjects("main"), HOLDER)  # type: ignore[arg-type]
+    task = asyncio.create_task(lease.run())
+    await eventually(lambda: lease.epoch)
+    yield lease
+    task.cancel()
+
+
+async def test_what_a_worker_says_of_another_leader_is_looked_up_at_once_and_not_believed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The key is ours still: we lead on, and say who claimed otherwise; saying it again makes no more work."""
+    bucket = Bucket()
+    async with held(bucket, monkeypatch) as lease:
+        epoch = lease.epoch
+        for _ in range(5):
+            lease.doubt("liar", LATER)
+            await eventually(lambda: bucket.renewals)
+        lease.doubt("other", LATER)
+        await eventually(lambda: bucket.renewals == 2)
+        assert lease.epoch == epoch
+    told = capsys.readouterr()
+    said = told.out + told.err
+    assert said.count("lease.disputed") == 2
+    assert said.count("liar") == 1
+
+
+async def test_a_leader_that_was_replaced_notices_when_a_worker_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The key is another's: the lease is lost at once, not when the next renewal is due."""
+    bucket = Bucket()
+    async with held(bucket, monkeypatch) as lease:
+        bucket.taken = True
+        lease.doubt("w1", LATER)
+        await eventually(lambda: lease.epoch is None)
