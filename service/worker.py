@@ -52,22 +52,29 @@ usage: cox worker MODEL [options] [any `vllm serve` argument]
 Serve MODEL with vLLM, steered from outside over NATS.
 
 options:
-  --name NAME    this worker's name in the fleet (COX_WORKER; default: the host's name)
-  --nats URL     where NATS is, several separated by commas (COX_NATS_URL; default: nats://127.0.0.1:4222)
+  --name NAME    this worker's name in the fleet (COX_WORKER; default: the
+                 host's name)
+  --nats URL     where NATS is, several separated by commas (COX_NATS_URL;
+                 default: nats://127.0.0.1:4222)
   --fleet NAME   the fleet to join (COX_FLEET; default: main)
-  --keys FILE    API keys: who is which tenant (COX_KEYS; made with `python -m coxswain.service.keys add`)
+  --keys FILE    API keys: who is which tenant (COX_KEYS; made with
+                 `python -m coxswain.service.keys add`)
   --dry-run      print the command and environment instead of running it
   -h, --help     show this; --help=all shows vLLM's own arguments
 
 {simulated.HELP}
 Defaults, each only where you said nothing:
-  --max-num-seqs N stays the number of requests that run at once: vLLM gets N as --max-num-active-seqs,
-  and N plus spare slots (an eighth, at least 8) as --max-num-seqs, so that a held request keeps its place
-  at no one's cost. Give --max-num-active-seqs yourself to set both.
-  On CPU: --block-size 32, 1 GiB of KV cache (VLLM_CPU_KVCACHE_SPACE), no core binding below 8 cores.
-  --shutdown-timeout {SHUTDOWN_S}: told to end (SIGTERM, Ctrl-C), it refuses what comes, serves what it has to the last
-  token, held or not, and ends; what takes longer than so many seconds is aborted. 0, vLLM's own default, aborts all.
-  Not with several API servers (--data-parallel-size, --api-server-count): there vLLM cannot; `cox drain` first.
+  --max-num-seqs N stays the number of requests that run at once: vLLM gets N
+    as --max-num-active-seqs, and N plus spare slots (an eighth, at least 8) as
+    --max-num-seqs, so that a held request keeps its place at no one's cost.
+    Give --max-num-active-seqs yourself to set both.
+  On CPU: --block-size 32, 1 GiB of KV cache (VLLM_CPU_KVCACHE_SPACE), no core
+    binding below 8 cores.
+  --shutdown-timeout {SHUTDOWN_S}: told to end (SIGTERM, Ctrl-C), it refuses what comes,
+    serves what it has to the last token, held or not, and ends; what takes
+    longer than so many seconds is aborted. 0, vLLM's own default, aborts all.
+    Not with several API servers (--data-parallel-size, --api-server-count):
+    there vLLM cannot; `cox drain` first.
   Usage statistics are off (VLLM_NO_USAGE_STATS).
 
 Example: cox worker Qwen/Qwen3-0.6B --port 8000

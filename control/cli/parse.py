@@ -136,6 +136,14 @@ def count_or_none(text: str) -> int | None:
     return int(text)
 
 
+def yes_or_no(text: str) -> bool:
+    """What is on or off."""
+    word = text.strip().lower()
+    if word not in ("yes", "no"):
+        raise ValueError(f"{text!r} is neither `yes` nor `no`")
+    return word == "yes"
+
+
 def duration_or_none_s(text: str) -> float | None:
     """A duration in seconds, or None for `none`."""
     return None if text.strip().lower() in _NONE else duration_s(text)

@@ -41,6 +41,10 @@ ClassArgument = Annotated[
 ]
 
 
+def _yes_or_no(help: str) -> Any:
+    return typer.Option(help=help, parser=option(parse.yes_or_no), metavar="yes|no")
+
+
 async def tenants_list(cox: Cox) -> Exit:
     """Show the tenant table; `set` and `rm` change it."""
     async with cox.client() as client:
@@ -126,46 +130,55 @@ async def classes_set(
     ] = None,
     order: Annotated[
         Order | None,
-        typer.Option(help="fair: by tenant virtual time; priority: by priority, then arrival."),
+        typer.Option(
+            metavar="ORDER", help="fair: by tenant virtual time; priority: by priority, then arrival."
+        ),
     ] = None,
     slo: Annotated[
         str | None,
         or_none(
-            "Deadline of a request after its arrival: 30s, 2m.", parse.positive_or_none_s, "DURATION|none"
+            "Deadline of a request after its arrival: 30s, 2m; none: no deadline.",
+            parse.positive_or_none_s,
+            "TIME",
         ),
     ] = None,
-    cut_in: Annotated[CutIn | None, typer.Option(help="What it may take from worse classes.")] = None,
+    cut_in: Annotated[
+        CutIn | None,
+        typer.Option(metavar="MODE", help="What it may take from worse classes: off, queue, slots or kv."),
+    ] = None,
     quantum: Annotated[
         float | None,
         typer.Option(
-            metavar="DURATION", parser=option(parse.duration_s), help="A victim has run at least this long."
+            metavar="TIME", parser=option(parse.duration_s), help="A victim has run at least this long."
         ),
     ] = None,
     cooldown: Annotated[
         float | None,
         typer.Option(
-            metavar="DURATION",
+            metavar="TIME",
             parser=option(parse.duration_s),
             help="A victim that went on is safe this long.",
         ),
     ] = None,
     ageing: Annotated[
         str | None,
-        or_none("After this wait a request counts as the best.", parse.duration_or_none_s, "DURATION|none"),
+        or_none(
+            "After this wait a request counts as the best; none: never.", parse.duration_or_none_s, "TIME"
+        ),
     ] = None,
     max_prefill_tokens_per_step: Annotated[
         str | None,
-        or_none("Prefill tokens per step while a better class is there.", parse.count_or_none, "N|none"),
-    ] = None,
-    stand_aside: Annotated[
-        bool | None,
-        typer.Option(
-            "--stand-aside/--no-stand-aside", help="Leaves the step in which something better begins to it."
+        or_none(
+            "Prefill tokens per step while a better class is there; none: no bound.",
+            parse.count_or_none,
+            "N|none",
         ),
     ] = None,
-    borrow: Annotated[
-        bool | None, typer.Option("--borrow/--no-borrow", help="May use the idle share of others.")
+    stand_aside: Annotated[
+        str | None,
+        _yes_or_no("Leaves the step in which something better begins to it."),
     ] = None,
+    borrow: Annotated[str | None, _yes_or_no("May use the idle share of others.")] = None,
     max_running: Annotated[
         str | None,
         or_none("Requests of the class that may run at once; none: no cap.", parse.count_or_none, "N|none"),
@@ -177,7 +190,7 @@ async def classes_set(
     linger: Annotated[
         float | None,
         typer.Option(
-            metavar="DURATION",
+            metavar="TIME",
             parser=option(parse.duration_s),
             help="The step budget stays this long after a better class left.",
         ),

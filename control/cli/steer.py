@@ -262,7 +262,7 @@ async def limit(
     if not tenant and not class_:
         raise CliError(Exit.USAGE, "whom to cap? name a --tenant or a --class")
     command = commands.Limit(**envelope(), targets=_targets(None, tenant, class_, all_=False), **caps)
-    return await _send(cox, worker, "limit", command, done="capped", noun="target")
+    return await _send(cox, worker, "limit", command, done="changed the caps of", noun="target")
 
 
 async def drain(

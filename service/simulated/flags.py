@@ -17,11 +17,15 @@ RUNNER_VARIABLE: Final = "VLLM_USE_V2_MODEL_RUNNER"
 RUNNERS: Final = {"v1": "0", "v2": "1"}
 
 HELP: Final = """\
-simulated device (no GPU, no weights; MODEL is any folder with config.json and a tokenizer):
-  --device simulated     run the real engine on a device that only takes time: see docs/simulated.md
-  --sim-preset NAME      which device and model: h200-8b (default), a10g-7b, cpu, instant
-  --sim-runner v1|v2     which model runner's protocol the scheduler speaks (default: v2, as on GPUs)
-  --sim-check            check every step against that protocol; a violation kills the engine and says why
+simulated device (no GPU, no weights; MODEL: any folder with config.json and a
+tokenizer):
+  --device simulated  run the real engine on a device that only takes time: see
+                      docs/simulated.md
+  --sim-preset NAME   which one: h200-8b (default), a10g-7b, cpu, instant
+  --sim-runner v1|v2  the model runner's protocol that the scheduler speaks
+                      (default: v2, as on GPUs)
+  --sim-check         check every step against that protocol; what breaks it
+                      kills the engine, which says why
 """
 
 

@@ -315,7 +315,7 @@ def test_class_rows_change_field_by_field(url: str) -> None:
         "2m",
     )
     assert result.exit_code == Exit.DONE
-    row = _json("classes", "set", "batch", "--slo", "none", "--borrow")["row"]
+    row = _json("classes", "set", "batch", "--slo", "none", "--borrow", "yes")["row"]
     assert (row["position"], row["order"], row["slo_s"], row["borrow"]) == (10, "priority", None, True)
     assert _cox("classes", "rm", "batch").exit_code == Exit.DONE
 

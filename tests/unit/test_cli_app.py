@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -67,6 +68,14 @@ def test_every_command_has_help_and_an_example(path: tuple[str, ...]) -> None:
     assert target.help
     programs = ("worker",), ("demo",)  # which say themselves what they take
     assert path in programs or all(parameter.help for parameter in target.params)
+
+
+@pytest.mark.parametrize("path", _commands(typer.main.get_command(app)), ids=" ".join)
+def test_help_can_be_read_in_80_columns(path: tuple[str, ...]) -> None:
+    """No line is longer, and no name is cut."""
+    text = CliRunner(env={"COLUMNS": "80"}).invoke(app, [*path, "--help"]).stdout
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert re.findall(r"[\w-]+…", text) == []
 
 
 @pytest.mark.parametrize(("program", "option"), [("worker", "--sim-preset NAME"), ("demo", "--keep")])
