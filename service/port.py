@@ -1,4 +1,4 @@
-"""The port between the engine and the bus: two bounded queues, a wake call, nothing else.
+"""The port between the engine and the bus: bounded queues, a wake call, nothing else.
 
 The bus owns NATS and JSON; the engine's thread owns the scheduler. Neither touches the other's state.
 Called by `bus/` (on a thread of its own) and `scheduler/steered.py` (engine thread). The token path never waits
@@ -31,8 +31,10 @@ from coxswain.schemas.status import (
 
 EVENTS_S = 0.05
 """For how long events may wait for one another before the bus is told of them: as long as a status frame's interval."""
-MAX_INBOUND = 4_096
-"""Commands, queries and heartbeats that wait for the engine."""
+MAX_COMMANDS = 4_096
+"""Commands that wait for the engine."""
+MAX_QUERIES = 1_024
+"""Queries that wait for the engine. They stand behind the commands: whoever only looks delays nobody who steers."""
 MAX_OUTBOUND = 65_536
 """Replies, frames and events that wait for the bus."""
 EVENT_ROOM = MAX_OUTBOUND - 8_192
@@ -167,7 +169,8 @@ class Port:
         """What `wake_at` and `alarm_at` are told by; simulations put their own here."""
         self.unix_offset = time() - monotonic()
         """From the monotonic clock to Unix time as it was at the start: see `unix`."""
-        self._inbound: deque[Inbound] = deque()
+        self._commands: deque[CommandIn] = deque()
+        self._queries: deque[QueryIn] = deque()
         self._outbound: deque[Outbound] = deque()
         self._wake_engine: Callable[[], None] = _nobody
         self._wake_bus: Callable[[], None] = _nobody
@@ -178,11 +181,15 @@ class Port:
         self._events_due = inf
         """When the events that wait go out at the latest (`clock`)."""
         # Written by the engine, read by the bus.
+        self._lead_taken: LeadIn | None = None
         self.wake_at = inf
         """When the engine wants to be woken if nothing arrives (`clock`): see `wake_later`."""
         self.step = 0
         self.closing = False
         # Written by the bus, read by the engine.
+        self._lead: LeadIn | None = None
+        """The newest heartbeat of the highest epoch. It takes no place in a queue: were that full, silence would end
+        every hold of the leader."""
         self.connected = False
         """Whether NATS is there: without it the engine builds no frames."""
         self.events_dropped = 0
@@ -206,14 +213,18 @@ class Port:
 
     def pending(self) -> int:
         """How many commands, queries and heartbeats wait for the engine."""
-        return len(self._inbound)
+        return len(self._commands) + len(self._queries) + (self._lead is not self._lead_taken)
 
-    def take(self) -> Inbound | None:
-        """The next item for the engine, or None."""
-        try:
-            return self._inbound.popleft()
-        except IndexError:
-            return None
+    def take(self) -> LeadIn | CommandIn | None:
+        """The leader's heartbeat if there is a new one, else the next command, or None."""
+        if (lead := self._lead) is not self._lead_taken:
+            self._lead_taken = lead
+            return lead
+        return self._commands.popleft() if self._commands else None
+
+    def take_query(self) -> QueryIn | None:
+        """The next query, or None."""
+        return self._queries.popleft() if self._queries else None
 
     def put(self, item: Outbound) -> bool:
         """Queue an item for the bus; False if the queue has no room for it (it is not queued)."""
@@ -263,10 +274,21 @@ class Port:
         self._set_alarm = set_alarm
 
     def offer(self, item: Inbound) -> bool:
-        """Queue an item for the engine and wake it; False if the queue is full (it is not queued)."""
-        if len(self._inbound) >= MAX_INBOUND:
+        """Queue an item for the engine and wake it; False if its queue is full (it is not queued).
+
+        A heartbeat replaces the one before it, unless that is of a newer leader.
+        """
+        if isinstance(item, LeadIn):
+            if self._lead is None or item.lead.epoch >= self._lead.lead.epoch:
+                self._lead = item
+        elif isinstance(item, QueryIn):
+            if len(self._queries) >= MAX_QUERIES:
+                return False
+            self._queries.append(item)
+        elif len(self._commands) >= MAX_COMMANDS:
             return False
-        self._inbound.append(item)
+        else:
+            self._commands.append(item)
         self._wake_engine()
         return True
 

@@ -17,14 +17,14 @@ import uvloop
 
 from coxswain.service.bus import wire
 from coxswain.service.bus.loop import Bus
-from coxswain.service.port import Inbound, Outbound, Port
+from coxswain.service.port import Inbound, Outbound, Port, QueryIn
 
 BEAT_S: Final = 0.25
 """How often the engine's process is told what changed."""
 LIFE_S: Final = 2.0
 """How often it is told that we live, if nothing did."""
 MAX_UNREAD: Final = 16 * 1024 * 1024
-"""Bytes that wait for an engine's process which does not read; beyond it commands are refused."""
+"""Bytes that wait for an engine's process which does not read; beyond it commands are refused, queries from half."""
 ALONE_S: Final = 2.0
 """How long what is left is sent when the engine has gone without a word."""
 
@@ -54,7 +54,8 @@ class FarPort(Port):
 
     def offer(self, item: Inbound) -> bool:
         """Send an item to the engine; False if its process does not read."""
-        if self._writer.transport.get_write_buffer_size() > MAX_UNREAD:
+        room = MAX_UNREAD // 2 if isinstance(item, QueryIn) else MAX_UNREAD
+        if self._writer.transport.get_write_buffer_size() > room:
             return False
         self._writer.write(wire.pack_down(wire.down(item)))
         return True

@@ -43,8 +43,9 @@ LOG_PERIOD_S: Final = 60.0
 Handler = Callable[[Msg], Awaitable[None]]
 
 
-def _full() -> RefusedError:
-    return RefusedError(Code.QUEUE_FULL, "too many commands wait for this worker: try again later")
+def _full(item: CommandIn | QueryIn) -> RefusedError:
+    what = "queries" if isinstance(item, QueryIn) else "commands"
+    return RefusedError(Code.QUEUE_FULL, f"too many {what} wait for this worker: try again later")
 
 
 class _Origin(msgspec.Struct):
@@ -229,16 +230,16 @@ class Session:
         if self._port.closing:
             raise RefusedError(Code.CLOSING, "this worker is shutting down")
         if not self._port.offer(item):
-            raise _full()
+            raise _full(item)
 
     async def refuse_full(self, item: CommandIn | QueryIn) -> None:
         """Refuse what the port took and the engine had no room for."""
         if isinstance(item, QueryIn):
-            await self.answer(AnswerOut(item.token, _full()))
+            await self.answer(AnswerOut(item.token, _full(item)))
         else:
             subject = self._subjects.command(item.role, self._worker, item.verb)
             await self._refuse(
-                subject, item.token, encode({"id": item.command.id}), _full(), self._port.unix()
+                subject, item.token, encode({"id": item.command.id}), _full(item), self._port.unix()
             )
 
     async def _refuse(
@@ -275,7 +276,7 @@ class Session:
                 "lead.not_believed", epoch=lead.epoch, ahead_s=round(ahead_s), why="it is of the future"
             )
         elif not self._port.offer(LeadIn(lead)):
-            self._warn("lead.dropped", why="the queue for the engine is full")
+            self._warn("lead.dropped", why="the engine's process does not read")
         else:
             self._frames.led(lead.epoch, self._port.unix())
 

@@ -1,6 +1,6 @@
 """Answers to queries: which question gets which report. Pure; it changes nothing.
 
-Called by the shell (`steered.py`) between steps, in the order in which commands and queries came.
+Called by `inbox.py` between steps, in the order in which queries came.
 """
 
 from collections.abc import Callable

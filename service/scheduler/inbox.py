@@ -1,10 +1,9 @@
-"""What came over the bus for this engine, worked off in order between two steps.
+"""What came over the bus for this engine, worked off between two steps: the leader's heartbeat, commands, queries.
 
 A fault of ours in one command or query must not end everybody's requests: it is logged, and whoever asked is told.
 Called by `steered.py` on the engine's thread.
 """
 
-import time
 from typing import Final
 
 from coxswain.common.logs import get_logger
@@ -16,7 +15,11 @@ from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.verbs import Commands
 
 DRAIN_S: Final = 0.005
-"""Time for commands and queries before one step; the rest wait for the next, so that a flood cannot stop steps."""
+"""Time for commands before one step; the rest wait for the next, so that a flood cannot stop steps."""
+ANSWERS_S: Final = 0.001
+"""The same for queries; one that takes longer is answered whole."""
+ANSWERS_SHARE: Final = 0.1
+"""Part of a busy engine's time that answers may take: those that cost more wait, beyond the queue they are refused."""
 
 log = get_logger()
 
@@ -36,19 +39,38 @@ class Inbox:
         self._core = core
         self._commands = commands
         self._answers = answers
+        self._answers_at = 0.0
+        """When a busy engine answers again (the port's clock)."""
 
-    def work(self, now: float) -> None:
-        """Apply and answer what waits, in order, for at most `DRAIN_S`."""
-        enough = time.monotonic() + DRAIN_S
+    def work(self, now: float, *, idle: bool = False) -> None:
+        """Apply what waits, in order, and then answer queries, as far as their time goes.
+
+        Args:
+            now: Unix s.
+            idle: nothing runs that answers could delay.
+        """
+        clock = self._port.clock
+        began = clock()
         while (item := self._port.take()) is not None:
-            if isinstance(item, CommandIn):
-                self._port.put(ReplyOut(item.token, self._apply(now, item)))
-            elif isinstance(item, LeadIn):
+            if isinstance(item, LeadIn):
                 self._core.heard(now, item.lead)
             else:
-                self._port.put(AnswerOut(item.token, self._answer(now, item)))
-            if time.monotonic() > enough:
+                self._port.put(ReplyOut(item.token, self._apply(now, item)))
+            if clock() > began + DRAIN_S:
                 break
+        if idle or began >= self._answers_at:
+            self._answer_some(now, DRAIN_S if idle else ANSWERS_S)
+
+    def _answer_some(self, now: float, within_s: float) -> None:
+        clock = self._port.clock
+        began = clock()
+        while (query := self._port.take_query()) is not None:
+            self._port.put(AnswerOut(query.token, self._answer(now, query)))
+            if clock() > began + within_s:
+                break
+        self._port.flush()  # now, to be counted: the bus's end of it encodes on this thread
+        ended = clock()
+        self._answers_at = ended + (ended - began) / ANSWERS_SHARE
 
     def _apply(self, now: float, item: CommandIn) -> Reply:
         try:

@@ -201,7 +201,7 @@ class SteeredScheduler(AsyncScheduler):
             return True
         now = self.now()
         if self.port.pending():
-            self._drain(now)
+            self._drain(now, idle=True)
         if now >= self._tick_at:
             self._tick(now)
         if self.core.holds.returning and self.pause_state == PauseState.UNPAUSED:
@@ -340,8 +340,8 @@ class SteeredScheduler(AsyncScheduler):
             external = max(0, computed - self._loads.pop(request_id, computed))
             self.core.admitted(now, record, computed, external)
 
-    def _drain(self, now: float) -> None:
-        self.inbox.work(now)
+    def _drain(self, now: float, *, idle: bool = False) -> None:
+        self.inbox.work(now, idle=idle)
         self._tick_at = self.core.deadline() or float("inf")
 
     def _tick(self, now: float) -> None:

@@ -20,7 +20,7 @@ from coxswain.schemas.status import decode_config, decode_frame, decode_page, de
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import intake
 from coxswain.service.bus.intake import MAX_PAYLOAD
-from coxswain.service.port import MAX_INBOUND, CommandIn, LeadIn, QueryIn
+from coxswain.service.port import MAX_COMMANDS, CommandIn, LeadIn, QueryIn
 from tests.support.bus import FLEET, Worker
 from tests.support.engine import INCARNATION, WORKER, frame
 from tests.support.nats import NatsServer
@@ -132,10 +132,10 @@ async def test_full_queue_says_so(client, nats_server: NatsServer) -> None:
     """While the engine does not keep up, commands are refused with 429; then they are taken again."""
     with Worker(nats_server.url, busy=True) as worker:
         await worker.connected()
-        for number in range(MAX_INBOUND):
+        for number in range(MAX_COMMANDS):
             payload = b'{"id": "c%d", "targets": {"all": true}}' % number
             await client.publish(SUBJECTS.command("operator", WORKER, "abort"), payload)
-        await eventually(lambda: worker.port.pending() == MAX_INBOUND)
+        await eventually(lambda: worker.port.pending() == MAX_COMMANDS)
         reply, _ = await ask(client, "operator", "abort", {"id": "more", "targets": TARGETS})
         assert (reply.code, reply.id) == (429, "more")
         worker.engine.busy = False
@@ -275,7 +275,7 @@ async def test_large_answer_to_a_status_query_is_split(tmp_path) -> None:
 
 async def test_alarm_wakes_a_sleeping_engine(worker: Worker) -> None:
     """The engine is woken when it asked for it, an earlier wish replaces a later one, and none is no wish."""
-    wakes = worker.engine.wakes
+    wakes = await eventually(lambda: worker.engine.wakes)  # by the connection
     worker.port.wake_later(30.0)
     began = time.monotonic()
     worker.port.wake_later(0.2)

@@ -17,7 +17,7 @@ from coxswain.schemas.commands import decode_reply
 from coxswain.schemas.status import decode_frame
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import process, wire
-from coxswain.service.port import MAX_INBOUND, MAX_OUTBOUND
+from coxswain.service.port import MAX_COMMANDS, MAX_OUTBOUND
 from tests.support.bus import FLEET, Worker, add_stream, stored
 from tests.support.engine import WORKER, frame
 from tests.support.nats import NatsServer
@@ -83,10 +83,10 @@ async def test_frozen_bus_costs_the_engine_nothing_and_is_replaced(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine never waits for a bus that takes nothing, keeps a bounded amount, and gets another one."""
-    monkeypatch.setattr(process, "SILENCE_S", 2.0)
-    monkeypatch.setattr(process, "GRACE_S", 0.5)
     with Worker(nats_server.url) as worker:
-        await worker.connected()
+        await worker.connected()  # which may take longer than what follows
+        monkeypatch.setattr(process, "SILENCE_S", 2.0)
+        monkeypatch.setattr(process, "GRACE_S", 0.5)
         first = worker.bus.pid
         os.kill(first, signal.SIGSTOP)
         longest = 0.0
@@ -146,12 +146,12 @@ async def test_flood_while_the_engine_is_busy(nats_server: NatsServer) -> None:
     with Worker(nats_server.url, busy=True) as worker:
         await worker.connected()
         async with await nats.connect(nats_server.url) as client:
-            asked = [asyncio.create_task(abort(client, number, 30)) for number in range(MAX_INBOUND + 500)]
+            asked = [asyncio.create_task(abort(client, number, 30)) for number in range(MAX_COMMANDS + 500)]
             await eventually(lambda: sum(task.done() for task in asked) >= 500)
             worker.engine.busy = False
             worker.port.wake_engine()
             codes = [(await task).code for task in asked]
-        assert (codes.count(429), codes.count(None)) == (500, MAX_INBOUND)
+        assert (codes.count(429), codes.count(None)) == (500, MAX_COMMANDS)
 
 
 async def test_bus_ends_with_its_engine(nats_server: NatsServer, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class Engine:
             self._woken.wait()
             self._woken.clear()
             self.wakes += 1
-            while not self.busy and (item := self.port.take()) is not None:
+            while not self.busy and (item := self.port.take() or self.port.take_query()) is not None:
                 self.taken.append(item)
                 self._answer(item)
             self.port.flush(events=True)

@@ -1,0 +1,131 @@
+"""What waits for the engine: who goes first, what a full queue keeps out, and what answers may cost a busy engine."""
+
+from typing import Any
+
+import pytest
+
+from coxswain.schemas.commands import Abort, Targets
+from coxswain.schemas.errors import Code, RefusedError
+from coxswain.schemas.policy import Epoch, Lead
+from coxswain.service.port import (
+    MAX_COMMANDS,
+    MAX_QUERIES,
+    AnswerOut,
+    CommandIn,
+    LeadIn,
+    Port,
+    QueryIn,
+    ReplyOut,
+)
+from coxswain.service.scheduler.inbox import ANSWERS_SHARE, Inbox
+from coxswain.service.scheduler.verbs import Commands
+from tests.support.fake_engine import FakeEngine
+
+COST_S = 0.004
+"""What an answer takes here."""
+
+
+def lead(revision: int, policy: str = "vtc") -> LeadIn:
+    """A heartbeat of the leader with this revision."""
+    epoch: Epoch = (100.0, revision)
+    return LeadIn(Lead(epoch=epoch, controller=f"c{revision}", policy=policy, at=0.0))
+
+
+def command(number: int) -> CommandIn:
+    """A command that finds nothing."""
+    return CommandIn("operator", "abort", Abort(id=f"c{number}", targets=Targets(all=True)), (), f"c{number}")
+
+
+def query(number: int) -> QueryIn:
+    """A question."""
+    return QueryIn("status", None, f"q{number}")
+
+
+class Desk:
+    """An inbox on a port with a clock that only answers move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.port = Port()
+        self.port.clock = lambda: self.now
+        self.core = FakeEngine(slots=1).core
+        commands = Commands(self.core, "w1", "01INC")
+        self._inbox = Inbox(self.port, self.core, commands, self)  # type: ignore[arg-type]
+
+    def answer(self, now: float, item: QueryIn) -> RefusedError:
+        """Stand in for `Answers`: the answer does not matter, its price does."""
+        del now, item
+        self.now += COST_S
+        return RefusedError(Code.NOT_FOUND, "")
+
+    def work(self, *, idle: bool = False) -> list[Any]:
+        """What one turn says."""
+        self._inbox.work(self.now, idle=idle)
+        return self.port.collect()
+
+
+def test_a_full_queue_keeps_no_heartbeat_out() -> None:
+    """Who asks or commands too much is refused, each for himself; the leader is heard, and heard first."""
+    desk = Desk()
+    assert all(desk.port.offer(command(number)) for number in range(MAX_COMMANDS))
+    assert all(desk.port.offer(query(number)) for number in range(MAX_QUERIES))
+    assert not desk.port.offer(command(-1))
+    assert not desk.port.offer(query(-1))
+    assert desk.port.offer(lead(1))
+    assert desk.port.pending() == MAX_COMMANDS + MAX_QUERIES + 1
+    assert desk.port.take() == lead(1)
+    assert desk.port.take() == command(0)
+    assert desk.port.offer(command(-1))
+    assert not desk.port.offer(query(-1))
+
+
+def test_only_the_newest_heartbeat_of_the_newest_leader_waits() -> None:
+    """One that lost its lease and does not know it cannot silence its successor; each is heard once."""
+    port = Port()
+    for beat in (lead(2), lead(2, "edf"), lead(1)):
+        assert port.offer(beat)
+    assert (port.pending(), port.take(), port.pending(), port.take()) == (1, lead(2, "edf"), 0, None)
+    port.offer(lead(2, "edf"))
+    assert port.take() == lead(2, "edf")
+
+
+def test_every_heartbeat_wakes_a_sleeping_engine() -> None:
+    """An engine that rests must hear that its holds' leader lives."""
+    port, woken = Port(), []
+    port.attach_engine(lambda: woken.append(True))
+    port.offer(lead(1))
+    assert woken == [True]
+
+
+def test_commands_go_before_queries() -> None:
+    """Whoever only looks delays nobody who steers, whichever came first."""
+    desk = Desk()
+    desk.port.offer(query(1))
+    desk.port.offer(command(1))
+    desk.port.offer(lead(3))
+    said = desk.work()
+    assert [(type(item), item.token) for item in said] == [(ReplyOut, "c1"), (AnswerOut, "q1")]
+    assert desk.core.epoch == (100.0, 3)
+
+
+def test_answers_take_no_more_than_their_share_of_a_busy_engine() -> None:
+    """However many ask, for a second of steps; what finds no time waits and is then refused, commands are not."""
+    desk, answered, steps = Desk(), 0, 0
+    while desk.now < 1.0:
+        while desk.port.offer(query(0)):
+            pass
+        desk.port.offer(command(steps))
+        said = desk.work()
+        assert isinstance(said[0], ReplyOut)
+        answered += len(said) - 1
+        steps += 1
+        desk.now += 0.001
+    assert answered * COST_S == pytest.approx(ANSWERS_SHARE / (1 + ANSWERS_SHARE), abs=0.01)
+
+
+def test_a_sleeping_engine_answers_all_at_once() -> None:
+    """Its time is nobody's: one question after the other, without a pause."""
+    desk = Desk()
+    for number in range(6):
+        desk.port.offer(query(number))
+    assert [len(desk.work(idle=True)) for _ in range(4)] == [2, 2, 2, 0]
