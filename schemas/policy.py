@@ -44,7 +44,7 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True):
     """Per output token, as delivered or expected. Recomputed tokens are free."""
 
 
-class ClassPolicy(msgspec.Struct, frozen=True, kw_only=True):
+class ClassPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One row of the class table."""
 
     position: Int32 = 0
@@ -69,7 +69,7 @@ class ClassPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Running requests of the class wait out the step in which one of a better class begins."""
 
 
-class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True):
+class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One row of the tenant table. A tenant without a row has that of tenant `default`, or these defaults."""
 
     weight: Weight = 1.0
@@ -135,7 +135,10 @@ class LeaseHolder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def digest(classes: Mapping[str, ClassPolicy], tenants: Mapping[str, TenantPolicy]) -> str:
-    """16 hex digits that name the two tables: equal tables have equal digests, wherever computed."""
+    """16 hex digits that name the two tables: equal tables have equal digests, wherever computed.
+
+    Fields that have their default are left out: a version that does not know them has the same while nobody uses them.
+    """
     text = msgspec.json.encode({"classes": classes, "tenants": tenants}, order="deterministic")
     return hashlib.sha256(text).hexdigest()[:16]
 

@@ -225,11 +225,17 @@ async def classes_rm(cox: Cox, name: ClassArgument) -> Exit:
 
 async def _list(cox: Cox, table: "Table[Row]", view: Callable[[Mapping[str, Row], int], Text]) -> Exit:
     rows = await table.get_all()
-    cox.emit({"rows": rows.good, "refused": rows.refused})
+    cox.emit({"rows": {name: _whole(row) for name, row in rows.good.items()}, "refused": rows.refused})
     cox.say(view(rows.good, cox.out.width))
     for name, why in sorted(rows.refused.items()):
         cox.warn(f"cox: the row of {printable(name)} is not valid and not in force: {why}")
     return Exit.DONE
+
+
+def _whole(row: TenantPolicy | ClassPolicy) -> dict[str, Any]:
+    """A row for programs, with the fields too that have their defaults: nobody else need know these."""
+    names = zip(row.__struct_encode_fields__, row.__struct_fields__, strict=True)
+    return {name: getattr(row, field) for name, field in names}
 
 
 def _given(name: str, **options: Any) -> dict[str, Any]:
@@ -257,7 +263,7 @@ async def _set(
     row = msgspec.structs.replace(rows.good.get(name, default), **given)
     revision = await table.put(name, row)
     applied = await _applied(client)
-    cox.emit({"name": name, "row": row, "revision": revision})
+    cox.emit({"name": name, "row": _whole(row), "revision": revision})
     cox.say(view({name: row}, cox.out.width))
     cox.say(f"stored as revision {revision}; {applied}")
     return Exit.DONE

@@ -484,6 +484,33 @@ def test_the_digest_names_tables_whatever_their_order():
     assert policy.digest({}, {"a": a, "b": b}) != policy.digest({}, {"a": b, "b": a})
 
 
+def test_the_digest_is_that_of_a_version_without_fields_that_nobody_uses():
+    """A worker of another version is not sent the tables again and again for a field that is in none of their rows."""
+    newer = msgspec.defstruct(
+        "Newer",
+        [("fresh", int, 0)],
+        bases=(policy.TenantPolicy,),
+        frozen=True,
+        kw_only=True,
+        omit_defaults=True,
+    )
+    for weight in (1.0, 2.0):
+        plain = policy.TenantPolicy(weight=weight)
+        assert policy.digest({}, {"a": newer(weight=weight)}) == policy.digest({}, {"a": plain})
+        assert policy.digest({}, {"a": newer(weight=weight, fresh=1)}) != policy.digest({}, {"a": plain})
+
+
+def test_the_largest_tables_fit_into_one_command():
+    """Ten thousand tenants with a weight and a class, as many as a table may have, are no payload that is refused."""
+    rows = {f"tenant-{number:05}": policy.TenantPolicy(weight=2.5, class_="chat") for number in range(10_000)}
+    payload = commands.encode(
+        commands.Configure(id="id", issuer="c", epoch=(1.0, 1), classes={}, tenants=rows)
+    )
+    assert len(payload) < 2**20 / 2
+    sent, _ = commands.decode("configure", payload)
+    assert policy.digest(sent.classes, sent.tenants) == policy.digest({}, rows)
+
+
 def test_a_glance_at_a_frame_leaves_out_requests_alone() -> None:
     """Whatever a tenant is called and in whatever order fields come, everything else of the frame is there."""
     odd = 'x","requests":[],"tenants":[{'
