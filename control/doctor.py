@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from coxswain.control.tables import HISTORY, LEASE_TTL_S, LogLimits
+from coxswain.control.tables import HISTORY, LEASE_TTL_S, NEW_LOG
 from coxswain.schemas.permissions import streams
 from coxswain.schemas.policy import LEADER_LEASE_S
 from coxswain.schemas.status import Config, Frame
@@ -55,6 +55,8 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int = 0
     messages: int = 0
     history: int = -1
+    keeps_old: bool = False
+    """What is new is refused once it is full, instead of the oldest removed."""
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,7 +171,6 @@ def _storage(facts: Facts) -> Iterable[Finding]:
 
 def _event_log(facts: Facts, name: str, stored: Stored) -> Iterable[Finding]:
     wanted = f"cox.v1.{facts.fleet}.event.>"
-    plain = LogLimits()
     size = f"{stored.messages} events, {stored.bytes / 2**20:.1f} MiB"
     if wanted not in stored.subjects:
         held = ", ".join(stored.subjects) or "nothing"
@@ -182,7 +183,12 @@ def _event_log(facts: Facts, name: str, stored: Stored) -> Iterable[Finding]:
     elif stored.max_age_s <= 0 and stored.max_bytes <= 0:
         yield Finding(
             check=name, level="fail", found=f"no limit: it grows until the disk is full ({size})",
-            mend=f"`cox init --max-age {plain.max_age_s / 86_400:g}d --max-bytes {plain.max_bytes}`",
+            mend=f"`cox init --max-age {(NEW_LOG.max_age_s or 0) / 86_400:g}d --max-bytes {NEW_LOG.max_bytes}`",
+        )  # fmt: skip
+    elif stored.keeps_old:
+        yield Finding(
+            check=name, level="warn", found=f"it refuses new events once it is full, and keeps the oldest ({size})",
+            mend=f"`cox init --max-bytes {max(stored.max_bytes, 0) or NEW_LOG.max_bytes}`: then the oldest give way",
         )  # fmt: skip
     elif stored.max_bytes > 0 and stored.bytes > FULL * stored.max_bytes:
         yield Finding(
@@ -308,6 +314,11 @@ def _worker(facts: Facts, seen: Look) -> Iterable[Finding]:
         yield Finding(
             check=check, level="warn", found="no prefix cache: a dropped request is computed again from its start",
             mend="--enable-prefix-caching",
+        )  # fmt: skip
+    if given.get("shutdown_timeout_s") == 0 and given.get("api_servers") == 1:
+        yield Finding(
+            check=check, level="warn", found="told to end (SIGTERM) it aborts every request that it has",
+            mend="--shutdown-timeout 60, as `cox worker` does by itself; or `cox drain` it first",
         )  # fmt: skip
     version = given.get("coxswain")
     if version is not None and version != facts.version:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 import nats.errors
 import nats.js.errors
-from nats.js.api import StreamInfo
+from nats.js.api import DiscardPolicy, StreamInfo
 
 from coxswain import __version__
 from coxswain.control.client import Client
@@ -93,6 +93,7 @@ def _stored(info: StreamInfo) -> Stored:
         bytes=state.bytes,
         messages=state.messages,
         history=config.max_msgs_per_subject or -1,
+        keeps_old=config.discard == DiscardPolicy.NEW,
     )
 
 

@@ -25,11 +25,17 @@ HISTORY: Final = 8
 
 
 class LogLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the event log may take on NATS's disk, and how many servers keep a copy of everything."""
+    """What the event log may take on NATS's disk, and how many servers keep a copy of everything.
 
-    max_age_s: float = 7 * 86_400.0
-    max_bytes: int = 1 << 30
-    replicas: int = 1
+    None: as it is, and of a new log as `NEW_LOG` has it.
+    """
+
+    max_age_s: float | None = None
+    max_bytes: int | None = None
+    replicas: int | None = None
+
+
+NEW_LOG: Final = LogLimits(max_age_s=7 * 86_400.0, max_bytes=1 << 30, replicas=1)
 
 
 class Made(NamedTuple):
@@ -133,50 +139,62 @@ class Table(Generic[Row]):
 async def init(js: JetStreamContext, subjects: Subjects, limits: LogLimits | None = None) -> list[Made]:
     """Make the fleet's event log and its three buckets where they are missing; safe to repeat.
 
-    An event log that exists is changed only where `limits` are given and differ; buckets never are.
+    An event log that exists is changed only in what `limits` name, if they differ; buckets never are.
 
     Raises:
         NotSetUpError: JetStream is off.
         JetStreamRefusedError: it refused the limits; its own text says why.
         UnreachableError: NATS does not answer.
     """
-    wanted = limits or LogLimits()
     with explained(subjects.stream):
-        made = [await _event_log(js, subjects, wanted, change=limits is not None)]
+        log, replicas = await _event_log(js, subjects, limits)
+        made = [log]
         for bucket, ttl_s, history in (
             (subjects.lease_bucket, LEASE_TTL_S, 1),
             (subjects.classes_bucket, None, HISTORY),
             (subjects.tenants_bucket, None, HISTORY),
         ):
-            made.append(await _make_bucket(js, bucket, ttl_s, history, wanted.replicas))
+            made.append(await _make_bucket(js, bucket, ttl_s, history, replicas))
     return made
 
 
-async def _event_log(js: JetStreamContext, subjects: Subjects, limits: LogLimits, *, change: bool) -> Made:
-    config = StreamConfig(
-        name=subjects.stream,
-        subjects=[subjects.events_all],
-        max_age=limits.max_age_s,
-        max_bytes=limits.max_bytes,
-        duplicate_window=min(120.0, limits.max_age_s),
-        discard=DiscardPolicy.OLD,
-        storage=StorageType.FILE,
-        num_replicas=limits.replicas,
-    )
+async def _event_log(js: JetStreamContext, subjects: Subjects, limits: LogLimits | None) -> tuple[Made, int]:
+    """Make or change the event log; the copies that it has."""
+
+    def config(base: LogLimits) -> StreamConfig:
+        wanted = msgspec.structs.replace(base, **_named(limits))
+        return StreamConfig(
+            name=subjects.stream,
+            subjects=[subjects.events_all],
+            max_age=wanted.max_age_s,
+            max_bytes=wanted.max_bytes,
+            duplicate_window=min(120.0, wanted.max_age_s or 120.0),
+            discard=DiscardPolicy.OLD,
+            storage=StorageType.FILE,
+            num_replicas=wanted.replicas,
+        )
+
     try:
         now = (await js.stream_info(subjects.stream)).config
     except nats.js.errors.NotFoundError:
-        await js.add_stream(config)
-        return Made("stream", subjects.stream, "created")
-    same = (now.max_age, now.max_bytes, now.num_replicas) == (
-        limits.max_age_s,
-        limits.max_bytes,
-        limits.replicas,
+        new = config(NEW_LOG)
+        await js.add_stream(new)
+        return Made("stream", subjects.stream, "created"), new.num_replicas or 1
+    changed = config(LogLimits(max_age_s=now.max_age, max_bytes=now.max_bytes, replicas=now.num_replicas))
+    same = all(
+        getattr(now, name) == getattr(changed, name)
+        for name in ("max_age", "max_bytes", "num_replicas", "discard")
     )
-    if same or not change:
-        return Made("stream", subjects.stream, "kept")
-    await js.update_stream(config)
-    return Made("stream", subjects.stream, "updated")
+    if same or not _named(limits):
+        return Made("stream", subjects.stream, "kept"), now.num_replicas or 1
+    await js.update_stream(changed)
+    return Made("stream", subjects.stream, "updated"), changed.num_replicas or 1
+
+
+def _named(limits: LogLimits | None) -> dict[str, Any]:
+    """The limits that are named."""
+    given = {} if limits is None else msgspec.structs.asdict(limits)
+    return {name: value for name, value in given.items() if value is not None}
 
 
 async def _make_bucket(

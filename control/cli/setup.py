@@ -72,12 +72,7 @@ async def init(
         raise CliError(Exit.USAGE, "--worker, --user and --revoke go with --auth")
     from coxswain.control import tables
 
-    given: dict[str, Any] = {
-        name: value
-        for name, value in (("max_age_s", max_age), ("max_bytes", max_bytes), ("replicas", replicas))
-        if value is not None
-    }
-    limits = tables.LogLimits(**given) if given else None
+    limits = tables.LogLimits(max_age_s=max_age, max_bytes=max_bytes, replicas=replicas)
     async with cox.client() as client:
         made = await tables.init(client.js, client.subjects, limits)
     cox.emit({"fleet": cox.connection.fleet, "made": [each._asdict() for each in made]})

@@ -249,5 +249,7 @@ def settings(config: Any) -> dict[str, str | int | float | bool | None]:
         "kv_connector": config.kv_transfer_config.kv_connector if config.kv_transfer_config else None,
         "lora": config.lora_config is not None,
         "speculative_tokens": config.num_speculative_tokens,
+        "shutdown_timeout_s": config.shutdown_timeout,
+        "api_servers": config.parallel_config._api_process_count,  # noqa: SLF001 - no public name for it
         "python": sys.version.split()[0],
     }

@@ -251,7 +251,7 @@ async def test_a_controller_waits_for_nats_and_for_init(
 
 
 async def test_init_is_idempotent_and_says_what_it_did(nats_server: NatsServer) -> None:
-    """The first run creates, the second keeps, and limits that are given change the log only."""
+    """The first run creates, the second keeps; limits that are named change the log only, and the others stay."""
     async with await Client.connect(connection(nats_server)) as client:
         with pytest.raises(NotSetUpError, match="cox init"):
             await client.tenants.put("acme", TenantPolicy())
@@ -259,10 +259,11 @@ async def test_init_is_idempotent_and_says_what_it_did(nats_server: NatsServer) 
             [event async for event in client.events(start="all", follow=False)]
         assert {made.outcome for made in await init(client.js, client.subjects)} == {"created"}
         assert {made.outcome for made in await init(client.js, client.subjects)} == {"kept"}
-        log, *buckets = await init(client.js, client.subjects, LogLimits(max_bytes=1 << 20))
-        assert (log.outcome, {made.outcome for made in buckets}) == ("updated", {"kept"})
+        for limits in (LogLimits(max_age_s=3600.0), LogLimits(max_bytes=1 << 20)):
+            log, *buckets = await init(client.js, client.subjects, limits)
+            assert (log.outcome, {made.outcome for made in buckets}) == ("updated", {"kept"})
         config = (await client.js.stream_info(client.subjects.stream)).config
-        assert config.max_bytes == 1 << 20
+        assert (config.max_age, config.max_bytes, config.num_replicas) == (3600.0, 1 << 20, 1)
 
 
 async def test_events_are_read_from_the_log_with_filters(client: Client) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import nats
 import pytest
-from nats.js.api import KeyValueConfig, StreamConfig
+from nats.js.api import DiscardPolicy, KeyValueConfig, StreamConfig
 from typer.testing import CliRunner
 
 from coxswain.common.connection import Connection
@@ -23,6 +23,7 @@ from coxswain.control.cli.exits import Exit
 from coxswain.control.client import Client
 from coxswain.control.tables import LEASE_TTL_S, init
 from coxswain.schemas.status import Leader
+from coxswain.service.worker import SHUTDOWN_S
 from tests.support.fake_worker import FakeWorker, request
 from tests.support.nats import NatsServer
 from tests.support.secured import USERS, secured
@@ -118,6 +119,34 @@ async def _spoil(url: str) -> None:
     await client.close()
 
 
+async def _refuse_new(url: str) -> None:
+    client = await Client.connect(Connection(urls=(url,)))
+    config = (await client.js.stream_info("COX_main_EVENTS")).config
+    await client.js.update_stream(config.evolve(discard=DiscardPolicy.NEW))
+    await client.close()
+
+
+def test_a_log_that_keeps_its_oldest_events(nats_server: NatsServer) -> None:
+    """One that refuses what is new is seen, and mended by what is said, which leaves its age as it was."""
+    url = nats_server.url
+    cox("init", "--nats", url, "--max-age", "1d")
+    asyncio.run(_refuse_new(url))
+    level, found, mend = examined(url, Exit.UNEXPECTED, COX_TIMEOUT="500ms")["COX_main_EVENTS"]
+    assert (level, "refuses new events" in found) == ("warn", True)
+    command = re.search(r"`cox (.+)`", mend)
+    assert command
+    assert "updated  stream" in cox(*command[1].split(), "--nats", url).stdout
+    config = asyncio.run(_log(url))
+    assert (config.discard, config.max_age) == (DiscardPolicy.OLD, 86_400.0)
+
+
+async def _log(url: str) -> StreamConfig:
+    client = await nats.connect(url)
+    config = (await client.jetstream().stream_info("COX_main_EVENTS")).config
+    await client.close()
+    return config
+
+
 def test_everything_wrong(nats_server: NatsServer) -> None:
     """An endless log, a lease that outlives its holder, a skewed clock, no spare slots, lost events, two leaders."""
     url = nats_server.url
@@ -133,6 +162,8 @@ def test_everything_wrong(nats_server: NatsServer) -> None:
         leader=Leader(epoch=(1.0, 8), age_s=1.0),
     )
     crowded.scheduler |= {"max_num_active_seqs": None, "signed_ids": False, "enable_prefix_caching": False}
+    crowded.scheduler |= {"shutdown_timeout_s": 0, "api_servers": 1}
+    skewed.scheduler |= {"shutdown_timeout_s": 0, "api_servers": 2}
     old = FakeWorker(url, "old", vllm_version="0.31.0")
     old.scheduler |= {"coxswain": "0.0.1"}
     with skewed, crowded, old:
@@ -148,6 +179,7 @@ def test_everything_wrong(nats_server: NatsServer) -> None:
     text = " ".join(done.stdout.split())
     for part in (
         "no spare slots: a held request keeps one of 20", "no signing key", "no prefix cache", "7 events lost",
+        f"it aborts every request that it has mend: --shutdown-timeout {SHUTDOWN_S}",
         "900 events wait for the log, the oldest for 32 s",
         "runs Coxswain 0.0.1", "vLLM versions differ: 0.31.0, 0.32.0", "different tables in force",
         "no controller leads", "mend: set both clocks by NTP",
