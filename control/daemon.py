@@ -212,7 +212,7 @@ class Controller:
             self._failing = True
             if self._throttle.allow("policy", failures.stage, type(error).__name__, str(error)) is not None:
                 log.error("policy.failed", policy=name, asked_to=failures.stage, exc_info=error)
-        elif self._failing:
+        elif self._failing and failures.works:
             self._failing = False
             log.info("policy.recovered", policy=name, failures=failures.total)
         if lease.epoch is not None and failures.should_let_go(self._now()):

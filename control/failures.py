@@ -24,7 +24,9 @@ class Failures:
         self.total = 0
         self.in_row = 0
         self.error: Exception | None = None
-        """The last one, until the policy works again."""
+        """The last one, until the policy works again or is asked no more."""
+        self.works = True
+        """Whether it could do what it was asked last."""
         self.stage: Stage = "observe"
         """What it was asked for when it raised."""
         self._good = Directives()
@@ -34,11 +36,11 @@ class Failures:
         """It raised."""
         self.total += 1
         self.in_row += 1
-        self.stage, self.error = stage, error
+        self.stage, self.error, self.works = stage, error, False
 
     def worked(self, directives: Directives) -> None:
         """It was asked, and all that it said could be carried out."""
-        self.in_row, self.error = 0, None
+        self.in_row, self.error, self.works = 0, None, True
         self._good = directives
 
     def rested(self) -> None:

@@ -103,3 +103,4 @@ async def test_a_policy_that_raises_ends_no_controller(
         assert all(process.poll() is None for process in crew.processes.values())
         # Each failure is in the log once, however many steps it lasts.
         assert crew.log("two").count("policy.failed") == 1
+        assert "policy.recovered" not in crew.log("two"), "it stands by, and was not asked again"
