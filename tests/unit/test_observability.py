@@ -5,6 +5,8 @@ That live processes export the names of the contract, `tests/integration/test_me
 
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import yaml
 
 from coxswain.control.cli import main as cox_main
 from coxswain.schemas import metrics as names
+from scripts import ask_prometheus
 from scripts import dashboards as written
 from tests.support.promql import (
     Query,
@@ -26,6 +29,7 @@ from tests.support.promql import (
 )
 
 ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy" / "prometheus"
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 QUERIES = list(queries())
 STEPS = names.CONTROLLER_STEP.name
@@ -94,6 +98,36 @@ def test_alerts_and_the_runbook_lead_to_each_other() -> None:
         assert sections[name].lstrip().startswith(f"**{rule['labels']['severity']}** · ")
         assert "\n- Look: " in sections[name]
         assert "\n- Mend: " in sections[name]
+
+
+def test_each_alert_is_tried() -> None:
+    """For each there is a time at which it fires and one at which it does not, in the file that promtool reads."""
+    tests = yaml.safe_load((RULES / "alerts.test.yml").read_text())["tests"]
+    cases = [case for test in tests for case in test["alert_rule_test"]]
+    for name in (rule["alert"] for rule in rules()):
+        fires = {bool(case["exp_alerts"]) for case in cases if case["alertname"] == name}
+        assert fires == {True, False}, name
+
+
+def test_alerts_fire_when_they_should() -> None:
+    """Prometheus's own tool finds rules and configuration right, and each alert fires when its test says so."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("NO PROMTOOL: alerts were not tried (Debian: `apt-get install prometheus`)")
+    for words in (("check", "config", "prometheus.yml"), ("test", "rules", "alerts.test.yml")):
+        done = subprocess.run([promtool, *words], cwd=RULES, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_live_prometheus_is_asked_what_dashboards_ask() -> None:
+    """`scripts.ask_prometheus` asks the query of every panel, with nothing left for Grafana to fill in."""
+    asked = dict(ask_prometheus.panels())
+    assert len(asked) == sum(
+        len(panel["targets"]) for each in dashboards().values() for panel in each["panels"]
+    )
+    for query in asked.values():
+        assert "$" not in query
+        promql_parser.parse(query)
 
 
 def test_texts_of_alerts_name_labels_that_their_alert_has() -> None:
