@@ -1,7 +1,7 @@
-"""The fleet as its status frames tell it: one view per worker, totals per tenant.
+"""The fleet as its status frames tell it: one view per worker, and what tenants were charged.
 
 Frames may be lost, repeated, late or out of order: values are absolute and totals cumulative per incarnation,
-so the next full frame repairs everything. Totals only grow: those of an ended incarnation are kept as sums.
+so the next full frame repairs everything. Of what an incarnation was charged each part is told once, in `served`.
 Pure: the clock is passed in. Called by `core`; policies read it and never change it.
 """
 
@@ -13,20 +13,17 @@ from typing import Final, Literal
 import msgspec
 
 from coxswain.control.presence import Presence
-from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.parts import Assembler
 from coxswain.schemas.status import ClassStatus, Frame, RequestStatus, TenantStatus
 
 STALE_S: Final = 3.0
 """A worker that is silent for longer is not counted; it publishes at least once a second."""
 GONE_S: Final = 30.0
-"""A worker that is silent for longer is not listed any more; its totals stay."""
+"""A worker that is silent for longer is not listed any more; what it said is kept."""
 MAX_WORKERS: Final = 1_024
-"""Views kept; beyond, the totals of the longest silent worker that is gone are added to the sums."""
+"""Views kept; beyond, that of the longest silent worker that is gone is forgotten."""
 MAX_RETIRED: Final = 8
-"""Ended incarnations remembered per worker, so that their late frames change nothing."""
-MAX_ENDED: Final = 262_144
-"""Tenants of which there are sums of ended incarnations; those of tenants beyond are in that of `OTHER`."""
+"""Incarnations that lost their turn, remembered per worker, so that what they served is not counted again."""
 MAX_LEFT: Final = 4_096
 """Requests that left, remembered per worker until `settle`."""
 
@@ -41,27 +38,6 @@ Seen = Callable[[str, TenantStatus, TenantStatus], None]
 Liveness = Literal["live", "stale", "gone"]
 
 
-class Totals(msgspec.Struct, kw_only=True):
-    """What a tenant was served. Only grows."""
-
-    charged: float = 0.0
-    """Weighted cost: tokens × price ÷ weight, as the workers charged it."""
-    uncached_input_tokens: int = 0
-    cached_input_tokens: int = 0
-    output_tokens: int = 0
-    recomputed_tokens: int = 0
-    finished: int = 0
-
-    def add(self, row: TenantStatus) -> None:
-        """Add one incarnation's totals."""
-        self.charged += row.charged
-        self.uncached_input_tokens += row.uncached_input_tokens_total
-        self.cached_input_tokens += row.cached_input_tokens_total
-        self.output_tokens += row.output_tokens_total
-        self.recomputed_tokens += row.recomputed_tokens_total
-        self.finished += row.finished_total
-
-
 class WorkerView:
     """One worker as last heard: `frame` for everything but rows, which are merged here."""
 
@@ -72,12 +48,16 @@ class WorkerView:
         presence: Presence | None = None,
         served: Served | None = None,
         seen: Seen | None = None,
+        *,
+        returned: bool = False,
     ) -> None:
         self.worker = frame.worker
         self.incarnation = frame.incarnation
         self.frame = frame
         self.since = now
         self.heard_at = now
+        self.returned = returned
+        """Whether it lost its turn to another incarnation and has it again: what it charged meanwhile nobody counts."""
         self.complete = False
         """Whether a full frame was merged: until then tenants may be missing."""
         self.tenants: dict[str, TenantStatus] = {}
@@ -157,8 +137,9 @@ class WorkerView:
         if not self.complete:
             self.complete = True
             changed.update(dict.fromkeys(self.tenants))
-            for name, known in self.tenants.items():
-                self._served[name] += known.charged
+            if not self.returned:
+                for name, known in self.tenants.items():
+                    self._served[name] += known.charged
 
     def _put(self, rows: Iterable[TenantStatus], changed: Changed) -> None:
         # Thousands of rows in every step of a large fleet, most of tenants that wait, and were served a little.
@@ -258,14 +239,12 @@ class Fleet:
         self.now = 0.0
         """The time of the last `merge` or `age` (Unix s)."""
         self.workers: dict[str, WorkerView] = {}
-        self.ended: dict[str, Totals] = {}
-        """Per tenant, the totals of incarnations that ended."""
         self.changed: dict[str, Changed] = {}
         """Per worker, the tenants that came, left, were lifted or had a request admitted since `settle`, and all if its
         liveness changed, with the row before: None where there was none, or the worker was not heard in full."""
         self.served: Served = defaultdict(float)
         """What tenants were charged since `settle` by workers that were heard in full. What such a worker charged
-        before it was heard of is in it once: when it is."""
+        before it was heard of is in it once: when it is, unless it `returned`."""
         self.presence = Presence()
         self.rivals: dict[str, str] = {}
         """Workers of which a second incarnation is alive under the same name, and that incarnation."""
@@ -274,7 +253,7 @@ class Fleet:
         self._liveness: dict[str, Liveness] = {}
 
     def merge(self, frame: Frame, now: float) -> bool:
-        """Take a frame; False if it is of an ended incarnation, or of a second process under a live name."""
+        """Take a frame; False if another incarnation speaks under that name, and goes before."""
         self.now = max(self.now, now)
         view = self.workers.get(frame.worker)
         if view is None or view.incarnation != frame.incarnation:
@@ -282,7 +261,7 @@ class Fleet:
                 return False
             if view is not None:
                 self._end(view)
-            view = self.workers[frame.worker] = WorkerView(frame, now, self.presence, self.served, self._seen)
+            view = self._begin(frame, now)
         view.merge(frame, now, self.changed.setdefault(frame.worker, {}))
         return True
 
@@ -325,42 +304,36 @@ class Fleet:
         """Workers that were heard of lately."""
         return (view for view in self.workers.values() if self.now - view.heard_at <= STALE_S)
 
-    def totals(self, tenant: str) -> Totals:
-        """What a tenant was served by all workers and incarnations heard of."""
-        ended = self.ended.get(tenant)
-        totals = msgspec.structs.replace(ended) if ended else Totals()
-        for view in self.workers.values():
-            if row := view.tenants.get(tenant):
-                totals.add(row)
-        return totals
-
     def _mark(self, view: WorkerView) -> None:
         """All of a worker's tenants deserve a look; rows that did not change are their own old ones."""
         self.changed[view.worker] = {**view.tenants, **self.changed.get(view.worker, {})}
 
     def _succeeds(self, view: WorkerView | None, frame: Frame) -> bool:
-        """Whether a frame of an incarnation that is not the current one begins a new one.
+        """Whether a frame of an incarnation that is not the current one begins its turn.
 
-        Incarnations are ULIDs, so of two that live the later started wins; the other is reported as a rival.
+        Incarnations are ULIDs, so of two that live the later started wins; the other is reported as a rival. After
+        one that fell silent whoever speaks has the turn, also if it had it before: nobody is locked out for good.
         """
-        ended = frame.incarnation in self._retired.get(frame.worker, ())
-        if view is None:
-            return not ended
-        if not ended and (frame.incarnation > view.incarnation or self.liveness(view) != "live"):
+        if view is None or frame.incarnation > view.incarnation or self.liveness(view) != "live":
             return True
         # A frame that is merely late is no rival.
         if self.now - view.since > STALE_S:
             self.rivals[frame.worker] = frame.incarnation
         return False
 
+    def _begin(self, frame: Frame, now: float) -> WorkerView:
+        retired = self._retired.get(frame.worker)
+        if returned := retired is not None and frame.incarnation in retired:
+            retired.remove(frame.incarnation)
+        view = WorkerView(frame, now, self.presence, self.served, self._seen, returned=returned)
+        self.workers[frame.worker] = view
+        return view
+
     def _end(self, view: WorkerView) -> None:
         self._retired.setdefault(view.worker, deque(maxlen=MAX_RETIRED)).append(view.incarnation)
         if len(self._retired) > 2 * MAX_WORKERS:
             first = next(iter(self._retired))
             del self._retired[next((name for name in self._retired if name not in self.workers), first)]
-        for tenant, row in view.tenants.items():
-            known = tenant in self.ended or len(self.ended) < MAX_ENDED
-            self.ended.setdefault(tenant if known else OTHER, Totals()).add(row)
         # Whatever succeeds it begins from nothing.
         self.changed[view.worker] = dict.fromkeys(view.tenants)
         view.count(counted=False)

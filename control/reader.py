@@ -99,8 +99,9 @@ class Reader:
         frame = self._decode(payload)
         if frame.worker != worker:
             raise ImpostorError(f"it claims to be of worker {frame.worker[:64]!r}")
-        key = worker, frame.incarnation
-        if key not in self._heard:
+        key, view = (worker, frame.incarnation), self._fleet.workers.get(worker)
+        # What was read while another incarnation had the turn was not merged, so it is not known.
+        if key not in self._heard or view is None or view.incarnation != frame.incarnation:
             if len(self._heard) >= MAX_INCARNATIONS:
                 self._heard.clear()
             self._heard[key] = _Heard(frame.incarnation)

@@ -50,6 +50,11 @@ class Crowd:
         steps = row.output_tokens * (row.prompt_tokens + row.output_tokens / 2)
         self._token_steps += part * (steps - self._token_steps)
 
+    def forget(self, worker: str) -> None:
+        """The worker is gone for good."""
+        self._caps.pop(worker, None)
+        self._shares.pop(worker, None)
+
     def cap(self, view: WorkerView) -> int | None:
         """How many may run on a worker; None while there is no telling."""
         with_kv = [row for row in view.requests.values() if row.state == "running" or row.kv == "kept"]

@@ -173,15 +173,19 @@ class Vtc:
         for worker in self._incarnations.keys() - fleet.workers.keys():
             del self._incarnations[worker]
             self._turn.pop(worker, None)
+            if self._crowd is not None:
+                self._crowd.forget(worker)
         for worker, tenants in fleet.changed.items():
             view = fleet.workers.get(worker)
             if view is None or not view.complete:
                 continue
             known = self._incarnations.get(worker)
+            stranger = known is None
             if known != view.incarnation:
                 self._followed = view.incarnation if not (self._incarnations or self.virtual) else None
                 self._incarnations[worker] = view.incarnation
-            if known is None:
+                stranger = stranger or view.returned
+            if stranger:
                 strangers.append(view)
                 continue
             for tenant, old in tenants.items():
@@ -192,12 +196,13 @@ class Vtc:
                 changes[tenant] = changes[tenant].join(change) if tenant in changes else change
         for view in strangers:
             self._adopt(view)
-            for row in view.tenants.values():
-                charges[row.tenant] -= row.charged
+            if not view.returned:
+                for row in view.tenants.values():
+                    charges[row.tenant] -= row.charged
         return charges, changes
 
     def _adopt(self, view: WorkerView) -> None:
-        """Take over the order on a worker that is heard of for the first time: what it charged is past, no news.
+        """Take over the order on a worker that is heard of for the first time, or again: what it charged is past.
 
         Workers that an earlier leader ranked have one time, which becomes ours. One that nobody ranked has a time of
         its own, and says only how far its tenants are apart: the least of those that wait there is put to our floor.

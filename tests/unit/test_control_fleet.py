@@ -7,16 +7,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from coxswain.control import fleet as module
 from coxswain.control.fleet import GONE_S, MAX_WORKERS, STALE_S, Fleet
 from coxswain.control.presence import MAX_CLASSES
 from coxswain.schemas.commands import encode
-from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.parts import Assembler
 from coxswain.schemas.status import Frame, Gone, decode_frame
 from tests.support.frames import frame, request, row
 
 TENANTS = ("a", "b", "c")
+
+
+class Counting(Fleet):
+    """A fleet, and all that it ever said about what tenants were charged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.charged = dict.fromkeys(TENANTS, 0.0)
+
+    def settle(self) -> None:
+        """Add up what is new: it is never negative."""
+        for name, more in self.served.items():
+            assert more >= 0.0
+            self.charged[name] += more
+        super().settle()
 
 
 def _history(incarnation: str, charges: list[tuple[int, float]]) -> tuple[list[Frame], dict[str, float]]:
@@ -44,8 +57,8 @@ charges = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50).map(float)), 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(charges, min_size=1, max_size=3), st.randoms(use_true_random=False))
 def test_totals_survive_a_hostile_transport(lives: list[list[tuple[int, float]]], random) -> None:
-    """Whatever is lost, repeated, late or reordered, totals are right once each last full frame arrived."""
-    fleet = Fleet()
+    """Whatever is lost, repeated, late or reordered, all that was charged is told once each last full frame arrived."""
+    fleet = Counting()
     expected = dict.fromkeys(TENANTS, 0.0)
     late: list[Frame] = []
     now = 0.0
@@ -57,14 +70,15 @@ def test_totals_survive_a_hostile_transport(lives: list[list[tuple[int, float]]]
         after = [*random.choices(frames, k=2), *random.choices(late or frames, k=2)]
         for each in [*delivered, frames[-1], *after]:
             now += 0.01
-            before = {name: fleet.totals(name).charged for name in TENANTS}
             fleet.merge(each, now)
             fleet.validate()
-            assert all(fleet.totals(name).charged >= before[name] for name in TENANTS)
+            if random.random() < 0.5:
+                fleet.settle()
         for name, total in totals.items():
             expected[name] += total
         late += frames
-        assert {name: fleet.totals(name).charged for name in TENANTS} == expected
+        fleet.settle()
+        assert fleet.charged == expected
 
 
 def test_a_full_frame_in_parts_counts_once_the_last_part_is_in() -> None:
@@ -72,9 +86,9 @@ def test_a_full_frame_in_parts_counts_once_the_last_part_is_in() -> None:
     fleet = Fleet()
     fleet.merge(frame("w1", "01A", 1, row("a", charged=1.0), row("b", charged=1.0)), 0.0)
     fleet.merge(frame("w1", "01A", 2, row("a", charged=5.0), part=0, parts=2), 0.1)
-    assert fleet.totals("a").charged == 1.0
+    assert (fleet.served["a"], fleet.workers["w1"].tenants["a"].charged) == (1.0, 1.0)
     fleet.merge(frame("w1", "01A", 2, row("b", charged=6.0), part=1, parts=2), 0.2)
-    assert (fleet.totals("a").charged, fleet.totals("b").charged) == (5.0, 6.0)
+    assert (fleet.served["a"], fleet.served["b"]) == (5.0, 6.0)
 
 
 @pytest.mark.parametrize(("part", "parts"), [(2, 2), (-1, 2), (0, 0), (0, 10**9)])
@@ -93,7 +107,7 @@ def test_a_delta_overtakes_a_full_frame_that_is_still_in_parts() -> None:
     fleet.merge(frame("w1", "01A", 1, row("a", charged=1.0), part=0, parts=2), 0.0)
     fleet.merge(frame("w1", "01A", 2, row("a", charged=9.0), full=False), 0.1)
     fleet.merge(frame("w1", "01A", 1, part=1, parts=2), 0.2)
-    assert fleet.totals("a").charged == 9.0
+    assert fleet.workers["w1"].tenants["a"].charged == 9.0
     assert not fleet.workers["w1"].complete
 
 
@@ -126,23 +140,23 @@ def test_what_waited_behind_is_forgotten_once_frames_list_the_whole_queue() -> N
     assert [row.request for row in view.known()] == ["r0", "r1"]
 
 
-def test_a_silent_worker_is_not_counted_and_its_totals_stay() -> None:
-    """After 3 s without a frame its queue counts for nothing; what it served stays, and it may come back."""
-    fleet = Fleet()
+def test_a_silent_worker_is_not_counted_and_what_it_said_is_kept() -> None:
+    """After 3 s without a frame its queue counts for nothing; if it comes back, what is new is counted, and no more."""
+    fleet = Counting()
     fleet.merge(frame(seq=1), 0.0)
     fleet.merge(frame("w1", "01A", 2, row("a", charged=7.0, queued=3)), 0.0)
     fleet.age(0.0)
     assert fleet.presence.waiting["a"] == {"w1"}
     fleet.settle()
     fleet.age(STALE_S + 1)
-    assert ("a" in fleet.presence.waiting, fleet.totals("a").charged) == (False, 7.0)
+    assert "a" not in fleet.presence.waiting
     assert "a" in fleet.changed["w1"]
     fleet.age(GONE_S + 1)
     assert fleet.liveness(fleet.workers["w1"]) == "gone"
-    assert fleet.totals("a").charged == 7.0
     fleet.merge(frame("w1", "01A", 3, row("a", charged=8.0, queued=1)), GONE_S + 2)
     fleet.age(GONE_S + 2)
-    assert (fleet.presence.waiting["a"], fleet.totals("a").charged) == ({"w1"}, 8.0)
+    fleet.settle()
+    assert (fleet.presence.waiting["a"], fleet.charged["a"]) == ({"w1"}, 8.0)
 
 
 def test_a_second_process_under_a_live_name_is_reported() -> None:
@@ -152,7 +166,30 @@ def test_a_second_process_under_a_live_name_is_reported() -> None:
         fleet.merge(frame("w1", "01B", second, row("a", charged=1.0)), float(second))
         fleet.merge(frame("w1", "01A", second, row("a", charged=100.0)), float(second))
     assert fleet.rivals == {"w1": "01A"}
-    assert fleet.totals("a").charged == 1.0
+    assert fleet.served["a"] == 1.0
+
+
+@pytest.mark.parametrize(("first", "second", "refused"), [("01A", "01B", 3), ("01B", "01A", 0)])
+def test_of_two_processes_under_a_name_the_one_that_is_left_is_counted(
+    first: str, second: str, refused: int
+) -> None:
+    """Whichever of them had the turn before and lost it: it has it again once the other is silent.
+
+    What it charged before, or while the other had the turn, is told no second time. The later started one has its
+    turn again at once, the other once three frames were in vain.
+    """
+    fleet = Counting()
+    fleet.merge(frame("w1", first, 1, row("a", charged=5.0)), 0.0)
+    fleet.merge(frame("w1", second, 1, row("a", charged=100.0)), STALE_S + 1)
+    assert fleet.workers["w1"].incarnation == second
+    for tick in range(20):
+        now = STALE_S + 2 + tick
+        fleet.merge(frame("w1", first, 2 + tick, row("a", charged=10.0 + tick)), now)
+        fleet.age(now)
+        fleet.validate()
+    assert [view.incarnation for view in fleet.live()] == [first]
+    fleet.settle()
+    assert fleet.charged["a"] == 105.0 + 19 - refused
 
 
 def test_a_clock_set_back_does_not_lock_a_worker_out() -> None:
@@ -161,7 +198,7 @@ def test_a_clock_set_back_does_not_lock_a_worker_out() -> None:
     fleet.merge(frame("w1", "01B", 1, row("a", charged=1.0)), 0.0)
     assert not fleet.merge(frame("w1", "01A", 1, row("a", charged=2.0)), 1.0)
     assert fleet.merge(frame("w1", "01A", 2, row("a", charged=2.0)), STALE_S + 2)
-    assert fleet.totals("a").charged == 3.0
+    assert fleet.served["a"] == 3.0
 
 
 def test_unchanged_rows_are_not_named_as_changed() -> None:
@@ -174,27 +211,6 @@ def test_unchanged_rows_are_not_named_as_changed() -> None:
     fleet.merge(replace(first, seq=2), 1.0)
     fleet.age(1.0)
     assert not any(fleet.changed.values())
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(charges, min_size=1, max_size=3), st.randoms(use_true_random=False))
-def test_what_was_served_between_two_looks_adds_up_to_the_totals(
-    lives: list[list[tuple[int, float]]], random
-) -> None:
-    """Over restarts, losses and repetitions nothing that is known is left out or counted twice."""
-    fleet = Fleet()
-    served = dict.fromkeys(TENANTS, 0.0)
-    now = 0.0
-    for number, life in enumerate(lives):
-        frames, _ = _history(f"01{number}", life)
-        for each in [*random.choices(frames, k=len(frames)), frames[-1]]:
-            now += 0.01
-            fleet.merge(each, now)
-            if random.random() < 0.5:
-                served = {name: total + fleet.served[name] for name, total in served.items()}
-                fleet.settle()
-    served = {name: total + fleet.served[name] for name, total in served.items()}
-    assert served == {name: fleet.totals(name).charged for name in TENANTS}
 
 
 def test_a_tenant_that_is_only_served_is_not_named() -> None:
@@ -219,19 +235,6 @@ def test_a_fleet_beyond_all_bounds_may_restart() -> None:
         for name in names:
             assert fleet.merge(frame(name, incarnation, 0, row("a")), 0.0)
     assert {view.incarnation for view in fleet.workers.values()} == {"01B"}
-
-
-def test_tenants_beyond_all_bounds_lose_their_names_and_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of ended incarnations are of so many tenants; what others were served then goes to one sum of them all."""
-    monkeypatch.setattr(module, "MAX_ENDED", 2)
-    fleet = Fleet()
-    for number in range(4):
-        rows = [row("a", charged=1.0), *(row(f"t{number}{place}", charged=10.0) for place in range(3))]
-        fleet.merge(frame("w1", f"01{number}", 0, *rows), 0.0)
-    fleet.merge(frame("w1", "019", 0), 0.0)
-    assert fleet.totals("a").charged == 4.0
-    assert fleet.ended.keys() == {"a", "t00", OTHER}
-    assert sum(totals.charged for totals in fleet.ended.values()) == 4 * 31.0
 
 
 def test_classes_that_a_worker_invents_are_bounded() -> None:

@@ -149,6 +149,41 @@ def test_a_delta_that_came_after_a_lost_one_makes_up_for_nothing(parts: int) -> 
     assert reader.read("w1", encode(full)) == full
 
 
+@pytest.mark.parametrize("came", [0, 1])
+def test_a_delta_of_which_a_part_is_lost_makes_the_next_full_frame_news(came: int) -> None:
+    """It says that nothing happened since that delta: true, but only one half of the delta is known."""
+    reader = Listener()
+    rows = row("a", charged=5.0), row("b", charged=1.0)
+    reader.read("w1", encode(frame("w1", "01A", 1, row("a"), row("b"), revision=1)))
+    part = frame("w1", "01A", 2, rows[came], full=False, part=came, parts=2, revision=2)
+    reader.read("w1", encode(part))
+    full = frame("w1", "01A", 3, *rows, revision=2)
+    assert reader.read("w1", encode(full)) == full
+    reader.read("w1", encode(replace(full, seq=4)))
+    assert {name: each.charged for name, each in reader.fleet.workers["w1"].tenants.items()} == {
+        "a": 5.0,
+        "b": 1.0,
+    }
+
+
+def test_what_was_read_while_another_process_had_the_name_is_not_known() -> None:
+    """It was read in vain: after the other fell silent, a late frame must not make what was refused count as known."""
+    fleet = Fleet()
+    reader = Reader(fleet, requests=True)
+
+    def hear(now: float, each: Frame) -> bool:
+        return fleet.merge(reader.read("w1", encode(each)), now)
+
+    first = frame("w1", "01A", 1, row("a", charged=1.0), revision=1)
+    news = row("a", charged=5.0)
+    assert hear(0.0, frame("w1", "01B", 1, row("a"), revision=1))
+    assert not hear(1.0, first)
+    assert not hear(2.0, frame("w1", "01A", 2, news, full=False, revision=2))
+    assert hear(9.0, first)
+    assert hear(9.1, frame("w1", "01A", 3, news, revision=2))
+    assert fleet.workers["w1"].tenants["a"].charged == 5.0
+
+
 def test_a_full_frame_is_read_now_and_then_whatever_it_says() -> None:
     """One in 600 is read whole although it repeats what is known: what a delta left out is not lost for ever."""
     reader = Listener()

@@ -78,3 +78,20 @@ def test_who_comes_to_a_worker_that_restarted_stands_where_others_were() -> None
     left = frame("w1", "01A", 2, row("a", charged=500.0))
     comes = frame("w1", "01B", 2, row("new", charged=3.0, queued=1, uncached_input_tokens_total=3))
     assert heard(waits, left, frame("w1", "01B", 1), comes).virtual == {"a": 500.0, "new": 503.0}
+
+
+def test_what_a_process_charged_while_another_had_its_name_is_past() -> None:
+    """When it has its turn again its order is taken over and what it charges from then on counts, as of a stranger."""
+    policy, fleet = Vtc(Vtc.Params()), Fleet()
+    hours = 90_000.0
+    turns = (
+        ("01A", 0.0, 500.0, 500.0), ("01B", 1.0, 7.0, 7.0),
+        ("01A", 9.0, hours, hours + 4.0), ("01A", 10.0, hours + 20.0, hours + 4.0),
+    )  # fmt: skip
+    for seq, (incarnation, now, *charged) in enumerate(turns):
+        rows = [row(name, charged=each, queued=1) for name, each in zip("ab", charged, strict=True)]
+        fleet.merge(frame("w1", incarnation, seq, *rows), now)
+        fleet.age(now)
+        policy.observe(fleet, Tables(), now)
+        fleet.settle()
+    assert policy.virtual == {"a": 527.0, "b": 511.0}
