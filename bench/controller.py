@@ -1,6 +1,7 @@
 """The control loop: status frames in, commands out, for fleets of made-up workers.
 
     python -m bench.controller [--json PATH] [--policy vtc] [--steps 150] [--grid | --workers 100 --tenants 1000 ...]
+    python -m bench.controller --period 2                      # frames every 100 ms (COX_STATUS_INTERVAL_S=0.1)
     python -m bench.controller --plot PNG --json PATH          # draws what --grid wrote there; needs matplotlib
 
 One turn is what a controller does in 50 ms: read and merge each frame as it comes (`hear`), then, at once,
@@ -32,12 +33,20 @@ CADENCE_S = 0.05
 
 
 def run(
-    *, workers: int, tenants: int, active: int, running: int, waiting: int, steps: int, policy: str
+    *,
+    workers: int,
+    tenants: int,
+    active: int,
+    running: int,
+    waiting: int,
+    period: int = 1,
+    steps: int,
+    policy: str,
 ) -> dict[str, Any]:
-    """One fleet for `steps` steps, after a second to settle: times in ms, bytes and rows per second."""
+    """One fleet for `steps` steps, after two seconds to settle: times in ms, bytes and rows per second."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    child = context.Process(target=herd, args=(theirs, workers, tenants, active, running, waiting))
+    child = context.Process(target=herd, args=(theirs, workers, tenants, active, running, waiting, period))
     child.start()
     ids: Iterator[int] = itertools.count()
     chosen = load(policy)
@@ -86,7 +95,7 @@ def run(
     seconds = steps * CADENCE_S
     return {
         "workers": workers, "tenants": tenants, "active": active, "running": running, "waiting": waiting,
-        "policy": policy, "steps": steps,
+        "status_interval_s": round(period * CADENCE_S, 3), "policy": policy, "steps": steps,
         **{f"{part}_ms": summary(times) for part, times in spent.items()},
         **{f"{what}_per_s": round(total / seconds) for what, total in sums.items()},
         "cpu_share": round(sum(spent["cpu"]) / 1_000 / seconds, 3),
@@ -178,6 +187,13 @@ def main() -> None:
     parser.add_argument("--policy", default="vtc")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--grid", action="store_true")
+    parser.add_argument(
+        "--period",
+        type=int,
+        default=1,
+        choices=(1, 2, 4, 5, 10),
+        help="turns from one frame of a worker to its next",
+    )
     parser.add_argument("--plot", type=Path, help="draw the results in --json instead of measuring")
     for name, value in STANDARD.items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -188,7 +204,7 @@ def main() -> None:
     fleets = grid() if options.grid else [{name: getattr(options, name) for name in STANDARD}]
     results = []
     for fleet in fleets:
-        result = run(**fleet, steps=options.steps, policy=options.policy)
+        result = run(**fleet, period=options.period, steps=options.steps, policy=options.policy)
         results.append(result)
         print(line(result), flush=True)
         if options.json:

@@ -39,9 +39,14 @@ class Tenant:
 
 
 class Worker:
-    """A worker that serves `active` of its tenants at a time, with `running` requests and `waiting` listed."""
+    """A worker that serves `active` of its tenants at a time, with `running` requests and `waiting` listed.
 
-    def __init__(self, number: int, tenants: list[str], active: int, running: int, waiting: int) -> None:
+    It says so every `period` turns, and in full every second.
+    """
+
+    def __init__(
+        self, number: int, tenants: list[str], active: int, running: int, waiting: int, period: int = 1
+    ) -> None:
         self.name, self.incarnation = f"w{number:03}", f"01{number:03}"
         self.tenants = {name: Tenant() for name in tenants}
         turned = [
@@ -54,6 +59,7 @@ class Worker:
         self.epoch: Epoch | None = None
         self.seq = self.revision = 0
         self.beat, self.running, self.waiting = number % FULL_EVERY, running, waiting
+        self.period = period
         self.numbers = itertools.count()
         self.requests = [self._request(place, "running") for place in range(running)]
         while len(self.active) < min(active, len(tenants)):
@@ -80,8 +86,10 @@ class Worker:
         )  # fmt: skip
 
     def frames(self, now: float) -> list[bytes]:
-        """Serve a little, then say so."""
+        """Serve a little, then say so; nothing in the turns between."""
         self.beat += 1
+        if self.beat % self.period:
+            return []
         self.revision += 1
         leaver = next(iter(self.active))
         del self.active[leaver]

@@ -60,7 +60,7 @@ OTHERS_TRY_S: Final = 2 * LEASE_TTL_S
 """How long a leader whose policy fails stands back: enough for a standby, less than the 5 s that workers wait."""
 
 
-class Slot(Generic[Row]):
+class LastRead(Generic[Row]):
     """A table as last read; None until it was read once."""
 
     rows: Rows[Row] | None = None
@@ -93,8 +93,8 @@ class Controller:
         self._listings: list[Listing] = []
         self._listed: set[str] = set()
         """Workers whose queue is being read."""
-        self._classes = Slot[ClassPolicy]()
-        self._tenants = Slot[TenantPolicy]()
+        self._classes = LastRead[ClassPolicy]()
+        self._tenants = LastRead[TenantPolicy]()
         self._sending: set[asyncio.Task[None]] = set()
         self._closed = self._back = False
         self._reachable: bool | None = None
@@ -279,13 +279,13 @@ class Controller:
         if not ok and self._throttle.allow("command", send.worker, send.verb, code) is not None:
             log.warning("command.refused", worker=send.worker, verb=send.verb, code=code, reason=why)
 
-    async def _follow(self, table: Table[Row], slot: Slot[Row]) -> None:
+    async def _follow(self, table: Table[Row], last: LastRead[Row]) -> None:
         """Keep one table as it is in KV; a new watch after each reconnection (nats-py's own takes 17 s)."""
         while not self._ended:
             try:
-                async with aclosing(table.watch(slot.rows)) as snapshots:
+                async with aclosing(table.watch(last.rows)) as snapshots:
                     async for rows in snapshots:
-                        slot.rows = rows
+                        last.rows = rows
                         self._tell_refused(table.bucket, rows)
             except NotSetUpError as error:
                 if self._throttle.allow("set up", table.bucket) is not None:

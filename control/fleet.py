@@ -31,7 +31,7 @@ RequestKey = tuple[str, int]
 """A request and its child."""
 Changed = dict[str, TenantStatus | None]
 """Tenants to whom more happened than being served, and their row before that."""
-Served = defaultdict[str, float]
+Charges = defaultdict[str, float]
 """Per tenant, the weighted cost that it was charged."""
 Seen = Callable[[str, TenantStatus, TenantStatus], None]
 """Is told of a worker, a row that came from it, and the one that it replaces."""
@@ -46,7 +46,7 @@ class WorkerView:
         frame: Frame,
         now: float,
         presence: Presence | None = None,
-        served: Served | None = None,
+        served: Charges | None = None,
         seen: Seen | None = None,
         *,
         returned: bool = False,
@@ -75,7 +75,7 @@ class WorkerView:
         self.counted = False
         """Whether `presence` has them: while the worker is live, and was heard in full."""
         self._presence = presence or Presence()
-        self._served = Served(float) if served is None else served
+        self._served = Charges(float) if served is None else served
         self._seen = seen
         self._assembler: Assembler[Frame] = Assembler()
         self._seq = -1
@@ -144,7 +144,7 @@ class WorkerView:
     def _put(self, rows: Iterable[TenantStatus], changed: Changed) -> None:
         # Thousands of rows in every step of a large fleet, most of tenants that wait, and were served a little.
         tenants = self.tenants
-        served, seen = (self._served, self._seen) if self.complete else (Served(float), None)
+        served, seen = (self._served, self._seen) if self.complete else (Charges(float), None)
         for row in rows:
             name = row.tenant
             old = tenants.get(name)
@@ -242,7 +242,7 @@ class Fleet:
         self.changed: dict[str, Changed] = {}
         """Per worker, the tenants that came, left, were lifted or had a request admitted since `settle`, and all if its
         liveness changed, with the row before: None where there was none, or the worker was not heard in full."""
-        self.served: Served = defaultdict(float)
+        self.served: Charges = defaultdict(float)
         """What tenants were charged since `settle` by workers that were heard in full. What such a worker charged
         before it was heard of is in it once: when it is, unless it `returned`."""
         self.presence = Presence()

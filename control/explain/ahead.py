@@ -43,7 +43,7 @@ class Ahead(msgspec.Struct, kw_only=True):
             self.most_virtual_time = event.virtual_time if most is None else max(most, event.virtual_time)
 
 
-class Line:
+class Overtakers:
     """All that went ahead of somebody, by tenant, class and reason."""
 
     def __init__(self, classes: Classes) -> None:

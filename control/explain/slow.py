@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from coxswain.control.explain.ahead import Ahead, Classes, Line
+from coxswain.control.explain.ahead import Ahead, Classes, Overtakers
 from coxswain.control.explain.life import Life
 from coxswain.control.explain.story import AnyEvent, Gaps
 from coxswain.schemas import events as ev
@@ -101,7 +101,7 @@ class Investigator:
         self.tenant = tenant
         self.since = since
         self._lives: dict[tuple[str, str, str, int], Life] = {}
-        self._line = Line(classes)
+        self._overtakers = Overtakers(classes)
         self._caps = caps
         self._gaps = Gaps()
         self._waits: list[float] = []
@@ -130,7 +130,7 @@ class Investigator:
             return
         elif isinstance(event, ev.Admitted):
             if waiting := self._waiting.get(event.worker):
-                self._line.add(event, next(iter(waiting)))
+                self._overtakers.add(event, next(iter(waiting)))
         elif isinstance(event, ev.Limited) and self._concerns(event):
             self._limits.append(event)
 
@@ -209,7 +209,7 @@ class Investigator:
             wait=Quantiles.of(self._waits),
             waited=sum(wait > AT_ONCE_S for wait in self._waits),
             ttft=Quantiles.of(self._ttfts),
-            ahead=self._line.groups(),
+            ahead=self._overtakers.groups(),
             admitted=self._admitted,
             holds=tuple(holds),
             preempted=self._preempted,

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from coxswain.control.explain.ahead import Ahead, Classes, Line
+from coxswain.control.explain.ahead import Ahead, Classes, Overtakers
 from coxswain.control.explain.life import PHASES, Life
 from coxswain.schemas import events as ev
 from coxswain.schemas.request_id import normalise
@@ -58,7 +58,7 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
 class _Child:
     def __init__(self, event: ev.Event, classes: Classes) -> None:
         self.life = Life(event)
-        self.line = Line(classes)
+        self.overtakers = Overtakers(classes)
         self.events: list[ev.Event] = []
         self.omitted = 0
         self.ttft_s: float | None = None
@@ -106,7 +106,7 @@ class Teller:
         elif isinstance(event, ev.Admitted):
             for child in self._of(event):
                 if child.life.phase == "queued":
-                    child.line.add(event, child.life)
+                    child.overtakers.add(event, child.life)
         elif isinstance(event, ev.LeaderChanged | ev.Limited):
             for child in self._of(event):
                 if child.life.phase is not None:
@@ -168,7 +168,7 @@ def _told(child: _Child, now: float) -> ChildStory:
         running_s=running_s,
         held_s=held_s,
         ttft_s=child.ttft_s,
-        ahead=child.line.groups(),
+        ahead=child.overtakers.groups(),
         finished=life.finished,
         events=tuple(child.events),
         events_omitted=child.omitted,
