@@ -3,13 +3,13 @@
 An event is in the backlog until sent and in flight until acknowledged. Acknowledgements are awaited in a
 window; when one is overdue or the connection is lost, everything in flight goes back to the head of the
 backlog and is sent again from there. JetStream knows an event by its `Nats-Msg-Id` and stores a repeated
-one once, as long as the repetition falls into the stream's `duplicate_window`. Called by `loop.py`.
+one once, as long as the repetition falls into the stream's `duplicate_window`. Where nothing stores events for too
+long they are given up as far as the log goes, and published once for whoever listens now. Called by `loop.py`.
 """
 
 import asyncio
 import time
 from collections import deque
-from math import inf
 from typing import Any, Final
 
 import msgspec
@@ -33,7 +33,8 @@ BACKOFF_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 NO_STREAM_SAID_S: Final = 5.0
 NO_STREAM_GRACE_S: Final = 30.0
 """How long "no stream" may be an election: in a cluster that lost the stream's leader NATS waits up to 9 s before it
-even begins one. It is said after the first, and after the second events are dropped; one a second probes."""
+even begins one. It is said after the first. After the second events are given up; one a second probes. Silence counts
+as well: where somebody listens to events, NATS does not say that no stream does."""
 PROBE_S: Final = 1.0
 FULL: Final = 503
 """The code by which JetStream says that it has no room: its disk is full, or a stream that refuses what is new."""
@@ -78,7 +79,7 @@ class EventLog:
         self._failures = 0
         self._no_stream_since: float | None = None
         self._given_up = False
-        """Whether there is no stream for so long that events are dropped, but for those that probe."""
+        """Whether there is no stream for so long that events are published and forgotten, but for those that probe."""
         self._troubles: set[str] = set()
         self._news = asyncio.Event()
         self._newest = 0
@@ -111,9 +112,6 @@ class EventLog:
     def add(self, event: Event) -> None:
         """Take an event; when there is no room the oldest in the backlog is dropped for it."""
         self._newest = event.seq
-        if self._given_up and time.monotonic() < self._hold_off_until:
-            self._drop(1)
-            return
         if self.waiting >= MAX_BACKLOG:
             self._backlog.popleft()
             self._drop(1)
@@ -135,28 +133,37 @@ class EventLog:
                 await self._wait()
                 if self._flight and time.monotonic() >= self._patience_until:
                     self._say("unacknowledged", "JetStream does not answer: events wait and are sent again")
-                    self._again()
+                    self._not_stored(BACKOFF_S[-1])
         finally:
             self._take_back()
 
     async def _fill(self, client: Client, inbox: str) -> None:
-        while self._backlog and len(self._flight) < WINDOW and time.monotonic() >= self._hold_off_until:
-            event = self._backlog.popleft()
-            self._sent += 1
-            self._flight[self._sent] = event
-            self._patience_until = time.monotonic() + ACK_TIMEOUT_S
-            kind = str(type(event).__struct_config__.tag)
+        while self._backlog and (self._given_up or self._may_ask):
+            event, asks = self._backlog.popleft(), self._may_ask
+            if asks:
+                self._sent += 1
+                self._flight[self._sent] = event
+                self._patience_until = time.monotonic() + ACK_TIMEOUT_S
+            else:
+                self._drop(1)
             try:
                 await client.publish(
-                    self._subjects.event(self._worker, kind),
+                    self._subjects.event(self._worker, str(type(event).__struct_config__.tag)),
                     encode(event),
-                    reply=f"{inbox}.{self._sent}",
+                    reply=f"{inbox}.{self._sent}" if asks else "",
                     headers={"Nats-Msg-Id": event.id},
                 )
             except MaxPayloadError:
-                del self._flight[self._sent]
-                self._drop(1)
+                if asks:
+                    del self._flight[self._sent]
+                    self._drop(1)
                 self._say("too_large", "an event is larger than the server's max_payload and was dropped")
+
+    @property
+    def _may_ask(self) -> bool:
+        """Whether one more event may be sent to be acknowledged. After a failure one alone: few are repeated."""
+        window = 1 if self._failures else WINDOW
+        return len(self._flight) < window and time.monotonic() >= self._hold_off_until
 
     async def _wait(self) -> None:
         """Until there is news, or it is time to send again; an empty log waits without a timer."""
@@ -176,7 +183,7 @@ class EventLog:
         self._news.set()
         self._patience_until = time.monotonic() + ACK_TIMEOUT_S
         if msg.headers and msg.headers.get("Status") == "503":
-            self._nobody_listens()
+            self._not_stored(PROBE_S)
             return
         try:
             error = _decode_ack(msg.data).error
@@ -186,6 +193,7 @@ class EventLog:
             self._say(
                 "full", f"{error.description}: events wait until there is room", err_code=error.err_code
             )
+            self._no_stream_since = None
             self._again(MAX_FULL_PAUSE_S)
             return
         del self._flight[number]
@@ -206,11 +214,11 @@ class EventLog:
             )
             self._troubles.clear()
 
-    def _nobody_listens(self) -> None:
+    def _not_stored(self, pause_s: float) -> None:
+        """Nothing that is in flight was stored: nobody listens, or nobody answers."""
         now = time.monotonic()
         if self._no_stream_since is None:
             self._no_stream_since = now
-        self._again(PROBE_S)
         silent_s = now - self._no_stream_since
         if silent_s >= NO_STREAM_SAID_S:
             self._say(
@@ -218,13 +226,15 @@ class EventLog:
                 f"stream {self._subjects.stream} does not exist, or nobody leads it: run `cox init`; "
                 f"after {NO_STREAM_GRACE_S:g} s of this events are lost",
             )
-        if silent_s >= NO_STREAM_GRACE_S:
-            self._given_up = True
-            self._drop(len(self._backlog))
-            self._backlog.clear()
-            self._hold_off_until = now + PROBE_S
+        if silent_s < NO_STREAM_GRACE_S:
+            self._again(pause_s)
+            return
+        self._given_up = True
+        self._drop(len(self._flight))  # published they were
+        self._flight.clear()
+        self._hold_off_until = now + PROBE_S
 
-    def _again(self, most_s: float = inf) -> None:
+    def _again(self, most_s: float) -> None:
         """Send everything in flight again, in order, after a pause."""
         self._take_back()
         pause_s = min(most_s, BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)])

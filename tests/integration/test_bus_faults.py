@@ -6,9 +6,11 @@ import time
 
 import nats
 import pytest
+from nats.aio.msg import Msg
 from nats.js.api import DiscardPolicy, StreamConfig
 
 from coxswain.schemas.commands import decode_reply, encode
+from coxswain.schemas.events import decode_event
 from coxswain.schemas.status import decode_frame
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import eventlog
@@ -209,6 +211,47 @@ async def test_missing_stream_is_named_and_found_later(
         await eventually(lambda: worker.logged("events.resumed"))
         await eventually(lambda: worker.bus.bus._events.waiting == 0)
     assert await stored(nats_server.url) == [11, 12, 13, 14, 15]
+
+
+async def test_who_listens_hears_every_event_without_a_stream(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subscriber keeps NATS from saying that nobody stores events: it hears each all the same, later ones at once."""
+    monkeypatch.setattr(eventlog, "ACK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(eventlog, "NO_STREAM_SAID_S", 0.2)
+    monkeypatch.setattr(eventlog, "NO_STREAM_GRACE_S", 0.5)
+    monkeypatch.setattr(eventlog, "PROBE_S", 0.2)
+    heard: list[int] = []
+
+    async def hear(msg: Msg) -> None:
+        heard.append(decode_event(msg.data).seq)
+
+    async with await nats.connect(nats_server.url) as client:
+        await client.subscribe(SUBJECTS.events_all, cb=hear)
+        await client.flush()
+        with Worker(nats_server.url, COX_BUS="thread") as worker:
+            await worker.connected()
+            worker.engine.send_events(1_000)
+            await eventually(lambda: set(heard) == set(range(1, 1_001)))
+            await eventually(lambda: worker.port.events_dropped == 1_000)
+            assert "cox init" in worker.logged("events.no_stream")[0]["hint"]
+            heard.clear()
+            for last in range(1_100, 1_500, 100):
+                worker.engine.send_events(100)
+                await eventually(lambda last=last: last in heard)
+            await eventually(lambda: worker.port.events_dropped == 1_400)
+            assert heard == list(range(1_001, 1_401))
+            monkeypatch.undo()  # JetStream may take its time
+            await add_stream(nats_server.url)
+            while not worker.logged("events.resumed"):
+                worker.engine.send_events(1)
+                await asyncio.sleep(0.05)
+            lost = worker.port.events_dropped
+            worker.engine.send_events(300)
+            newest = worker.engine._events
+            await eventually(lambda: worker.bus.bus._events.settled == newest)
+            assert worker.port.events_dropped == lost
+    assert (await stored(nats_server.url))[-301:] == list(range(newest - 300, newest + 1))
 
 
 async def test_stream_that_appears_in_time_loses_nothing(
