@@ -391,22 +391,27 @@ def test_remembered_ids_are_bounded(steered: Steered, monkeypatch: pytest.Monkey
     assert steered.commands.stats(0).applied_total == total + 1
 
 
-def test_results_in_remembered_replies_are_bounded(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long replies are remembered while they fit, all together; the oldest give way, short ones live longer."""
+def test_long_replies_cost_no_id_its_memory(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a bound the oldest replies lose their rows, and say how many; still nothing is done twice."""
     monkeypatch.setattr(answered, "MAX_REMEMBERED_RESULTS", 100)
     record = steered.engine.submit()
     names = [f"missing{i}" for i in range(29)]
+    steered("preempt", record, id="first")
+    steered("continue", record)
     for i in range(50):
         steered("prioritize", record, *names, priority=i, id=f"long{i}")
-    assert list(steered.commands._answered._known) == ["long47", "long48", "long49"]
     total = steered.commands.stats(0).applied_total
-    steered("prioritize", record, *names, priority=0, id="long47")
+    assert (steered("preempt", record, id="first").counts, record.holds) == ({"applied": 1}, {})
+    again = [steered("prioritize", record, *names, priority=0, id=f"long{i}") for i in (46, 47)]
     assert (steered.commands.stats(0).applied_total, record.priority) == (total, 49)
-    for i in range(50):
-        steered("prioritize", record, priority=100 + i, id=f"short{i}")
-    assert len(steered.commands._answered._known) == 53
+    assert [(len(reply.results), reply.results_omitted) for reply in again] == [(0, 29), (29, 0)]
+    assert [reply.counts for reply in again] == [{"applied": 1, "not_found": 29}] * 2
     steered("prioritize", record, *(f"missing{i}" for i in range(150)), priority=0, id="too long")
-    assert not steered.commands._answered._known
+    assert steered.commands._answered._size == 0
+    assert steered("prioritize", record, id="too long", priority=1).results_omitted == 150
+    steered.engine.wait(60.001)
+    steered("prioritize", record, priority=2)
+    assert len(steered.commands._answered._known) == 1
 
 
 def test_ignored_fields_in_remembered_replies_are_bounded(
@@ -418,7 +423,8 @@ def test_ignored_fields_in_remembered_replies_are_bounded(
     unknown = tuple(f"field{i}" for i in range(40))
     for i in range(10):
         steered("prioritize", record, priority=i, id=f"c{i}", ignored=unknown)
-    assert list(steered.commands._answered._known) == ["c8", "c9"]
+    again = [steered("prioritize", record, priority=i, id=f"c{i}") for i in range(10)]
+    assert ([len(reply.ignored) for reply in again], record.priority) == ([0] * 8 + [40, 40], 9)
 
 
 def test_command_that_is_applied_is_told(steered: Steered) -> None:
