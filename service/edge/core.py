@@ -189,7 +189,7 @@ class Edge:
         path = _tidy(path)
         return (
             method == "POST"
-            and _is_api(path)
+            and is_api(path)
             and path not in _WITHOUT_ENGINE
             and not path.endswith(_WITHOUT_ENGINE_ENDS)
         )
@@ -230,7 +230,7 @@ class Edge:
             else:
                 taken[name] = value
         grant = self._who(kept, taken, peer)
-        if self._keys is not None and not grant.admin and not _is_api(path):
+        if self._keys is not None and not grant.admin and not is_api(path):
             raise RefusedRequestError(
                 403,
                 "PermissionDeniedError",
@@ -290,7 +290,8 @@ def _tidy(path: str) -> str:
     return path if path == "/" else path.removesuffix("/")
 
 
-def _is_api(path: str) -> bool:
+def is_api(path: str) -> bool:
+    """Whether a path is part of the serving API, which any key opens."""
     path = _tidy(path)
     return path in _API_PATHS or (path.startswith(_API_PREFIXES) and path not in _ADMIN_PATHS)
 

@@ -3,7 +3,8 @@
 Headers are not enough: `/v1/responses` and others ignore X-Request-Id, and a body may name its own
 priority. vLLM gives every request its internal id in `InputProcessor.assign_request_id`
 (v1/engine/input_processor.py, 0.26 to 0.33), in the task of the HTTP request, so the ticket is visible
-there. Called by `identity.py`, in the API server.
+there. The turns of a streaming session (`/v1/realtime`) get no id of their own: what makes each of them
+(`process_inputs`) is where their priority is bounded. Called by `identity.py`, in the API server.
 """
 
 import functools
@@ -22,13 +23,18 @@ def apply(request: Any, held: Ticket) -> None:
 
     The external id stays what vLLM had: that one is the client's, and vLLM's own maps use it.
     """
-    request.priority = min(max(request.priority, held.priority_min), held.priority_max)
+    bound(request, held)
     # Exactly this id, and as the last mark: another one would be somebody else's, sent along in a body.
     if normalise(request.request_id) != held.request:
         request.request_id = request_id.insert(request.request_id, held.request)
     if held.passage is not None:
         sampling = getattr(request, "sampling_params", None)
         held.passage.sent(time.monotonic(), sampling.n if sampling is not None else 1)
+
+
+def bound(request: Any, held: Ticket) -> None:
+    """Bound the priority of vLLM's `EngineCoreRequest`."""
+    request.priority = min(max(request.priority, held.priority_min), held.priority_max)
 
 
 def ends(app: Any) -> bool:
@@ -43,21 +49,22 @@ def ends(app: Any) -> bool:
 
 
 def install() -> None:
-    """Wrap `assign_request_id`, once however often it is called.
+    """Wrap `assign_request_id` and `process_inputs`, once however often it is called.
 
     Raises:
-        RuntimeError: if this vLLM has no such function: tenants would not be told apart.
+        RuntimeError: if this vLLM has no such functions: tenants would not be told apart.
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    inner: Callable[[Any], None] | None = getattr(InputProcessor, "assign_request_id", None)
-    if inner is None:
-        raise RuntimeError(
-            "this vLLM has no InputProcessor.assign_request_id: use a version that Coxswain supports"
-        )
-    if getattr(inner, "is_coxswain", False):
+    for name in ("assign_request_id", "process_inputs"):
+        if not hasattr(InputProcessor, name):
+            raise RuntimeError(
+                f"this vLLM has no InputProcessor.{name}: use a version that Coxswain supports"
+            )
+    if getattr(InputProcessor.assign_request_id, "is_coxswain", False):
         return
-    assign = inner
+    assign: Callable[[Any], None] = InputProcessor.assign_request_id
+    process: Callable[..., Any] = InputProcessor.process_inputs
 
     @functools.wraps(assign)
     def assign_request_id(request: Any) -> None:
@@ -66,5 +73,14 @@ def install() -> None:
         if held is not None:
             apply(request, held)
 
+    @functools.wraps(process)
+    def process_inputs(self: Any, *args: Any, **fields: Any) -> Any:
+        request = process(self, *args, **fields)
+        held = ticket.get()
+        if held is not None:
+            bound(request, held)
+        return request
+
     assign_request_id.is_coxswain = True  # type: ignore[attr-defined]
     InputProcessor.assign_request_id = staticmethod(assign_request_id)
+    InputProcessor.process_inputs = process_inputs

@@ -17,7 +17,8 @@ SERVE = """
 import socket, sys, types
 for name in ("vllm", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.input_processor"):
     sys.modules[name] = types.ModuleType(name)
-sys.modules[name].InputProcessor = type("InputProcessor", (), {"assign_request_id": staticmethod(id)})
+hooked = {"assign_request_id": staticmethod(id), "process_inputs": id}
+sys.modules[name].InputProcessor = type("InputProcessor", (), hooked)
 
 from coxswain.service import request_id
 from coxswain.service.identity import Identity

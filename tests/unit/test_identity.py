@@ -2,8 +2,9 @@
 
 import asyncio
 import io
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
@@ -410,6 +411,34 @@ def test_hook_makes_every_request_the_tickets(internal: str) -> None:
     assert found.identity.tenant == "acme"
     assert request.external_req_id == internal
     assert request.request_id.endswith("-1a2b3c4d") == internal.endswith("-1a2b3c4d")
+
+
+def test_hook_bounds_every_turn_of_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn is given its session's id, not one of its own, and priority 0: not more than the key may use."""
+
+    class InputProcessor:
+        """vLLM's, as far as it is hooked."""
+
+        def process_inputs(self, request_id: str, *, priority: int = 0) -> SimpleNamespace:
+            """What becomes of a turn."""
+            return SimpleNamespace(request_id=request_id, priority=priority)
+
+        @staticmethod
+        def assign_request_id(request: SimpleNamespace) -> None:
+            """A name of its own."""
+
+    for name in ("vllm", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.input_processor"):
+        module: Any = ModuleType(name)
+        module.InputProcessor = InputProcessor
+        monkeypatch.setitem(sys.modules, name, module)
+    edge_hook.install()
+    edge_hook.install()
+    assert InputProcessor().process_inputs("a").priority == 0, "nobody's request"
+    token = ticket.set(HELD._replace(priority_min=3))
+    try:
+        assert [InputProcessor().process_inputs("a", priority=p).priority for p in (0, 4, 9)] == [3, 4, 5]
+    finally:
+        ticket.reset(token)
 
 
 @pytest.mark.parametrize(("body", "bounded"), [(0, 0), (-(2**31), -5), (10**30, 5)])
