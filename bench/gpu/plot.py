@@ -15,6 +15,15 @@ from bench.gpu.summary import batch_rate, ttft
 SHARES = ((0.5, "p50", "o"), (0.99, "p99", "s"))
 
 
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (more is better, less is better) those that none is better than in both, in the order of the first."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points, reverse=True):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best[::-1]
+
+
 def plot(folder: Path) -> Path:
     """Draw it; returns the picture's path."""
     import matplotlib as mpl
@@ -36,12 +45,8 @@ def plot(folder: Path) -> Path:
                 yerr=[[(y.value - y.low) * 1e3], [(y.high - y.value) * 1e3]], fmt=mark, color=f"C{index}", capsize=2,
                 label=name.removeprefix("steady: ") if label == "p50" else None,
             )  # fmt: skip
-        frontier = sorted(
-            (batch_rate(result).value, ttft(result, share).value * 1e3)
-            for name, result in part.items()
-            if "hold" in name
-        )
-        axes.plot(*zip(*frontier, strict=True), color="grey", linewidth=0.8, zorder=0) if frontier else None
+        points = [(batch_rate(result).value, ttft(result, share).value * 1e3) for result in part.values()]
+        axes.step(*zip(*frontier(points), strict=True), where="post", color="grey", linewidth=0.8, zorder=0)
         if alone is not None:
             value = ttft(alone, share).value * 1e3
             axes.axhline(value, color="black", linewidth=0.8, linestyle=":" if label == "p50" else "--")
