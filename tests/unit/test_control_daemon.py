@@ -7,9 +7,13 @@ from coxswain.common.connection import Connection
 from coxswain.control.core import Answer, Send
 from coxswain.control.daemon import Controller
 from coxswain.control.errors import NoAnswerError
+from coxswain.control.failures import PATIENCE
+from coxswain.control.lease import RETRY_S
 from coxswain.control.policies.edf import Edf
+from coxswain.control.tables import LEASE_TTL_S
 from coxswain.control.told import ANSWER_S
 from coxswain.schemas.commands import Limit, Reply, Targets
+from coxswain.schemas.policy import LEADER_LEASE_S
 from coxswain.schemas.status import QueuePage
 
 
@@ -55,3 +59,26 @@ async def test_the_core_hears_that_nobody_answered_before_it_gives_a_command_up(
     await controller._send(client, send)
     assert controller._answers == [Answer(send, ok=False)]
     assert client.patience_s <= ANSWER_S - 0.5
+
+
+class HeldLease:
+    """A lease that is ours until it is given up."""
+
+    epoch: Any = (1.0, 1)
+
+    def __init__(self) -> None:
+        self.others_try_s: list[float] = []
+
+    def step_down(self, _: str, others_try_s: float) -> None:
+        """Note for how long."""
+        self.others_try_s.append(others_try_s)
+
+
+async def test_a_leader_whose_policy_fails_stands_back_for_long_enough() -> None:
+    """A standby gets the lease only when its key has expired; and no worker may give its leader up meanwhile."""
+    controller, lease = Controller(Connection(urls=(), fleet="main"), Edf(Edf.Params())), HeldLease()
+    for _ in range(PATIENCE):
+        controller.core.failures.failed("decide", ValueError("no"))
+        controller._look_after_policy(lease)  # type: ignore[arg-type]
+    (others_try_s,) = lease.others_try_s
+    assert LEASE_TTL_S + 2 * RETRY_S < others_try_s < LEADER_LEASE_S

@@ -2,12 +2,13 @@
 
 import pytest
 
+from coxswain.control import fleet as fleet_module
 from coxswain.control.estimates.crowd import ENOUGH, Crowd
 from coxswain.control.fleet import Fleet
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.policy import Tables
 from coxswain.schemas.status import ClassStatus, Gone, KvBlocks
-from tests.support.frames import frame, request
+from tests.support.frames import frame, request, row
 
 
 def view(used: int, *, total: int = 1_000, running: int = 10, prompt: int = 100, output: int = 60):
@@ -201,3 +202,28 @@ def test_vtc_caps_every_class_by_its_share():
         ("class", "chat"): 60,
         ("class", "bulk"): 20,
     }
+
+
+def test_workers_that_are_gone_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names may be new with every start, so what is known by name must not grow with them."""
+    monkeypatch.setattr(fleet_module, "MAX_WORKERS", 1)
+    policy, fleet = Vtc(Vtc.Params(fill=0.85)), Fleet()
+    assert policy._crowd is not None
+    policy._crowd = crowd(0.85)
+    blocks = KvBlocks(total=1_000, used=100, held=0)
+    rows = tuple(request(f"r{n}", prompt_tokens=100, output_tokens=60) for n in range(10))
+    status = ClassStatus(class_="default", queued=0, running=10, held=0, oldest_queued_s=0.0)
+    for number in range(5):
+        now = 100.0 * number
+        fleet.merge(
+            frame(
+                f"w{number}", "01A", 1, row("a", running=10), requests=rows, running=10, kv_blocks=blocks,
+                classes=(status,),
+            ),
+            now,
+        )  # fmt: skip
+        fleet.age(now)
+        policy.observe(fleet, Tables(), now)
+        policy.decide(now)
+        fleet.settle()
+    assert policy._crowd._caps.keys() == policy._crowd._shares.keys() == {"w4"}

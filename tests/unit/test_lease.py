@@ -116,3 +116,16 @@ async def test_a_leader_that_was_replaced_notices_when_a_worker_says_so(
         bucket.taken = True
         lease.doubt("w1", LATER)
         await eventually(lambda: lease.epoch is None)
+
+
+async def test_who_steps_down_lets_others_try_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for the lease again no sooner than it said."""
+    bucket = Bucket()
+    async with held(bucket, monkeypatch) as lease:
+        lease.step_down("to let others try", 600.0)
+        looks = bucket.looks
+        lease._hurry.set()
+        await asyncio.sleep(0.2)
+        assert (lease.epoch, bucket.looks) == (None, looks)
+        lease.step_down("no longer", 0.0)
+        await eventually(lambda: lease.epoch)
