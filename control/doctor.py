@@ -349,9 +349,12 @@ def _leader(facts: Facts) -> Iterable[Finding]:
         )  # fmt: skip
     epochs = {seen.frame.leader.epoch for seen in facts.workers if seen.frame.leader.epoch is not None}
     if len(epochs) > 1:
+        last = max(epochs)
+        theirs = sorted(seen.frame.worker for seen in facts.workers if seen.frame.leader.epoch == last)
         yield Finding(
-            check="leader", level="fail", found=f"workers obey different leaders: {sorted(epochs)}",
-            mend="wait 5 s and look again; if it stays, see docs/security.md about a forged epoch",
+            check="leader", level="fail",
+            found=f"workers obey different leaders; the latest, {list(last)}: {', '.join(theirs[:SHOWN_ROWS])}",
+            mend="wait 5 s and look again; if it stays, see docs/runbook.md#coxswaincommandsrefused",
         )  # fmt: skip
     if facts.holder is None:
         return
