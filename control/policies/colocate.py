@@ -15,8 +15,8 @@ The budget per step is what trades the one for the other: an arriving request wa
 whose length grows with the prefill in it. `prefill_tokens: null` makes this strict priority with cut-in.
 
 Workers do all of it, in the very step; this policy only writes the class table, and operators' own caps, budgets
-and ageing stay. So does `stand_aside`, which is worth setting for batch where vLLM replays whole CUDA graphs: on an H200
-it took a quarter off the time to first token (docs/results/gpu.md), on the lab's devices it would only cost a step.
+and ageing stay. So does `stand_aside`, which is worth setting for batch where vLLM replays whole CUDA graphs: on an
+H200 it took a quarter off the time to first token (docs/results/gpu.md), on the lab's devices it would only cost a step.
 """
 
 from typing import Annotated, ClassVar
