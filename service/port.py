@@ -11,12 +11,12 @@ from math import inf
 from time import monotonic, time
 from typing import Any, NamedTuple
 
-from msgspec import Raw
+from msgspec import Raw, Struct
 from msgspec.structs import replace
 
 from coxswain.schemas.commands import Command, Reply
 from coxswain.schemas.errors import RefusedError
-from coxswain.schemas.events import Event
+from coxswain.schemas.events import KINDS, Event
 from coxswain.schemas.policy import Lead
 from coxswain.schemas.status import (
     Config,
@@ -127,10 +127,11 @@ class FrameOut(NamedTuple):
     idle: bool
 
 
-class EventOut(NamedTuple):
-    """An event for the log; the bus puts it into its envelope."""
+class EventOut(Struct, tag="event", array_like=True, gc=False):
+    """An event for the log; the bus puts it into its envelope. It crosses to a bus of its own process as it is."""
 
-    kind: type[Event]
+    kind: str
+    """One of `events.KINDS`."""
     seq: int
     at: float
     step: int
@@ -147,7 +148,7 @@ class EventOut(NamedTuple):
             fields = {
                 "request": request, "child": child, "tenant": tenant, "class_": class_, "priority": priority, **fields,
             }  # fmt: skip
-        return self.kind(
+        return KINDS[self.kind](
             id=f"{worker}:{incarnation}:{self.seq}", worker=worker, incarnation=incarnation, seq=self.seq,
             at=self.at, step=self.step, **fields,
         )  # fmt: skip
@@ -171,7 +172,8 @@ class Port:
         """From the monotonic clock to Unix time as it was at the start: see `unix`."""
         self._commands: deque[CommandIn] = deque()
         self._queries: deque[QueryIn] = deque()
-        self._outbound: deque[Outbound] = deque()
+        self.outbound: deque[Outbound] = deque()
+        """What waits for the bus: from outside to be looked at only, as every step does."""
         self._wake_engine: Callable[[], None] = _nobody
         self._wake_bus: Callable[[], None] = _nobody
         self._set_alarm: Callable[[], None] = _nobody
@@ -228,14 +230,21 @@ class Port:
 
     def put(self, item: Outbound) -> bool:
         """Queue an item for the bus; False if the queue has no room for it (it is not queued)."""
-        room = EVENT_ROOM if isinstance(item, EventOut) else MAX_OUTBOUND
-        if len(self._outbound) >= room:
+        if isinstance(item, EventOut):
+            return self.put_event(item)
+        if len(self.outbound) >= MAX_OUTBOUND:
             return False
-        if not isinstance(item, EventOut):
-            self._urgent = True
-        elif self._events_due == inf:
+        self._urgent = True
+        self.outbound.append(item)
+        return True
+
+    def put_event(self, item: EventOut) -> bool:
+        """Queue an event, as `put`."""
+        if len(self.outbound) >= EVENT_ROOM:
+            return False
+        if self._events_due == inf:
             self._events_due = self.clock() + EVENTS_S
-        self._outbound.append(item)
+        self.outbound.append(item)
         return True
 
     def flush(self, *, events: bool = False) -> None:
@@ -244,7 +253,7 @@ class Port:
         Events alone wait for company, for `EVENTS_S` at most: every time the bus runs it takes the interpreter from
         the engine, and on a busy engine every step has an event. `events`: now, there may be no next step.
         """
-        if not self._outbound or self._bus_told:
+        if not self.outbound or self._bus_told:
             return
         if self._urgent or events or self.clock() >= self._events_due:
             self._bus_told, self._urgent, self._events_due = True, False, inf
@@ -319,6 +328,6 @@ class Port:
         """Everything that waits for the bus, in order."""
         self._bus_told = False
         items = []
-        while self._outbound:
-            items.append(self._outbound.popleft())
+        while self.outbound:
+            items.append(self.outbound.popleft())
         return items

@@ -12,7 +12,8 @@ import hmac
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Final, NamedTuple
+from hashlib import sha256
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote, unquote
 
 from coxswain.schemas.request_id import MARK, last_signed, normalise
@@ -20,6 +21,10 @@ from coxswain.schemas.request_id import MARK, last_signed, normalise
 KEY_VARIABLE: Final = "COX_IDENTITY_KEY"
 """Environment variable with the signing key in hexadecimal, the same in every process of a deployment."""
 MIN_KEY_BYTES: Final = 16
+
+_BLOCK: Final = 64
+"""Bytes of a block of SHA-256."""
+_INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
 
 # What vLLM 0.32 puts around the id that a client sent (or its own uuid):
 #   [<child>_]chatcmpl-<id>[_<prompt>][-<8 hex>]      [<child>_]cmpl-<id>-<prompt>[-<8 hex>]
@@ -73,15 +78,22 @@ def read_key(env: Mapping[str, str]) -> bytes | None:
 
 def _sign(key: bytes, text: str) -> str:
     # 64 bits: a forger has one try per HTTP request, and every try is a request that he pays for.
-    signature = _keyed(key).copy()
-    signature.update(text.encode())
-    return signature.hexdigest()[:16]
+    inner, outer = _keyed(key)
+    inner, outer = inner.copy(), outer.copy()
+    inner.update(text.encode())
+    outer.update(inner.digest())
+    return str(outer.hexdigest()[:16])
 
 
 @lru_cache(maxsize=8)
-def _keyed(key: bytes) -> hmac.HMAC:
-    """The beginning of every signature: half of what one costs is setting the key up. A process has one or two keys."""
-    return hmac.new(key, digestmod="sha256")
+def _keyed(key: bytes) -> tuple[Any, Any]:
+    """HMAC-SHA256 (RFC 2104) with its key set up: inner and outer hash.
+
+    Every arriving request is checked on the engine's thread, and Python's `hmac.HMAC` takes twice the time: it copies
+    three contexts for each of its own copies.
+    """
+    block = key.ljust(_BLOCK, b"\0") if len(key) <= _BLOCK else sha256(key).digest().ljust(_BLOCK, b"\0")
+    return sha256(block.translate(_INNER)), sha256(block.translate(_OUTER))
 
 
 def make(key: bytes, tenant: str, class_: str, ulid: str) -> str:

@@ -5,14 +5,13 @@ one version of one program, parent and child: there is nothing to negotiate. Use
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from coxswain.schemas.commands import COMMANDS, Command, Reply
 from coxswain.schemas.commands import encode as encode_json
 from coxswain.schemas.errors import Code, RefusedError
-from coxswain.schemas.events import KINDS
 from coxswain.schemas.policy import Lead
 from coxswain.schemas.status import Frame, QueueQuery, RequestQuery
 from coxswain.service.config import Settings
@@ -79,17 +78,6 @@ class FrameUp(_Message, tag="frame"):
     idle: bool
 
 
-class EventUp(_Message, tag="event"):
-    """An `EventOut`; its fields arrive as plain data, which is JSON the same."""
-
-    kind: str
-    seq: int
-    at: float
-    step: int
-    subject: tuple[str, int, str, str, int] | None
-    fields: dict[str, Any]
-
-
 class FullUp(_Message, tag="full"):
     """What came down and found no room, sent back to be refused."""
 
@@ -132,7 +120,8 @@ class State(_Message, tag="state"):
     """Commands that it refused itself, by verb and code."""
 
 
-Up = ReplyUp | AnswerUp | FrameUp | EventUp | FullUp | Begin | End
+Up = ReplyUp | AnswerUp | FrameUp | EventOut | FullUp | Begin | End
+"""An event arrives with its fields as plain data, which is JSON the same."""
 Item = CommandDown | QueryDown | LeadDown
 Down = Item | State
 
@@ -190,8 +179,8 @@ def read_down(body: bytes) -> Down:
 def up(item: Outbound) -> Up:
     """An item of the engine, to be sent."""
     match item:
-        case EventOut(kind, seq, at, step, subject, fields):
-            return EventUp(str(kind.__struct_config__.tag), seq, at, step, subject, fields)
+        case EventOut():
+            return item
         case FrameOut(draft, idle):
             return FrameUp(draft, idle)
         case ReplyOut(token, reply):
@@ -204,11 +193,11 @@ def up(item: Outbound) -> Up:
             return AnswerUp(token, None, None, encode_json(answer))
 
 
-def from_up(message: ReplyUp | AnswerUp | FrameUp | EventUp) -> Outbound:
+def from_up(message: ReplyUp | AnswerUp | FrameUp | EventOut) -> Outbound:
     """The item that the engine sent."""
     match message:
-        case EventUp(kind, seq, at, step, subject, fields):
-            return EventOut(KINDS[kind], seq, at, step, subject, fields)
+        case EventOut():
+            return message
         case FrameUp(draft, idle):
             return FrameOut(draft, idle)
         case ReplyUp(token, reply):

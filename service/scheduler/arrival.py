@@ -11,15 +11,20 @@ from coxswain.service.scheduler.roster import Roster
 
 
 def met(record: Record, queue: SteeredQueue, roster: Roster) -> dict[str, Any]:
-    """The fields for a request that is in the roster and not yet in the queue. O(log of what waits)."""
-    account, first = record.account, queue.peek() if queue else None
-    fields: dict[str, Any] = {
-        "prompt_tokens": record.prompt_tokens, "waiting": len(queue), "tenant_waiting": account.queued - 1,
-        "running": len(roster.running), "virtual_time": account.rank[0],
-    }  # fmt: skip
-    if first is not None:
-        fields |= {
-            "next_request": first.request, "next_tenant": first.account.name, "next_class": first.class_,
-            "next_priority": first.priority, "next_virtual_time": first.account.virtual_time,
+    """The fields for a request that is in the roster and not yet in the queue.
+
+    Virtual times are those of the last frame or admission: who is charged since is not looked at for every arrival.
+    """
+    account, first = record.account, queue.glance()
+    if first is None:
+        return {
+            "prompt_tokens": record.prompt_tokens, "waiting": len(queue), "tenant_waiting": len(account.waiting) - 1,
+            "running": len(roster.running), "virtual_time": account.virtual_time,
         }  # fmt: skip
-    return fields
+    next_account = first.account
+    return {
+        "prompt_tokens": record.prompt_tokens, "waiting": len(queue), "tenant_waiting": len(account.waiting) - 1,
+        "running": len(roster.running), "virtual_time": account.virtual_time,
+        "next_request": first.request, "next_tenant": next_account.name, "next_class": first.class_,
+        "next_priority": first.priority, "next_virtual_time": next_account.virtual_time,
+    }  # fmt: skip

@@ -90,15 +90,14 @@ class SteeringCore:
         account = self.tenants.account(tenant)
         policy = account.policy
         record = Record(
-            id=id, request=request, child=self.roster.families.next_child(request), account=account,
+            id=id, request=request, account=account,
             asked_class=asked_class, priority=min(max(priority, policy.priority_min), policy.priority_max),
-            arrived_at=arrived_at, prompt_tokens=prompt_tokens, payload=payload, outputs=outputs,
+            arrived_at=arrived_at, prompt_tokens=prompt_tokens, payload=payload, outputs=outputs, now=now,
+            step=self.step,
         )  # fmt: skip
         record.class_ = self._class_for(record)
-        record.queued_since = now
         self.tenants.arriving(account)
         self.roster.enter(record)
-        record.came = (now, self.step, prompt_tokens)
         if self.emit is not None:
             self.emit(now, record, ev.Queued, met(record, self.queue, self.roster))
         return record

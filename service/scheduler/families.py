@@ -42,29 +42,24 @@ class Families:
         """As `get`, by whatever name people have for the request: the id of a body or of a log does, too."""
         return self.get(name) or self.get(normalise(name))
 
-    def next_child(self, request: str) -> int:
-        """The number that the next child will have; the first is 0."""
-        family = self._families.get(request)
-        return family.born if isinstance(family, Siblings) else int(family is not None)
-
     def enter(self, record: Record) -> None:
-        """One more child."""
+        """One more child: it gets its number, the first 0."""
         family = self._families.setdefault(record.request, record)
         if family is record:
             return
         if not isinstance(family, Siblings):
             family = self._families[record.request] = Siblings(family)
         family.members[record] = None
+        record.child = family.born
         family.born += 1
 
     def leave(self, record: Record) -> None:
         """A child has ended; numbers begin again when all have."""
-        family = self._families[record.request]
+        family = self._families.pop(record.request)
         if isinstance(family, Siblings):
             del family.members[record]
             if family.members:
-                return
-        del self._families[record.request]
+                self._families[record.request] = family
 
     def validate(self, live: Collection[Record]) -> None:
         """Check every invariant; for tests."""

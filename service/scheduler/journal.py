@@ -5,9 +5,11 @@ The shell (`steered.py`) writes what the core tells; the bus sends it to the eve
 
 from typing import Any
 
-from coxswain.schemas.events import Event
+from coxswain.schemas.events import KINDS, Event
 from coxswain.service.port import EventOut, Port
 from coxswain.service.scheduler.record import Record
+
+_NAMES = {struct: kind for kind, struct in KINDS.items()}
 
 
 class Journal:
@@ -31,5 +33,7 @@ class Journal:
             None if record is None
             else (record.request, record.child, record.account.name, record.class_, record.priority)
         )  # fmt: skip
-        if not self._port.put(EventOut(kind, self.written, now, self._port.step, subject, fields)):
+        if not self._port.put_event(
+            EventOut(_NAMES[kind], self.written, now, self._port.step, subject, fields)
+        ):
             self.dropped += 1

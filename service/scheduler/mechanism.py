@@ -51,7 +51,9 @@ class Mechanism:
         # appends them: it then stores wrong blocks under right keys (tests/integration/test_modes.py shows it).
         self.parks: bool = scheduler.connector is None
         self.core: SteeringCore
-        self._unsorted = self._bounding = self._reclaiming = False
+        self._unsorted = self._reclaiming = False
+        self.bounds_prefill = False
+        """Whether the last step's bounds are still in force."""
         self._appended = 0
         """How many vLLM has put at the end of its running list since that was in order, or more."""
         self._chunks: bool = scheduler.scheduler_config.enable_chunked_prefill
@@ -271,11 +273,6 @@ class Mechanism:
         running = self._scheduler.running
         return (running[0].priority + CLASS_STRIDE // 2) // CLASS_STRIDE if running else None
 
-    @property
-    def bounds_prefill(self) -> bool:
-        """Whether the last step's bounds are still in force."""
-        return bool(self._left)
-
     def bound_prefill(self, left: dict[Group, int], aside: Collection[Group] = ()) -> None:
         """Bound the prompt tokens of tenants and classes in the step that begins; of `aside` nothing runs.
 
@@ -287,8 +284,8 @@ class Mechanism:
             return  # chunks of such models must end where vLLM put the end
         self._left, self._whole, self._aside = left, dict(left), aside
         self._note_busy(left)
-        self._bounding = _put(
-            self._scheduler, "_reserve_prefill_lookahead", self._grant, bool(left), self._bounding
+        self.bounds_prefill = _put(
+            self._scheduler, "_reserve_prefill_lookahead", self._grant, bool(left), self.bounds_prefill
         )
 
     def _grant(self, request: Any, computed: int, tokens: int) -> int:

@@ -17,7 +17,7 @@ from itertools import islice
 from coxswain.service.scheduler.groups import ClassGroup, Group
 from coxswain.service.scheduler.lines import ClassLine, Line, Lines
 from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.tenants import Account
+from coxswain.service.scheduler.tenants import Account, RankHeap
 
 
 class SteeredQueue:
@@ -28,7 +28,7 @@ class SteeredQueue:
         self._order: list[ClassLine] = []
         self._borrowing: list[ClassLine] = []
         """Those of them that may borrow."""
-        self._ageing: list[ClassLine] = []
+        self.ageing: list[ClassLine] = []
         """Those of them with a bound on how long they may be passed over."""
         self._overdue: list[ClassLine] = []
         """Those that were passed over for longer when the clock was last read, the longest first."""
@@ -40,9 +40,10 @@ class SteeredQueue:
 
     def __bool__(self) -> bool:
         """Whether there is anything that may run: not the same as its length."""
-        return any(class_line.offers for class_line in self._order) or any(
-            class_line.size for class_line in self._borrowing
-        )
+        for class_line in self._order:  # vLLM asks in every step: no generator where one class is all
+            if class_line.open.size and not class_line.group.closed:
+                return True
+        return bool(self._borrowing) and any(class_line.size for class_line in self._borrowing)
 
     def __contains__(self, record: Record) -> bool:
         return record.ticket != 0
@@ -58,9 +59,9 @@ class SteeredQueue:
         self._classes = {name: ClassLine(group) for name, group in groups.items()}
         self._order = sorted(self._classes.values(), key=lambda each: (each.group.policy.position, each.name))
         self._borrowing = [each for each in self._order if each.group.policy.borrow]
-        self._ageing = [each for each in self._order if each.group.policy.ageing_s is not None]
+        self.ageing = [each for each in self._order if each.group.policy.ageing_s is not None]
         self._overdue = []
-        for each in self._ageing:  # or a table that is edited all the time would stop all clocks
+        for each in self.ageing:  # or a table that is edited all the time would stop all clocks
             if each.name in old:
                 each.since, each.popped = old[each.name].since, old[each.name].popped
 
@@ -99,6 +100,14 @@ class SteeredQueue:
             raise IndexError("peek into a queue with nothing that may run")
         return line.head()
 
+    def glance(self) -> Record | None:
+        """Who should run next by the virtual times that were last looked at, or None: who wants to tell, not to act.
+
+        Looking at them is most of what a `peek` costs: tenants whose requests run have all been charged since.
+        """
+        line = self._next(RankHeap.glance)
+        return None if line is None else line.head()
+
     def pop(self) -> Record:
         """Take out the request that should run next.
 
@@ -119,17 +128,16 @@ class SteeredQueue:
         class_line.popped = max(0, class_line.popped - 1)
         self.add(record)
 
-    def _next(self) -> Line | None:
-        if self._overdue:
-            for class_line in self._overdue:
-                if class_line.offers and not class_line.popped:
-                    return class_line.open.heap.least()
+    def _next(self, first: Callable[[RankHeap[Line]], Line | None] = RankHeap.least) -> Line | None:
+        for class_line in self._overdue:
+            if class_line.offers and not class_line.popped:
+                return first(class_line.open.heap)
         for class_line in self._order:
-            if class_line.offers:
-                return class_line.open.heap.least()
+            if class_line.open.size and not class_line.group.closed:
+                return first(class_line.open.heap)
         for class_line in self._borrowing:
             if class_line.size:
-                return class_line.open.heap.least() or class_line.aside.heap.least()
+                return first(class_line.open.heap) or first(class_line.aside.heap)
         return None
 
     def offered(self) -> Iterator[tuple[Record, bool]]:
@@ -180,9 +188,8 @@ class SteeredQueue:
         without an offer at least one request is among the first D admissions after every `ageing_s`, where D
         is the number of classes with a bound.
         """
-        if self._ageing:
-            self._overdue = [class_line for class_line in self._ageing if class_line.age(now)]
-            self._overdue.sort(key=lambda class_line: class_line.since or 0.0)
+        self._overdue = [class_line for class_line in self.ageing if class_line.age(now)]
+        self._overdue.sort(key=lambda class_line: class_line.since or 0.0)
 
     # What was told
 

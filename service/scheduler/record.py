@@ -53,7 +53,6 @@ class Record:
         *,
         id: str,  # noqa: A002
         request: str,
-        child: int,
         account: Account,
         asked_class: str,
         priority: int,
@@ -61,10 +60,13 @@ class Record:
         prompt_tokens: int,
         payload: Progress,
         outputs: list[Any],
+        now: float,
+        step: int,
     ) -> None:
         self.id = id
         self.request = request
-        self.child = child
+        self.child = 0
+        """Its number among the children of the client's request: `families.py` says it."""
         self.account = account
         self.asked_class = asked_class
         self.class_ = ""
@@ -103,7 +105,7 @@ class Record:
         self.settled_recompute = 0
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
-        self.queued_since = arrived_at
+        self.queued_since = now
         self.queued_s = 0.0
         self.held_since = 0.0
         self.held_s = 0.0
@@ -117,7 +119,7 @@ class Record:
         """Its row in the last status frame, output tokens apart; None if that did not list it."""
         self.shown = 0
         """The output tokens that it had there."""
-        self.came: tuple[float, int, int] = (arrived_at, 0, prompt_tokens)
+        self.came = (now, step, prompt_tokens)
         """When it was first queued, in which step, its input tokens: the first line of its story."""
         self.story: list[tuple[float, int, type[Event], dict[str, Any]]] | None = None
         """The other lines; a request that waits has none."""

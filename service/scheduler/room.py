@@ -120,6 +120,8 @@ class Room:
         """Let those go on who have room, and make room for those who may take it."""
         self._now = now
         returning = self._holds.returning
+        if not (self._cutting or returning or self._roster.kept or self._limits.exceeded):
+            return  # every step comes here
         if self._limits.exceeded:
             self._stop_excess(now)
         if self._roster.kept and (self._queue or returning):

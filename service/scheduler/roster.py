@@ -50,7 +50,8 @@ class Roster:
         self.families.enter(record)
         self._tenants.joined(record.account, record)
         self.classes[record.class_].joined(record)
-        self.touch(record)
+        self.touched[record] = None
+        self.changed = True
 
     def leave(self, record: Record) -> None:
         """Forget a request that has ended, but for the next frame, which says that it is gone."""
@@ -76,19 +77,28 @@ class Roster:
         elif old is State.RUNNING:
             del self.running[record]
             self._count(account, group, -1)
-        elif new not in HELD:
-            del self.held[record]
-            account.held -= 1
-            group.held -= 1
-        self.kept.pop(record, None)
-        self.parked.pop(record, None)
+        else:
+            self._leave_hold(record, account, group, new)
         if new is State.QUEUED:
             self._tenants.joined(account, record)
             group.joined(record)
         elif new is State.RUNNING:
             self.running[record] = None
             self._count(account, group, 1)
-        elif new in HELD and old not in HELD:
+        elif new is not State.FINISHED:
+            self._enter_hold(record, account, group, old, new)
+        if (new in SLOTTED) is not (old in SLOTTED):
+            (account.meter.start if new in SLOTTED else account.meter.stop)(record)
+            self._tenants.metered[account] = None
+        record.state = new
+        self._tenants.touched[account] = True
+        self.changed = True
+
+    def _enter_hold(
+        self, record: Record, account: Account, group: ClassGroup, old: State, new: State
+    ) -> None:
+        """It is held, or held otherwise."""
+        if old not in HELD:
             self.held[record] = None
             account.held += 1
             group.held += 1
@@ -96,12 +106,15 @@ class Roster:
             self.kept[record] = None
         elif new is State.HELD_PARKED:
             self.parked[record] = None
-        if (new in SLOTTED) is not (old in SLOTTED):
-            (account.meter.start if new in SLOTTED else account.meter.stop)(record)
-            self._tenants.metered[account] = None
-        record.state = new
-        account.touch()
-        self.changed = True
+
+    def _leave_hold(self, record: Record, account: Account, group: ClassGroup, new: State) -> None:
+        """It is held no more, or held otherwise."""
+        self.kept.pop(record, None)
+        self.parked.pop(record, None)
+        if new not in HELD:
+            del self.held[record]
+            account.held -= 1
+            group.held -= 1
 
     def _count(self, account: Account, group: ClassGroup, change: int) -> None:
         """One more or one less runs: the one place where caps see it."""

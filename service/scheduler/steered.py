@@ -151,18 +151,20 @@ class SteeredScheduler(AsyncScheduler):
             self._drain(now)
         if now >= self._tick_at:
             self._tick(now)
-        core = self.core
-        core.queue.age(now)
+        core, mechanism = self.core, self.mechanism
+        if core.queue.ageing:
+            core.queue.age(now)
         if self.pause_state == PauseState.UNPAUSED:
             core.room.plan(now)
-        self.mechanism.sort()
-        if core.budget or self.mechanism.bounds_prefill:  # once more after the last bound went: to lift it
-            left = core.budget.begin(now, self.mechanism.best_running())
-            self.mechanism.bound_prefill(left, core.budget.aside)
+        mechanism.sort()
+        if core.budget or mechanism.bounds_prefill:  # once more after the last bound went: to lift it
+            left = core.budget.begin(now, mechanism.best_running())
+            mechanism.bound_prefill(left, core.budget.aside)
         if core.tenants.ahead and len(self.running) < self.max_num_active_reqs:
             core.ledger.settle_ahead()
         output = super().schedule(*args, **kwargs)
-        self.mechanism.scheduled()
+        if mechanism.bounds_prefill:
+            mechanism.scheduled()
         core.step = self.port.step = self.current_step
         if output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
             self._note_admitted(now, output)
@@ -172,7 +174,8 @@ class SteeredScheduler(AsyncScheduler):
             self._step_began = now
         if now >= self._frame_at and self.port.connected:
             self._publish(now, idle=False)
-        self.port.flush()
+        if self.port.outbound:
+            self.port.flush()
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +192,8 @@ class SteeredScheduler(AsyncScheduler):
             now = self.now()
             for record in [record for record in core.roster.awaiting_first if record.outputs]:
                 core.first_token(now, record)
-        self.port.flush()
+        if self.port.outbound:
+            self.port.flush()
         return outputs
 
     def has_requests(self) -> bool:
@@ -289,12 +293,6 @@ class SteeredScheduler(AsyncScheduler):
                 self.core.ledger.load_failed(request.steering, computed - in_vain, in_vain)
         return failed
 
-    def _enqueue_waiting_request(self, request: Any) -> None:
-        record = request.steering
-        if record.state is State.RUNNING:  # a streaming session that waits for its next input
-            self.core.waits_again(self.now(), record)
-        super()._enqueue_waiting_request(request)
-
     def _handle_stopped_request(self, request: Any) -> bool:
         record = request.steering
         if not request.resumable:
@@ -306,6 +304,8 @@ class SteeredScheduler(AsyncScheduler):
         finished = bool(super()._handle_stopped_request(request))
         if lost and not finished:
             self._again.append(request)
+        if record.state is State.RUNNING and not finished:  # it waits for its next input
+            self.core.waits_again(self.now(), record)
         return finished
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:

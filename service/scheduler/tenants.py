@@ -196,14 +196,14 @@ class Tenants:
     def joined(self, account: Account, record: "Record") -> None:
         """One more of its requests waits."""
         account.waiting[record] = None
-        account.touch()
+        self.touched[account] = True
         if len(account.waiting) == 1 and not account.shut:
             self._open.push(account)
 
     def left(self, account: Account, record: "Record") -> None:
         """One of its requests waits no more."""
         del account.waiting[record]
-        account.touch()
+        self.touched[account] = True
         if not account.waiting:
             self._open.discard(account)
             self._last_left = account
@@ -304,6 +304,17 @@ class RankHeap(Generic[R]):
                 heapq.heapreplace(heap, now)
             else:
                 return item
+        return None
+
+    def glance(self) -> R | None:
+        """The member that came first by the ranks that were last looked at, or None; no rank is looked at."""
+        heap, serials = self._heap, self._serials
+        while heap:
+            entry = heap[0]
+            item: R = entry[-1]
+            if serials.get(item) == entry[-2]:
+                return item
+            heapq.heappop(heap)
         return None
 
     def walk(self) -> Iterator[R]:

@@ -97,7 +97,7 @@ async def test_frozen_bus_costs_the_engine_nothing_and_is_replaced(
         assert longest < 0.1
         await eventually(lambda: not worker.port.connected)  # no frames are built for it
         worker.engine.send_events(2 * MAX_OUTBOUND)
-        assert len(worker.port._outbound) < MAX_OUTBOUND
+        assert len(worker.port.outbound) < MAX_OUTBOUND
         await eventually(lambda: worker.logged("bus.lost"))
         monkeypatch.undo()  # its successor may take its time to start
         await eventually(lambda: worker.bus.pid not in {None, first} and worker.port.connected)

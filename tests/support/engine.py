@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 from coxswain.schemas.commands import Reply
-from coxswain.schemas.events import Queued
 from coxswain.schemas.policy import Prices
 from coxswain.schemas.status import (
     CommandStats,
@@ -108,7 +107,7 @@ class Engine:
 def event(seq: int) -> EventOut:
     """An event with number `seq`."""
     subject = (f"r{seq}", 0, "default", "default", 0)
-    return EventOut(Queued, seq, time.time(), seq, subject, {"prompt_tokens": 1})
+    return EventOut("queued", seq, time.time(), seq, subject, {"prompt_tokens": 1})
 
 
 def frame(*, full: bool = True, requests: int = 0, tenants: int = 0, age_s: float | None = None) -> Frame:

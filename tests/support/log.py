@@ -26,5 +26,7 @@ class LoggedEngine(FakeEngine):
             record.class_,
             record.priority,
         )
-        out = EventOut(kind, len(self.log) + 1, now, self.core.step, subject, fields)
+        out = EventOut(
+            str(kind.__struct_config__.tag), len(self.log) + 1, now, self.core.step, subject, fields
+        )
         self.log.append(out.event(self.worker, self.incarnation))

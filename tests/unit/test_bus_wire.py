@@ -67,7 +67,7 @@ def test_every_event_says_the_same(kind: str) -> None:
             "priority",
         }
         fields = {name: getattr(event, name) for name in event.__struct_fields__ if name not in envelope}
-        item = EventOut(KINDS[kind], 3, event.at, event.step, ("r", 0, "acme", "batch", -1), fields)
+        item = EventOut(kind, 3, event.at, event.step, ("r", 0, "acme", "batch", -1), fields)
         assert encode(across_up(item).event("w", "i")) == encode(item.event("w", "i"))
 
     check()

@@ -38,8 +38,8 @@ TABLES = (
 def make_record(account: Account, name: str, *, class_: str = "default", priority: Any = 0) -> Record:
     """A request that waits nowhere yet."""
     record = Record(
-        id=name, request=name, child=0, account=account, asked_class="", priority=priority, arrived_at=0.0,
-        prompt_tokens=1, payload=None, outputs=[],
+        id=name, request=name, account=account, asked_class="", priority=priority, arrived_at=0.0,
+        prompt_tokens=1, payload=None, outputs=[], now=0.0, step=0,
     )  # fmt: skip
     record.class_ = class_
     return record

@@ -1,5 +1,6 @@
 """Identity in request ids: what the scheduler may believe, and what a command may name."""
 
+import hmac
 import string
 
 import pytest
@@ -59,6 +60,13 @@ def test_altered_is_not_believed(at: int, letter: str) -> None:
 def test_lengthened_is_not_believed(more: str) -> None:
     """Letters behind the signature make it another id, which proves nothing."""
     assert parse(KEY, f"chatcmpl-{ACME}{more}-1a2b3c4d").identity is None
+
+
+@given(key=st.binary(min_size=16, max_size=200))
+def test_the_signature_is_an_hmac_whatever_the_length_of_the_key(key: bytes) -> None:
+    """Whoever signs elsewhere needs nothing but HMAC-SHA256, as the protocol says."""
+    text, _, signature = make(key, "acme", "chat", ULID).rpartition(".")
+    assert signature == hmac.new(key, text.encode(), "sha256").hexdigest()[:16]
 
 
 def test_another_key_is_not_believed() -> None:
