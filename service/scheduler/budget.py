@@ -10,8 +10,6 @@ Decodes are never bounded, but a class with `stand_aside` leaves that one step t
 with any prompt in it is a slow one for everybody in it. Once for each that begins, and only if it can.
 """
 
-from collections.abc import Callable
-
 from coxswain.service.scheduler.engine import Engine
 from coxswain.service.scheduler.groups import ClassGroup, Group
 from coxswain.service.scheduler.limits import Limits
@@ -24,16 +22,12 @@ class StepBudget:
 
     Args:
         engine: who has the room for what waits.
-        place_of: place of a class among all, 0 first.
         queue: who waits.
         limits: what roles set.
     """
 
-    def __init__(
-        self, engine: Engine, place_of: Callable[[str], int], queue: SteeredQueue, limits: Limits
-    ) -> None:
+    def __init__(self, engine: Engine, queue: SteeredQueue, limits: Limits) -> None:
         self._engine = engine
-        self._place_of = place_of
         self._queue = queue
         self._limits = limits
         self._groups: dict[str, ClassGroup] = {}
@@ -59,7 +53,7 @@ class StepBudget:
             for name, group in groups.items()
             if group.policy.max_prefill_tokens_per_step is not None or group.policy.stand_aside
         }
-        asides = (self._place_of(name) for name, group in self._groups.items() if group.policy.stand_aside)
+        asides = (group.place for group in self._groups.values() if group.policy.stand_aside)
         self._last_aside = max(asides, default=0)
         self._seen_at = {name: at for name, at in self._seen_at.items() if name in self._groups}
 
@@ -69,13 +63,13 @@ class StepBudget:
         `running`: place of the best class of which anything runs, or None.
         """
         waiting = self._queue.first_class()
-        waits = None if waiting is None else self._place_of(waiting)
+        waits = None if waiting is None else waiting.place
         best = min((place for place in (running, waits) if place is not None), default=None)
         beginner = None if waits is None else self._beginner_of(waits)
         bounds = self._limits.prefill()
         before, self._yielded, self.aside = self._yielded, set(), []
         for name, group in self._groups.items():
-            place = self._place_of(name)
+            place = group.place
             if best is not None and best < place:
                 self._seen_at[name] = now
             seen_at = self._seen_at.get(name)
@@ -98,9 +92,7 @@ class StepBudget:
         if waits >= self._last_aside:
             return None
         engine, head = self._engine, self._queue.peek()
-        if (
-            head is self._stood_for or self._place_of(head.class_) != waits
-        ):  # it waited for too long, and is next
+        if head is self._stood_for or head.group.place != waits:  # it waited for too long, and is next
             return None
         free = engine.free_blocks()
         begins = engine.ready(head) and engine.free_slots() > 0 and engine.needs(head, free) <= free

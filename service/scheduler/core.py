@@ -58,10 +58,8 @@ class SteeringCore:
             engine, self.roster, self.ledger, self.queue, self.tell, self._began, self.limits.room
         )
         self.drain = Drain(self.roster, self.holds)
-        self.room = Room(
-            engine, self.roster, self.queue, self.holds, self.limits, self.evict, self.class_place
-        )
-        self.budget = StepBudget(engine, self.class_place, self.queue, self.limits)
+        self.room = Room(engine, self.roster, self.queue, self.holds, self.limits, self.evict)
+        self.budget = StepBudget(engine, self.queue, self.limits)
         self.classes: dict[str, ClassPolicy] = {}
         self.digest = ""
         self.configure({}, {})
@@ -90,12 +88,11 @@ class SteeringCore:
         account = self.tenants.account(tenant)
         policy = account.policy
         record = Record(
-            id=id, request=request, account=account,
+            id=id, request=request, account=account, group=self._group_for(policy, "", asked_class),
             asked_class=asked_class, priority=min(max(priority, policy.priority_min), policy.priority_max),
             arrived_at=arrived_at, prompt_tokens=prompt_tokens, payload=payload, outputs=outputs, now=now,
             step=self.step,
         )  # fmt: skip
-        record.class_ = self._class_for(record)
         self.tenants.arriving(account)
         self.roster.enter(record)
         if self.emit is not None:
@@ -328,8 +325,6 @@ class SteeringCore:
         self.ledger.settle_all()
         self.digest = news
         self.classes = {**BUILT_IN_CLASSES, **classes}
-        ordered = sorted(self.classes, key=lambda name: (self.classes[name].position, name))
-        self._places = {name: place for place, name in enumerate(ordered)}
         self.tenants.table = tenants
         for account in self.tenants.accounts.values():
             account.policy = self.tenants.policy_of(account.name)
@@ -338,12 +333,13 @@ class SteeringCore:
         waiting = [record for record in self.roster.records.values() if record in self.queue]
         for record in waiting:
             self.queue.remove(record)
-        groups = {name: ClassGroup(name, policy) for name, policy in self.classes.items()}
-        self.roster.set_classes(groups, self._class_for)
+        ordered = sorted(self.classes, key=lambda name: (self.classes[name].position, name))
+        groups = {name: ClassGroup(name, self.classes[name], place) for place, name in enumerate(ordered)}
+        self.roster.set_classes(groups, self._group_of)
         self.queue.set_classes(groups)
         self.limits.set_classes(groups)
         self._put_rows(tenants)
-        self.room.set_classes(self.classes)
+        self.room.set_classes(groups)
         self.budget.set_classes(groups)
         for record in waiting:
             self.queue.add(record)
@@ -358,19 +354,17 @@ class SteeringCore:
             if (row.max_running, row.max_queued) != (None, None) and len(self.tenants.accounts) < MAX_TENANTS:
                 self.tenants.account(name).seen = True
 
-    def _class_for(self, record: Record) -> str:
-        """The class a request runs in: what a command set, what it asked for and may, its tenant's, `default`."""
-        policy = record.account.policy
-        if record.set_class in self.classes:
-            return record.set_class
-        asked = record.asked_class
-        if asked in self.classes and (asked == policy.class_ or asked in policy.classes):
-            return asked
-        return policy.class_ if policy.class_ in self.classes else DEFAULT
+    def _group_of(self, record: Record) -> ClassGroup:
+        return self._group_for(record.account.policy, record.set_class, record.asked_class)
 
-    def class_place(self, name: str) -> int:
-        """Place of a class among all, 0 runs first."""
-        return self._places[name]
+    def _group_for(self, policy: TenantPolicy, told: str, asked: str) -> ClassGroup:
+        """The class a request runs in: what a command told, what it asked for and may, its tenant's, `default`."""
+        classes = self.roster.classes
+        if told in classes:
+            return classes[told]
+        if asked in classes and (asked == policy.class_ or asked in policy.classes):
+            return classes[asked]
+        return classes.get(policy.class_) or classes[DEFAULT]
 
     def tell(self, now: float, record: Record | None, kind: type[ev.Event], **fields: Any) -> None:
         """Something happened: into the request's story, and out as an event."""
@@ -384,5 +378,5 @@ class SteeringCore:
         for room in (self.queue, self.roster, self.ledger, self.holds, self.limits, self.tenants):
             room.validate()
         for record in self.roster.records.values():
-            assert record.class_ in self.classes
+            assert self.roster.classes[record.class_] is record.group, record
             assert record.state is State.QUEUED or record not in self.queue, record

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from coxswain.schemas.policy import ClassPolicy
 
 if TYPE_CHECKING:
+    from coxswain.service.scheduler.lines import ClassLine
     from coxswain.service.scheduler.record import Record
 
 
@@ -99,13 +100,17 @@ class ClassGroup(Group):
     Args:
         name: the class.
         policy: its row of the table in force.
+        place: its place among all, 0 runs first.
     """
 
-    __slots__ = ("_joined", "_since", "policy", "queued", "reordered")
+    __slots__ = ("_joined", "_since", "line", "place", "policy", "queued", "reordered")
 
-    def __init__(self, name: str, policy: ClassPolicy) -> None:
+    def __init__(self, name: str, policy: ClassPolicy, place: int) -> None:
         super().__init__(name)
         self.policy = policy
+        self.place = place
+        self.line: ClassLine
+        """The queue's: those of it that wait."""
         self.queued = 0
         # Who joined and when, oldest first, in two rows for the memory's sake. An entry whose request left since, or
         # left and waits anew, is stale; one that was put back after a look has two entries that mean the same.
@@ -146,9 +151,7 @@ class ClassGroup(Group):
         return 0.0
 
     def _waits(self, record: "Record", since: float) -> bool:
-        return (
-            record.queued_since == since and record.class_ == self.name and record in record.account.waiting
-        )
+        return record.queued_since == since and record.group is self and record in record.account.waiting
 
     def _rebuild(self) -> None:
         entries = zip(self._joined, self._since, strict=True)

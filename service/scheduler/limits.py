@@ -166,7 +166,7 @@ class Limits:
 
     def room(self, record: Record) -> bool:
         """Whether one more like it may run within the caps."""
-        return not record.account.full and not self._classes[record.class_].full
+        return not record.account.full and not record.group.full
 
     @property
     def bounds_prefill(self) -> bool:
@@ -176,10 +176,6 @@ class Limits:
     def prefill(self) -> dict[Group, int]:
         """Prompt tokens that a step may compute, of each tenant and class with a cap on them."""
         return {group: group.max_prefill_tokens_per_step or 0 for group in self._prefill}
-
-    def group_of(self, record: Record) -> ClassGroup:
-        """A request's class."""
-        return self._classes[record.class_]
 
     @property
     def exceeded(self) -> bool:
@@ -193,7 +189,7 @@ class Limits:
 
     def is_borrowing(self, record: Record) -> bool:
         """Whether a request runs on room that its tenant or class borrowed: who is within caps may have it back."""
-        group = self._classes[record.class_]
+        group = record.group
         return (
             record.state is State.RUNNING
             and group.policy.borrow
@@ -204,7 +200,7 @@ class Limits:
         """The first of the running that borrow their room, of each tenant and class as many as are over its cap."""
         taken: Counter[Group] = Counter()
         for record in running if self._over else ():
-            account, group = record.account, self._classes[record.class_]
+            account, group = record.account, record.group
             if group.policy.borrow and (account.excess > taken[account] or group.excess > taken[group]):
                 taken.update((account, group))
                 yield record
@@ -216,13 +212,13 @@ class Limits:
             mine = [
                 record
                 for record in (running() if excess > borrowed else ())
-                if group in (record.account, self._classes[record.class_])
+                if group in (record.account, record.group)
             ]
             already = sum(record in stop for record in mine)
             for record in mine:
                 if already >= excess - borrowed:
                     break
-                if record not in stop and not self._classes[record.class_].policy.borrow:
+                if record not in stop and not record.group.policy.borrow:
                     stop[record] = group
                     already += 1
         return list(stop.items())

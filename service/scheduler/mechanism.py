@@ -138,7 +138,7 @@ class Mechanism:
 
     def reprioritized(self, record: Record) -> None:
         """Write class and priority where vLLM's own choice of victims reads them."""
-        record.payload.priority = self.core.class_place(record.class_) * CLASS_STRIDE + record.priority
+        record.payload.priority = record.group.place * CLASS_STRIDE + record.priority
         self._unsorted |= record.state is State.RUNNING
 
     def abort(self, records: list[Record]) -> None:
@@ -293,13 +293,11 @@ class Mechanism:
         granted = int(self._reserve_lookahead(request, computed, tokens))
         record = request.steering
         # With an adapter it goes on: vLLM counts those of what runs in the step, and would take its room for free.
-        if self._aside and not request.lora_request and self.core.limits.group_of(record) in self._aside:
+        if self._aside and not request.lora_request and record.group in self._aside:
             return 0
         if request.num_tokens - computed <= 1:  # a decode
             return granted
-        groups = [
-            group for group in (record.account, self.core.limits.group_of(record)) if group in self._left
-        ]
+        groups = [group for group in (record.account, record.group) if group in self._left]
         for group in groups:
             left = self._left[group]
             if self._chunks:
@@ -314,12 +312,11 @@ class Mechanism:
 
     def _note_busy(self, left: dict[Group, int]) -> None:
         """Which groups' running prompts will take all that is left to them in this step."""
-        limits = self.core.limits
         wanted: Counter[Group] = Counter()
         for request in self._scheduler._inflight_prefills if left else ():  # noqa: SLF001
             tokens = request.num_tokens - request.num_computed_tokens
             wanted[request.steering.account] += tokens
-            wanted[limits.group_of(request.steering)] += tokens
+            wanted[request.steering.group] += tokens
         self._busy = [group for group, tokens in left.items() if wanted[group] >= tokens]
         self._mark_busy(self._busy, busy=True)
 
@@ -331,9 +328,7 @@ class Mechanism:
         if not self._left:
             return
         spent = [
-            group
-            for group in (record.account, self.core.limits.group_of(record))
-            if not group.busy and self._is_spent(group)
+            group for group in (record.account, record.group) if not group.busy and self._is_spent(group)
         ]
         if spent:
             self._busy += spent

@@ -24,7 +24,6 @@ class SteeredQueue:
     """All that wait, in the order in which they should run."""
 
     def __init__(self) -> None:
-        self._classes: dict[str, ClassLine] = {}
         self._order: list[ClassLine] = []
         self._borrowing: list[ClassLine] = []
         """Those of them that may borrow."""
@@ -55,9 +54,10 @@ class SteeredQueue:
     def set_classes(self, groups: dict[str, ClassGroup]) -> None:
         """Put new class policies in force. It must be empty: who owns it takes its members out and adds them again."""
         assert not self._size, f"{self!r} is not empty"
-        old = self._classes
-        self._classes = {name: ClassLine(group) for name, group in groups.items()}
-        self._order = sorted(self._classes.values(), key=lambda each: (each.group.policy.position, each.name))
+        old = {each.name: each for each in self._order}
+        for group in groups.values():
+            group.line = ClassLine(group)
+        self._order = [group.line for group in sorted(groups.values(), key=lambda group: group.place)]
         self._borrowing = [each for each in self._order if each.group.policy.borrow]
         self.ageing = [each for each in self._order if each.group.policy.ageing_s is not None]
         self._overdue = []
@@ -71,7 +71,7 @@ class SteeredQueue:
         self._tickets += 1
         record.ticket = self._tickets
         item = (record.priority, record.arrived_at, record.id, record.ticket, record)
-        self._classes[record.class_].add(item, record.account)
+        record.group.line.add(item, record.account)
         self._size += 1
 
     def remove(self, record: Record) -> bool:
@@ -79,15 +79,15 @@ class SteeredQueue:
         if not record.ticket:
             return False
         record.ticket = 0
-        self._classes[record.class_].take(record.account)
+        record.group.line.take(record.account)
         self._size -= 1
         return True
 
     # What runs next
 
-    def first_class(self) -> str | None:
+    def first_class(self) -> ClassGroup | None:
         """The best class of which anything waits within its caps."""
-        return next((class_line.name for class_line in self._order if class_line.offers), None)
+        return next((class_line.group for class_line in self._order if class_line.offers), None)
 
     def peek(self) -> Record:
         """The request that should run next.
@@ -115,7 +115,7 @@ class SteeredQueue:
             IndexError: if nothing waits that may run.
         """
         record = self.peek()
-        class_line = self._classes[record.class_]
+        class_line = record.group.line
         record.aged = bool(self._overdue) and class_line in self._overdue and not class_line.popped
         class_line.popped += 1
         self.remove(record)
@@ -124,7 +124,7 @@ class SteeredQueue:
     def put_back(self, record: Record) -> None:
         """Put back a request that was popped and not admitted: nothing has become of it."""
         record.aged = False
-        class_line = self._classes[record.class_]
+        class_line = record.group.line
         class_line.popped = max(0, class_line.popped - 1)
         self.add(record)
 
@@ -154,7 +154,7 @@ class SteeredQueue:
         for record in self._first_within_caps(fits):
             if record not in given:
                 given.add(record)
-                taken.update((record.account, self._classes[record.class_].group))
+                taken.update((record.account, record.group))
                 yield record, False
         for class_line in self._borrowing:
             for lines in (class_line.open, class_line.aside):
@@ -167,9 +167,9 @@ class SteeredQueue:
             while fits(class_line.group) and (record := next(records, None)) is not None:
                 yield record
 
-    def offers(self, classes: Iterable[str]) -> bool:
+    def offers(self, classes: Iterable[ClassGroup]) -> bool:
         """Whether anything of these classes waits that may run without borrowing."""
-        return any(self._classes[name].offers for name in classes)
+        return any(group.line.offers for group in classes)
 
     @property
     def blocked(self) -> int:
@@ -265,7 +265,7 @@ class SteeredQueue:
 
     def _place(self, record: Record) -> int:
         """The place that it would have if no class had waited for too long."""
-        class_line = self._classes[record.class_]
+        class_line = record.group.line
         mine = class_line.of(record.account)
         place = 0
         for lines in self._all_lines():
@@ -277,7 +277,7 @@ class SteeredQueue:
     def validate(self) -> None:
         """Check every invariant; for tests."""
         for class_line in self._order:
-            assert self._classes[class_line.name] is class_line
+            assert class_line.group.line is class_line
             class_line.validate()
             accounts = [line.account for line in class_line.lines.values()]
             assert all(account.shut == account.closed for account in accounts), "a cap was not told"

@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 
 from coxswain.schemas.events import Event, Queued
 from coxswain.schemas.status import RequestStatus, StoryLine
+from coxswain.service.scheduler.groups import ClassGroup
 from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.tenants import Account
 
@@ -40,8 +41,8 @@ class Record:
 
     __slots__ = (
         "account", "admitted_at", "aged", "arrived_at", "asked_class", "cached_tokens", "came",
-        "charged_input", "child", "class_", "discarded_tokens", "earlier_outputs", "earlier_turns", "external_tokens",
-        "first_token_at", "has_kv", "held_s", "held_since", "holds", "id", "lost_mark", "outputs",
+        "charged_input", "child", "discarded_tokens", "earlier_outputs", "earlier_turns", "external_tokens",
+        "first_token_at", "group", "has_kv", "held_s", "held_since", "holds", "id", "lost_mark", "outputs",
         "payload", "priority", "prompt_tokens", "protected_until", "queued_s", "queued_since",
         "recomputed_tokens", "reloaded_tokens", "request", "restored_tokens", "resumed_at", "row",
         "set_class", "settled", "settled_recompute", "shown", "state", "story", "ticket", "uncached_tokens",
@@ -54,6 +55,7 @@ class Record:
         id: str,  # noqa: A002
         request: str,
         account: Account,
+        group: ClassGroup,
         asked_class: str,
         priority: int,
         arrived_at: float,
@@ -68,8 +70,9 @@ class Record:
         self.child = 0
         """Its number among the children of the client's request: `families.py` says it."""
         self.account = account
+        self.group = group
+        """Its class: counts, caps, policy and place."""
         self.asked_class = asked_class
-        self.class_ = ""
         self.set_class = ""
         """The class that a command chose, if any: it goes before what was asked for and the tenant's."""
         self.priority = priority
@@ -123,6 +126,11 @@ class Record:
         """When it was first queued, in which step, its input tokens: the first line of its story."""
         self.story: list[tuple[float, int, type[Event], dict[str, Any]]] | None = None
         """The other lines; a request that waits has none."""
+
+    @property
+    def class_(self) -> str:
+        """The class that it runs in."""
+        return self.group.name
 
     def __repr__(self) -> str:
         return f"<Record {self.request}#{self.child} {self.account.name} {self.class_} {self.state.name}>"

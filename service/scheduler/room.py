@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Final
 
-from coxswain.schemas.policy import ClassPolicy
 from coxswain.schemas.subjects import ENGINE
 from coxswain.service.scheduler.engine import Engine
+from coxswain.service.scheduler.groups import ClassGroup
 from coxswain.service.scheduler.holds import WITH_KV, Holds
 from coxswain.service.scheduler.limits import Limits
 from coxswain.service.scheduler.queue import SteeredQueue
@@ -51,7 +51,6 @@ class Room:
         holds: how requests are held and go on.
         limits: how many may run.
         evict: the core's way to preempt a running request: (now, record, reason).
-        place_of: place of a class among all, 0 first.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class Room:
         holds: Holds,
         limits: Limits,
         evict: Callable[[float, Record, str], None],
-        place_of: Callable[[str], int],
     ) -> None:
         self._engine = engine
         self._roster = roster
@@ -70,9 +68,7 @@ class Room:
         self._holds = holds
         self._limits = limits
         self._evict = evict
-        self._place_of = place_of
-        self._classes: dict[str, ClassPolicy] = {}
-        self._cutting: list[str] = []
+        self._cutting: list[ClassGroup] = []
         """Classes that may cut in."""
         self.orders_running = False
         """Whether running requests get the step's tokens in rank order, not in that of their admission."""
@@ -82,13 +78,12 @@ class Room:
         self._now = 0.0
         """When the step at hand began: reclaim happens inside it, where no clock is passed."""
 
-    def set_classes(self, classes: dict[str, ClassPolicy]) -> None:
+    def set_classes(self, groups: dict[str, ClassGroup]) -> None:
         """Put class policies in force."""
-        self._classes = classes
-        self._cutting = [name for name, policy in classes.items() if policy.cut_in in CUTS]
+        self._cutting = [group for group in groups.values() if group.policy.cut_in in CUTS]
         self.orders_running = any(
             policy.cut_in != "off" or policy.borrow or policy.max_prefill_tokens_per_step is not None
-            for policy in classes.values()
+            for policy in (group.policy for group in groups.values())
         )
         self.ranks_changed()
 
@@ -100,8 +95,8 @@ class Room:
 
     def key(self, record: Record) -> Key:
         """How urgent a request is; comparable across everything that waits, runs or is held."""
-        fair = self._classes[record.class_].order == "fair"
-        return self._place_of(record.class_), 0 if fair else record.priority, record.arrived_at
+        fair = record.group.policy.order == "fair"
+        return record.group.place, 0 if fair else record.priority, record.arrived_at
 
     def outranks(self, one: Record, other: Record) -> bool:
         """Whether `one` may take the room of `other`: a better class, or a better priority where that counts."""
@@ -109,7 +104,7 @@ class Room:
 
     def protect(self, now: float, record: Record) -> None:
         """A request begins to run, or goes on: for its class's quantum nobody cuts in on it, longer after a cut-in."""
-        policy = self._classes[record.class_]
+        policy = record.group.policy
         protected_s = max(policy.quantum_s, policy.cooldown_s if record.was_cut else 0.0)
         record.protected_until = now + protected_s if protected_s else 0.0
         record.was_cut = False
@@ -181,7 +176,7 @@ class Room:
         return self._backs
 
     def _ages_at(self, record: Record) -> float:
-        ageing_s = self._classes[record.class_].ageing_s
+        ageing_s = record.group.policy.ageing_s
         return float("inf") if ageing_s is None else record.held_since + ageing_s
 
     def _overdue(self, record: Record) -> bool:
@@ -208,7 +203,7 @@ class Room:
 
     def _cut_in(self, record: Record, needs_slot: bool, short: int) -> bool:
         """Take what is missing from held requests and, worst first, from running ones; or nothing, and False."""
-        mode = self._classes[record.class_].cut_in
+        mode = record.group.policy.cut_in
         if mode not in CUTS and not self._limits.exceeded:
             return False
         dropped, short = self._enough(self._giving_way(record), short)
@@ -253,7 +248,7 @@ class Room:
             seen.add(running)
             if self._may_stop(running):
                 yield running
-        if self._classes[record.class_].cut_in in CUTS:
+        if record.group.policy.cut_in in CUTS:
             for running in worst_running():
                 if not self.outranks(record, running):
                     return

@@ -49,7 +49,7 @@ class Roster:
         self.records[record.id] = record
         self.families.enter(record)
         self._tenants.joined(record.account, record)
-        self.classes[record.class_].joined(record)
+        record.group.joined(record)
         self.touched[record] = None
         self.changed = True
 
@@ -70,7 +70,7 @@ class Roster:
         """
         old = record.state
         new = after(old, transition)
-        account, group = record.account, self.classes[record.class_]
+        account, group = record.account, record.group
         if old is State.QUEUED:
             self._tenants.left(account, record)
             group.left()
@@ -135,8 +135,8 @@ class Roster:
 
     def reclass(self, record: Record, class_: str) -> None:
         """Another class for a request; the queue must not have it at the moment."""
-        old, new = self.classes[record.class_], self.classes[class_]
-        record.class_ = class_
+        old, new = record.group, self.classes[class_]
+        record.group = new
         if record.state is State.QUEUED:
             old.left()
             new.joined(record)
@@ -148,7 +148,7 @@ class Roster:
             old.held -= 1
             new.held += 1
 
-    def set_classes(self, classes: dict[str, ClassGroup], class_of: Callable[[Record], str]) -> None:
+    def set_classes(self, classes: dict[str, ClassGroup], group_of: Callable[[Record], ClassGroup]) -> None:
         """Other classes, empty as yet, and the class of every request anew; the queue must not have any."""
         self.classes = classes
         for account in self._tenants.accounts.values():
@@ -156,8 +156,7 @@ class Roster:
         for group in classes.values():
             group.reordered = True
         for record in self.records.values():
-            record.class_ = class_of(record)
-            group = classes[record.class_]
+            record.group = group = group_of(record)
             if record.state is State.QUEUED:
                 group.joined(record)
             elif record.state is State.RUNNING:
@@ -186,7 +185,7 @@ class Roster:
             index = 0 if record.state is State.QUEUED else 1 if record.state is State.RUNNING else 2
             counts[record.account.name][index] += 1
             by_class[record.class_][index] += 1
-            borrowing += index == 1 and self.classes[record.class_].policy.borrow
+            borrowing += index == 1 and record.group.policy.borrow
         for name, account in self._tenants.accounts.items():
             assert counts[name] == [account.queued, account.running, account.held], name
         for name, group in self.classes.items():

@@ -242,7 +242,7 @@ class FakeEngine:
 
     def reprioritized(self, record: Record) -> None:
         """Note its place among all."""
-        record.payload.place = self.core.class_place(record.class_)
+        record.payload.place = record.group.place
 
     def abort(self, records: list[Record]) -> None:
         """End requests and tell their clients."""

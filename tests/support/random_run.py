@@ -163,9 +163,7 @@ class Run:
         for name in self.live if over else ():
             record = core.roster.records[name]
             if self.live[name].turns and record.state is State.RUNNING:
-                over = [
-                    group for group in over if group not in (record.account, core.limits.group_of(record))
-                ]
+                over = [group for group in over if group not in (record.account, record.group)]
         assert not over, over
 
     def check_order(self) -> None:

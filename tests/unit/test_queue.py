@@ -35,19 +35,18 @@ TABLES = (
 )
 
 
-def make_record(account: Account, name: str, *, class_: str = "default", priority: Any = 0) -> Record:
+def make_record(account: Account, name: str, group: ClassGroup, *, priority: Any = 0) -> Record:
     """A request that waits nowhere yet."""
-    record = Record(
-        id=name, request=name, account=account, asked_class="", priority=priority, arrived_at=0.0,
+    return Record(
+        id=name, request=name, account=account, group=group, asked_class="", priority=priority, arrived_at=0.0,
         prompt_tokens=1, payload=None, outputs=[], now=0.0, step=0,
     )  # fmt: skip
-    record.class_ = class_
-    return record
 
 
 def groups_of(table: dict[str, ClassPolicy]) -> dict[str, ClassGroup]:
     """The classes of a table, with nothing in them."""
-    return {name: ClassGroup(name, policy) for name, policy in table.items()}
+    ordered = sorted(table, key=lambda name: (table[name].position, name))
+    return {name: ClassGroup(name, table[name], place) for place, name in enumerate(ordered)}
 
 
 class Pair:
@@ -152,9 +151,9 @@ class Pair:
         record = members[choice % len(members)] if members else None
         if operation == 0 or record is None:
             self.made += 1
-            record = make_record(account, f"r{self.made}", priority=value)
+            group = self.groups[sorted(self.table)[choice % len(self.table)]]
+            record = make_record(account, f"r{self.made}", group, priority=value)
             record.arrived_at = float(value % 3)
-            record.class_ = sorted(self.table)[choice % len(self.table)]
             self.add(record)
         elif operation == 1:
             assert self.queue.remove(record)
@@ -168,7 +167,7 @@ class Pair:
             self.add(record)
         elif operation == 4:  # another class
             self.queue.remove(record)
-            record.class_ = sorted(self.table)[value % len(self.table)]
+            record.group = self.groups[sorted(self.table)[value % len(self.table)]]
             self.add(record)
         elif operation == 5:
             account.charge(abs(value) / 2)
@@ -233,9 +232,9 @@ class Pair:
         """New classes, for an empty queue; those in a class that is no more go to `default`."""
         for record in self.members:
             self.queue.remove(record)
-        for record in (*self.members, *self.running):
-            record.class_ = record.class_ if record.class_ in table else "default"
         groups = groups_of(table)
+        for record in (*self.members, *self.running):
+            record.group = groups.get(record.class_) or groups["default"]
         for record in self.running:
             groups[record.class_].running += 1
         for name in groups.keys() & self.groups.keys():
@@ -260,10 +259,11 @@ class Pair:
         assert bool(self.queue) == bool(may_run)
         assert self.queue.blocked == len(order) - len(may_run)
         assert list(self.queue.offered()) == self.offered()
-        first = next((each.class_ for each in sorted(order, key=self.key) if self.has_room(each)), None)
+        first = next((each.group for each in sorted(order, key=self.key) if self.has_room(each)), None)
         assert self.queue.first_class() == first
         if may_run:
             assert self.queue.peek() is may_run[0]
+        assert self.queue.glance() is (may_run[0] if may_run else None)
         if order:
             place = skip % len(order)
             assert self.queue.position(order[place]) == place
@@ -291,11 +291,13 @@ def test_queue_is_a_sort(operations: list[tuple[int, int, int]]) -> None:
 def test_empty_queue_has_no_head() -> None:
     """Peek and pop of nothing raise, as vLLM expects."""
     queue = SteeredQueue()
-    queue.set_classes(groups_of(TABLES[1]))
+    groups = groups_of(TABLES[1])
+    queue.set_classes(groups)
     for ask in (queue.peek, queue.pop):
         with pytest.raises(IndexError):
             ask()
-    absent = make_record(Account("a", TenantPolicy(), Tenants()), "r")
+    assert queue.glance() is None
+    absent = make_record(Account("a", TenantPolicy(), Tenants()), "r", groups["default"])
     assert queue.position(absent) is None
     assert absent not in queue
     assert list(queue.walk(5)) == []
@@ -304,8 +306,9 @@ def test_empty_queue_has_no_head() -> None:
 def test_request_cannot_be_queued_twice() -> None:
     """A second add of the same request is a bug of the caller and is not believed."""
     queue = SteeredQueue()
-    queue.set_classes(groups_of(TABLES[0]))
-    record = make_record(Account("a", TenantPolicy(), Tenants()), "r")
+    groups = groups_of(TABLES[0])
+    queue.set_classes(groups)
+    record = make_record(Account("a", TenantPolicy(), Tenants()), "r", groups["default"])
     queue.add(record)
     with pytest.raises(AssertionError, match="already queued"):
         queue.add(record)
@@ -334,10 +337,11 @@ class Counted(int):
 def crowd(count: int, tenants: int = 1, order: str = "fair") -> tuple[SteeredQueue, list[Record]]:
     """A queue of `count` requests with counted priorities."""
     queue = SteeredQueue()
-    queue.set_classes(groups_of({"default": ClassPolicy(order=order)}))
+    groups = groups_of({"default": ClassPolicy(order=order)})
+    queue.set_classes(groups)
     accounts = [Account(f"t{i}", TenantPolicy(), Tenants()) for i in range(tenants)]
     records = [
-        make_record(accounts[i % tenants], f"r{i}", priority=Counted(i * 7_919 % 10_007))
+        make_record(accounts[i % tenants], f"r{i}", groups["default"], priority=Counted(i * 7_919 % 10_007))
         for i in range(count)
     ]
     for record in records:
