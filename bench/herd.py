@@ -12,8 +12,9 @@ import msgspec
 from msgspec.structs import replace
 
 from coxswain.schemas.commands import Configure, Rank, decode, encode
-from coxswain.schemas.policy import Epoch, Lead, TenantPolicy, digest
+from coxswain.schemas.policy import Epoch, Lead, digest
 from coxswain.schemas.status import (
+    ZERO,
     CommandStats,
     Frame,
     Gone,
@@ -54,7 +55,6 @@ class Worker:
         ]  # their own order
         self.newcomers = itertools.cycle(turned)
         self.active: dict[str, None] = {}
-        self.weights = TenantPolicy().weight
         self.config = digest({}, {})
         self.epoch: Epoch | None = None
         self.seq = self.revision = 0
@@ -135,8 +135,8 @@ class Worker:
         tenant = self.tenants[name]
         return TenantStatus(
             tenant=name, queued=tenant.queued, running=1 if tenant.queued else 0, oldest_queued_s=0.1,
-            virtual_time=self._virtual(name), base=tenant.base, charged=tenant.charged, lift=tenant.lift,
-            weight=self.weights, uncached_input_tokens_total=tenant.input_tokens,
+            virtual_time=self._virtual(name) or ZERO, base=tenant.base or ZERO, charged=tenant.charged or ZERO,
+            lift=tenant.lift or ZERO, uncached_input_tokens_total=tenant.input_tokens,
             output_tokens_total=tenant.output_tokens, finished_total=tenant.output_tokens // 100,
         )  # fmt: skip
 

@@ -14,6 +14,10 @@ from coxswain.schemas.policy import ClassPolicy, Count, Epoch, Prices, TenantPol
 MAX_PARTS: Final = 4_096
 """Parts of one frame: what NATS takes in a message, as often, is 4 GiB."""
 
+ZERO: Final = 0.0
+ONE: Final = 1.0
+"""Defaults of a tenant's numbers. Rows leave them out where they are these very objects: write `number or ZERO`."""
+
 ShortName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 State = Literal["serving", "draining", "paused"]
 RequestState = Literal["queued", "running", "held"]
@@ -66,12 +70,12 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_def
     queued: Count = 0
     running: Count = 0
     held: Count = 0
-    oldest_queued_s: float = 0.0
-    virtual_time: float = 0.0
-    base: float = 0.0
-    charged: float = 0.0
-    lift: float = 0.0
-    weight: float = 1.0
+    oldest_queued_s: float = ZERO
+    virtual_time: float = ZERO
+    base: float = ZERO
+    charged: float = ZERO
+    lift: float = ZERO
+    weight: float = ONE
     uncached_input_tokens_total: int = 0
     cached_input_tokens_total: int = 0
     output_tokens_total: int = 0
@@ -91,7 +95,7 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_def
     """Caps in force, the strictest of the table's and every role's `limit`; null: none."""
     classes: tuple[str, ...] = ()
     """Classes that its requests may ask for beside `class`, as its row of the table says."""
-    expected_output: float = 0.0
+    expected_output: float = ZERO
     """Output tokens that the leader expects of a request of it: charged when that is admitted."""
 
 

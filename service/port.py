@@ -19,6 +19,7 @@ from coxswain.schemas.errors import RefusedError
 from coxswain.schemas.events import KINDS, Event
 from coxswain.schemas.policy import Lead
 from coxswain.schemas.status import (
+    ZERO,
     Config,
     Frame,
     QueuePage,
@@ -106,9 +107,9 @@ class Draft(NamedTuple):
         tenants = tuple(
             replace(
                 row,
-                oldest_queued_s=age_s,
-                virtual_time=virtual_time,
-                charged=charged,
+                oldest_queued_s=age_s or ZERO,
+                virtual_time=virtual_time or ZERO,
+                charged=charged or ZERO,
                 output_tokens_total=tokens,
             )
             for row, age_s, virtual_time, charged, tokens in self.tenants

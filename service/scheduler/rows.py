@@ -209,13 +209,14 @@ def oldest_queued_s(now: float, account: Account) -> float:
 
 
 def tenant_row(now: float, account: Account) -> st.TenantStatus:
-    """A tenant as status shows it."""
+    """A tenant as status shows it; what has its default is left out on the way."""
+    zero, weight = st.ZERO, account.weight
     return st.TenantStatus(
         tenant=account.name, class_=account.policy.class_,
         queued=account.queued, running=account.running, held=account.held,
-        oldest_queued_s=oldest_queued_s(now, account),
-        virtual_time=account.virtual_time, base=account.base, charged=account.charged, lift=account.lift,
-        weight=account.weight, expected_output=account.expected_output,
+        oldest_queued_s=oldest_queued_s(now, account) or zero, virtual_time=account.virtual_time or zero,
+        base=account.base or zero, charged=account.charged or zero, lift=account.lift or zero,
+        weight=st.ONE if weight == st.ONE else weight, expected_output=account.expected_output or zero,
         uncached_input_tokens_total=account.uncached_input_tokens,
         cached_input_tokens_total=account.cached_input_tokens,
         output_tokens_total=account.output_tokens, recomputed_tokens_total=account.recomputed_tokens,

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from coxswain.schemas.commands import encode
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import MAX_PAGE, CommandStats, Frame, QueueQuery, RequestStatus, TenantStatus
@@ -315,6 +317,25 @@ def test_tenants_row_has_totals_and_the_age_of_its_oldest() -> None:
     assert (row.tenant, row.queued, row.running, row.held, row.oldest_queued_s) == ("a", 1, 0, 0, 7)
     assert (row.uncached_input_tokens_total, row.output_tokens_total, row.finished_total) == (10, 3, 1)
     assert row.virtual_time == row.base + row.charged + row.lift == 16
+
+
+def test_tenants_row_says_nothing_of_what_is_nothing() -> None:
+    """On the wire only what differs from its default: a fleet has hundreds of thousands of rows, most of the idle."""
+    reported = Reported()
+    engine = reported.engine
+
+    def told() -> Any:
+        (row,) = msgspec.json.decode(encode(reported.frame(full=True)))["tenants"]
+        return row
+
+    done = engine.submit("a", prompt=10)
+    assert told() == {"tenant": "a", "queued": 1}
+    engine.admit()
+    engine.deliver(done, 3)
+    engine.finish(done)
+    assert (
+        told().keys().isdisjoint({"weight", "base", "lift", "expected_output", "oldest_queued_s", "queued"})
+    )
 
 
 def test_leader_is_as_last_heard() -> None:
