@@ -231,6 +231,8 @@ def _options(way: EngineMode, mode: Mode) -> dict[str, Any]:
             options |= simulated(check=True)
     on_cpu = mode is not Mode.GPU and way.dry == "cpu"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(way.v2 and not on_cpu))
+    if on_cpu and way.gpus > 1:  # vLLM wants a NUMA node for each
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return options | way.options
 
 
