@@ -91,19 +91,7 @@ class EdgeMiddleware:
             self._keyring.refresh(time.monotonic())
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if self._edge.is_open(scope.get("method", "GET"), path):
-            if (
-                self._status is not None
-                and scope.get("method") == "GET"
-                and path.rstrip("/") == edge_page.PATH
-            ):
-                page = partial(self._status.metrics.page, tenants=self._edge.sees_tenants(scope["headers"]))
-                return await edge_page.answer(self._app, scope, receive, send, page)
-            if kind == "http" and path.rstrip("/") == READY:
-                if (refusal := self._unready(scope)) is not None:
-                    return await _refuse(send, refusal)
-                asked = scope["path"].rstrip("/").removesuffix(READY) + HEALTH
-                scope = {**scope, "path": asked, "raw_path": asked.encode()}
-            return await self._app(scope, receive, send)
+            return await self._probe(scope, path.rstrip("/"), receive, send)
         ulid = str(ULID())
         own_id = client_id(scope["headers"])
         peer = scope.get("client")
@@ -128,6 +116,21 @@ class EdgeMiddleware:
             if passage is None or kind == "websocket":
                 return await self._app(scope, receive, send)
             return await self._once_whole(scope, receive, send, passage)
+
+    async def _probe(self, scope: Scope, path: str, receive: Receive, send: Send) -> None:
+        """Answer what is open to all: vLLM does, but for what is ours of it."""
+        if scope["type"] == "websocket":
+            # No probe speaks it; vLLM's page of metrics would fail with a traceback, for anybody who asks.
+            return await send({"type": "websocket.close", "code": 1008})
+        if self._status is not None and scope["method"] == "GET" and path == edge_page.PATH:
+            page = partial(self._status.metrics.page, tenants=self._edge.sees_tenants(scope["headers"]))
+            return await edge_page.answer(self._app, scope, receive, send, page)
+        if path == READY:
+            if (refusal := self._unready(scope)) is not None:
+                return await _refuse(send, refusal)
+            asked = scope["path"].rstrip("/").removesuffix(READY) + HEALTH
+            scope = {**scope, "path": asked, "raw_path": asked.encode()}
+        return await self._app(scope, receive, send)
 
     @contextmanager
     def _underway(self, scope: Scope, admitted: Admitted, passage: Passage | None) -> Iterator[Headers]:

@@ -510,15 +510,16 @@ async def test_a_server_is_ready_while_it_takes_requests(path: str) -> None:
     assert edge.paths == ["/health", "/health"]
 
 
-async def test_a_websocket_asks_nobody_whether_it_is_ready() -> None:
-    """It is passed on as it is, to be refused by whoever knows no such path: an answer of HTTP would be none."""
+@pytest.mark.parametrize("path", ["/ready", "/health", "/metrics"])
+async def test_a_probe_is_no_websocket(path: str) -> None:
+    """Open to all as they are, what stands behind probes speaks HTTP only, and vLLM's metrics fail loudly at more."""
     edge = Listening()
-    edge.engine.state = "draining"
-    edge.caps.heard(edge.engine.seen(), asyncio.get_running_loop().time())
     edge.go.set()
+    send = AsyncMock()
     app: Any = edge.client._transport.app  # type: ignore[attr-defined]
-    await app({"type": "websocket", "path": "/ready", "headers": [], "client": None}, None, AsyncMock())
-    assert edge.paths == ["/ready"]
+    await app({"type": "websocket", "path": path, "headers": [], "client": None}, None, send)
+    send.assert_awaited_once_with({"type": "websocket.close", "code": 1008})
+    assert not edge.paths
 
 
 async def test_websocket_is_refused_before_it_opens() -> None:
