@@ -50,11 +50,13 @@ SIDES: Final = {
     "fcfs": Side("fcfs"),
     "bucket": Side("bucket20"),
     "vllm": Side("vtc", "vllm"),
+    "vllm-predict": Side("vtc:predict=average", "vllm"),
+    "vllm-oracle": Side("vtc-oracle", "vllm"),
     "fill": Side("vtc:fill=0.95", "vllm"),
     "both": Side("vtc:predict=average:fill=0.95", "vllm"),
     "preempt": Side("vtc:preempt_gap=2000", "vllm"),
 }
-SEEDED: Final = ("vtc", "predict", "vllm", "fill", "both", "preempt")
+SEEDED: Final = ("vtc", "predict", "vllm", "vllm-predict", "fill", "both", "preempt")
 """What `--devices` repeats."""
 OF_FCFS: Final = ("overload-fcfs", "poisson_short_long_2-fcfs")
 """Longer or shorter only because FCFS was published so: nothing else is run on them."""

@@ -14,7 +14,6 @@ from typing import Any, Final
 from ulid import ULID
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from coxswain import __version__
 from coxswain.common.logs import get_logger
@@ -33,6 +32,7 @@ from coxswain.service.scheduler.mechanism import Mechanism
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
 from coxswain.service.scheduler.states import HELD, State
 from coxswain.service.scheduler.verbs import Commands
+from coxswain.service.scheduler.victims import ChoosesVictims, Victims
 
 log = get_logger()
 
@@ -44,7 +44,7 @@ STATUS_SHARE: Final = 0.02
 """Part of the engine's time that status may take: a frame that cost more than that puts off the next one."""
 
 
-class SteeredScheduler(AsyncScheduler):
+class SteeredScheduler(ChoosesVictims, AsyncScheduler):
     """vLLM's scheduler, steered from outside.
 
     Configured by the environment alone (`COX_NATS_URL`, `COX_FLEET`, `COX_WORKER`, …): see docs/protocol.md.
@@ -83,8 +83,7 @@ class SteeredScheduler(AsyncScheduler):
         settings = compat.settings(self.vllm_config) | ours
         answers = Answers(self.reporter, partial(self._frame, peek=True), settings)
         self.inbox = Inbox(self.port, self.core, self.commands, answers)
-        # Order is the core's; victims of vLLM's own preemption follow class and priority whatever the flag says.
-        self.policy = SchedulingPolicy.PRIORITY
+        self.victims = Victims(self, self.core)
         self.waiting = SteeredRequestQueue(self.core, self.mechanism)
         self.kv_holding_waiting = KvHoldingQueue(self.core)
         self._loads = compat.watch_connector(self)
@@ -163,6 +162,8 @@ class SteeredScheduler(AsyncScheduler):
         if core.tenants.ahead and len(self.running) < self.max_num_active_reqs:
             core.ledger.settle_ahead()
         output = super().schedule(*args, **kwargs)
+        if self.victims.marked is not None:
+            self.victims.unmark()
         if mechanism.bounds_prefill:
             mechanism.scheduled()
         core.step = self.port.step = self.current_step
@@ -261,6 +262,7 @@ class SteeredScheduler(AsyncScheduler):
         super().shutdown()
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        self.victims.unmark()
         record = request.steering
         if record.state is State.RUNNING:  # vLLM's own decision; ours has moved the record already
             self.core.evicted(self.now(), record)

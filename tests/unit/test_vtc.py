@@ -285,6 +285,22 @@ def test_who_is_not_known_yet_is_expected_to_be_like_the_others() -> None:
     assert average.expect("new") == (90.0 + 50.0) / 2
 
 
+@given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 1_000)), max_size=40), st.integers(1, 4))
+def test_of_many_tenants_those_heard_of_last_have_an_average_of_their_own(
+    ended: list[tuple[str, int]], known: int
+) -> None:
+    """Whoever is forgotten is like a new one, for all that follows; what is kept never grows beyond the bound."""
+    average, lengths = MovingAverage(known), dict[str, float]()
+    for tenant, length in ended:
+        average.learn(request("r", tenant, output_tokens=length))
+        old = lengths.pop(tenant, None)
+        lengths[tenant] = float(length) if old is None else (4.0 * old + length) / 5.0
+        lengths = dict(list(lengths.items())[-known:])
+        mean = sum(lengths.values()) / len(lengths)
+        for each in "abcde":
+            assert average.expect(each) == pytest.approx(lengths.get(each, mean), abs=1e-6)
+
+
 def test_long_outputs_are_charged_ahead_no_further_than_short_ones_wait() -> None:
     """Beside a tenant whose own are short, twice those; whole when it waits alone."""
     policy, fleet = _two_workers(long=0.0, short=0.0)

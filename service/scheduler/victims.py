@@ -1,0 +1,76 @@
+"""Whom vLLM preempts when KV blocks run out: in a `fair` class, of the tenant that has had most. Called by `steered`.
+
+vLLM takes the worst class and priority, and of these who arrived last. Between tenants that would strike whoever asks
+least: its requests wait least, so of all that run they came last. And as its tenant has had least, it is let in again
+at once, to be struck again. So inside a `fair` class the tenant with the greatest virtual time gives way, and of its
+requests the one that vLLM would take. It is also the last that is let in again.
+
+Nothing of it costs a step: vLLM asks for its `policy` where it is about to choose, and nowhere else in a step
+(v1/core/sched/scheduler.py, 0.32.0); whom it is to choose is then given a priority beyond all others, until it has.
+"""
+
+from typing import Any, Final
+
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+
+from coxswain.service.scheduler.core import SteeringCore
+from coxswain.service.scheduler.record import Record
+
+WORST: Final = 2**62
+"""Beyond every class and priority."""
+
+
+class Victims:
+    """Marks the next victim of vLLM's own preemption.
+
+    Args:
+        scheduler: vLLM's.
+        core: who knows tenants and classes.
+    """
+
+    def __init__(self, scheduler: Any, core: SteeringCore) -> None:
+        self._scheduler = scheduler
+        self._core = core
+        self.marked: Any | None = None
+        """vLLM's request that bears the mark."""
+
+    def mark(self) -> None:
+        """VLLM is about to preempt somebody; nothing to say where only one tenant runs, or order is by priority."""
+        if self.marked is not None:
+            return  # it asks twice
+        records = [request.steering for request in self._scheduler.running]
+        ranks = {account: account.rank for account in {record.account for record in records}}
+        if len(ranks) < 2:
+            return
+        worst = max({record.class_ for record in records}, key=self._core.class_place)
+        if self._core.classes[worst].order != "fair":
+            return
+
+        def had(record: Record) -> tuple[Any, ...]:
+            return ranks[record.account], record.priority, record.payload.arrival_time
+
+        self.marked = max((record for record in records if record.class_ == worst), key=had).payload
+        self.marked.priority += WORST
+
+    def unmark(self) -> None:
+        """It was preempted, or could not be."""
+        if self.marked is not None:
+            self.marked.priority -= WORST
+            self.marked = None
+
+
+class ChoosesVictims:
+    """In front of vLLM's scheduler: victims go by class and priority whatever the flag says, and as marked."""
+
+    victims: Victims
+
+    @property
+    def policy(self) -> SchedulingPolicy:
+        """What vLLM asks where it is about to choose."""
+        if hasattr(self, "victims"):  # vLLM asks while it is made, too
+            self.victims.mark()
+        return SchedulingPolicy.PRIORITY
+
+    @policy.setter
+    def policy(self, _: SchedulingPolicy) -> None:
+        """VLLM's own, from its flag: order is the core's, so it decides nothing."""
