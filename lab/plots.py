@@ -4,6 +4,7 @@ matplotlib is an extra (`lab`) and is imported here alone.
 """
 
 import html
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,12 @@ MOST_LINES: Final = 10
 MOST_ROWS: Final = 5_000
 """Requests in the picture of who held what; beyond, the first to arrive."""
 POINTS: Final = 240
+LINES: Final = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#1a2a6c",
+)  # fmt: skip
+"""Colours of tenants with a line of their own: matplotlib's, but for the grey, which is that of the rest."""
+APART: Final = 0.022
+"""Labels of tenants are at least this part of the axis apart: the larger have theirs first."""
 COLOURS: Final = {QUEUED: "#d9d9d9", RUNNING: "#4c9f70", HELD: "#d1495b"}
 
 
@@ -50,37 +57,42 @@ def service(axes: Any, lives: Sequence[Life]) -> None:
     begins, ends = middle - WINDOW_S / 2, middle + WINDOW_S / 2
     names = tenants([life.arrival for life in done])
     served, asked = service_rates(done, begins, ends), asked_rates(done, begins, ends)
-    shown = sorted(range(len(names)), key=lambda place: -asked[place].sum())[:MOST_LINES]
+    lines = _lines(lives)
+    shown = [place for name in lines for place, each in enumerate(names) if each == name]
     for place in shown:
-        (line,) = axes.plot(middle, served[place], label=names[place])
-        axes.plot(middle, asked[place], color=line.get_color(), linestyle=":", linewidth=0.8)
+        colour = lines[names[place]]
+        axes.plot(middle, served[place], color=colour, label=names[place])
+        axes.plot(middle, asked[place], color=colour, linestyle=":", linewidth=0.8)
     rest = [place for place in range(len(names)) if place not in shown]
     if rest:
-        axes.plot(middle, served[rest].sum(axis=0), color="grey", label=f"{len(rest)} others")
+        axes.plot(middle, served[rest].sum(axis=0), color="grey", linestyle="--", label=f"{len(rest)} others")
     axes.set(xlabel="time, s", ylabel=f"weighted tokens/s over {WINDOW_S:g} s (dotted: asked for)")
-    axes.legend(fontsize="small", ncols=2)
+    axes.set_xlim(0.0, last)
+    axes.set_ylim(bottom=0.0)
+    _legend(axes)
 
 
 def ttft(axes: Any, lives: Sequence[Life]) -> None:
     """The distribution of first-token latency, a line per tenant."""
-    names = tenants([life.arrival for life in lives])
-    by_count = sorted(names, key=lambda name: -sum(life.arrival.tenant == name for life in lives))
-    for name in by_count[:MOST_LINES]:
+    for name, colour in _lines(lives).items():
         waits = sorted(
             life.ttft_s for life in lives if life.arrival.tenant == name and life.ttft_s is not None
         )
         if waits:
-            axes.step(waits, np.arange(1, len(waits) + 1) / len(waits), where="post", label=name)
+            axes.step(
+                waits, np.arange(1, len(waits) + 1) / len(waits), where="post", color=colour, label=name
+            )
     axes.set_xscale("symlog", linthresh=0.1)  # from 0, and logarithmic beyond 0.1 s
     axes.set(xlabel="first-token latency, s", ylabel="part of the requests", ylim=(0, 1))
     axes.set_xlim(left=0)
-    axes.legend(fontsize="small", ncols=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    _legend(axes)
 
 
 def held(axes: Any, lives: Sequence[Life]) -> None:
     """A line per request, in order of arrival within its tenant: grey waits, green runs, red is held."""
     rows = sorted(lives[:MOST_ROWS], key=lambda life: (natural(life.arrival.tenant), life.arrival.at_s))
-    width = min(1.5, max(0.2, 500 / len(rows)))
+    width = min(1.5, max(0.5, 500 / len(rows)))
     spans: dict[str, tuple[list[float], list[float], list[int]]] = {state: ([], [], []) for state in COLOURS}
     for place, life in enumerate(rows):
         for since, until, state in life.spans():
@@ -92,9 +104,31 @@ def held(axes: Any, lives: Sequence[Life]) -> None:
     for state, (begins, ends, places) in spans.items():
         axes.hlines(places, begins, ends, colors=COLOURS[state], linewidth=width, label=state)
     marks = {life.arrival.tenant: place for place, life in reversed(list(enumerate(rows)))}
-    axes.set_yticks(list(marks.values()), list(marks), fontsize="x-small")
-    axes.set(xlabel="time, s", ylabel="requests by tenant")
-    axes.legend(fontsize="small", loc="upper left")
+    counts = Counter(life.arrival.tenant for life in rows)
+    labels: dict[str, int] = {}
+    for name in sorted(marks, key=lambda name: -counts[name]):
+        if all(abs(marks[name] - place) >= APART * len(rows) for place in labels.values()):
+            labels[name] = marks[name]
+    axes.set_yticks(list(labels.values()), list(labels), fontsize="x-small")
+    axes.set(xlabel="time, s", ylabel="requests by tenant, in order of arrival")
+    axes.set_xlim(left=0.0)
+    axes.margins(y=0.01)
+    _legend(axes)
+
+
+def _lines(lives: Sequence[Life]) -> dict[str, str]:
+    """The tenants that asked for most, the first for the most, and the colour of each in every picture."""
+    asked = dict.fromkeys(tenants([life.arrival for life in lives]), 0)
+    for life in lives:
+        asked[life.arrival.tenant] += life.arrival.cost
+    return dict(zip(sorted(asked, key=lambda name: -asked[name])[:MOST_LINES], LINES, strict=False))
+
+
+def _legend(axes: Any) -> None:
+    """Beside the picture, where it hides nothing; lines in it are thick enough to tell their colours."""
+    legend = axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    for line in legend.get_lines() if legend else ():
+        line.set_linewidth(2.0)
 
 
 def _figure(path: Path, title: str, paint: Callable[[Any], None]) -> None:
