@@ -83,7 +83,7 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         settings = compat.settings(self.vllm_config) | ours
         answers = Answers(self.reporter, partial(self._frame, peek=True), settings)
         self.inbox = Inbox(self.port, self.core, self.commands, answers)
-        self.victims = Victims(self, self.core)
+        self.victims = Victims(self)
         self.waiting = SteeredRequestQueue(self.core, self.mechanism)
         self.kv_holding_waiting = KvHoldingQueue(self.core)
         self._loads = compat.watch_connector(self)

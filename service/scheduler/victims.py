@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
-from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.record import Record
 
 WORST: Final = 2**62
@@ -25,12 +24,10 @@ class Victims:
 
     Args:
         scheduler: vLLM's.
-        core: who knows tenants and classes.
     """
 
-    def __init__(self, scheduler: Any, core: SteeringCore) -> None:
+    def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
-        self._core = core
         self.marked: Any | None = None
         """vLLM's request that bears the mark."""
 
@@ -42,14 +39,14 @@ class Victims:
         ranks = {account: account.rank for account in {record.account for record in records}}
         if len(ranks) < 2:
             return
-        worst = max({record.class_ for record in records}, key=self._core.class_place)
-        if self._core.classes[worst].order != "fair":
+        worst = max({record.group for record in records}, key=lambda group: group.place)
+        if worst.policy.order != "fair":
             return
 
         def had(record: Record) -> tuple[Any, ...]:
             return ranks[record.account], record.priority, record.payload.arrival_time
 
-        self.marked = max((record for record in records if record.class_ == worst), key=had).payload
+        self.marked = max((record for record in records if record.group is worst), key=had).payload
         self.marked.priority += WORST
 
     def unmark(self) -> None:
