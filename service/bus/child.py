@@ -24,7 +24,12 @@ BEAT_S: Final = 0.25
 LIFE_S: Final = 2.0
 """How often it is told that we live, if nothing did."""
 MAX_UNREAD: Final = 16 * 1024 * 1024
-"""Bytes that wait for an engine's process which does not read; beyond it commands are refused, queries from half."""
+"""Bytes that wait for an engine's process which does not read; beyond it commands are refused.
+
+From half of it on queries are, and commands that are large: a few of those would keep everybody else's out.
+"""
+LARGE: Final = 64 * 1024
+"""Bytes of a command that names hundreds of targets."""
 ALONE_S: Final = 2.0
 """How long what is left is sent when the engine has gone without a word."""
 
@@ -54,10 +59,11 @@ class FarPort(Port):
 
     def offer(self, item: Inbound) -> bool:
         """Send an item to the engine; False if its process does not read."""
-        room = MAX_UNREAD // 2 if isinstance(item, QueryIn) else MAX_UNREAD
+        packed = wire.pack_down(wire.down(item))
+        room = MAX_UNREAD // 2 if isinstance(item, QueryIn) or len(packed) > LARGE else MAX_UNREAD
         if self._writer.transport.get_write_buffer_size() > room:
             return False
-        self._writer.write(wire.pack_down(wire.down(item)))
+        self._writer.write(packed)
         return True
 
     def collect(self) -> list[Outbound]:
