@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import torch
 import vllm
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequestType, FinishReason
 from vllm.v1.request import RequestStatus
 
 TESTED: Final = ("0.32.0",)
@@ -91,8 +93,6 @@ def data_parallel_size(parallel: Any) -> int:
 
 def wake(engine: Any) -> None:
     """Wake an engine that blocks on its input queue; may be called from any thread."""
-    from vllm.v1.engine import EngineCoreRequestType
-
     engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
@@ -103,8 +103,19 @@ def stops(engine: Any | None) -> bool:
 
 def send_aborts(engine: Any | None, requests: list[Any]) -> None:
     """Tell the clients of aborted requests; `finish_requests` alone answers nobody."""
-    if engine is not None and requests:
-        engine._send_abort_outputs(requests)  # noqa: SLF001
+    if engine is None:
+        return
+    if generating := [request for request in requests if request.pooling_params is None]:
+        engine._send_abort_outputs(generating)  # noqa: SLF001
+    for request in requests:
+        if request.pooling_params is not None:
+            # vLLM's own lack an output by which its front end knows what it is about: that fails, for all and for good
+            # (OutputProcessor.process_outputs; its abort_requests makes the same empty one).
+            output = EngineCoreOutput(
+                request.request_id, [], pooling_output=torch.empty(0), finish_reason=FinishReason.ABORT
+            )
+            told = EngineCoreOutputs(finished_requests={request.request_id}, outputs=[output])
+            engine.output_queue.put_nowait((request.client_index, told))
 
 
 def ready(scheduler: Any, request: Any) -> bool:
