@@ -129,11 +129,11 @@ class Bench:
     async def held(self, kv: str, victims: int, point: int) -> dict[str, Any]:
         """Hold `victims` requests after `point` tokens, keep, park or drop their KV, continue; compare all.
 
-        After 0 tokens: the last ones, as soon as the first request says something: some wait, one is in its prompt.
+        After 0 tokens: those after the first, as soon as that says something: one is in its prompt, others wait.
         """
         before = await self.lost()
         runs = self.all()
-        chosen = runs[:victims] if point else runs[-victims:]
+        chosen = runs[:victims] if point else runs[1 : victims + 1]
         await asyncio.gather(*(run.until(max(1, point)) for run in (chosen if point else runs[:1])))
         reply = await self.send(
             "preempt", [run.name for run in chosen], kv="drop" if kv == "drop" else "keep"

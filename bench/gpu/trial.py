@@ -218,7 +218,7 @@ def _options(way: EngineMode, mode: Mode) -> dict[str, Any]:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
         # Little, and given, not measured: several engines load and run side by side.
         options |= {
-            "max_model_len": 1_024, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 2**30,
+            "max_model_len": 1_024, "max_num_batched_tokens": 128, "kv_cache_memory_bytes": 2**30,
             "gpu_memory_utilization": 0.03, **way.on_gpu,
         }  # fmt: skip
     else:
