@@ -52,8 +52,10 @@ class _Heard:
         if frame.seq > self.seq:
             if not frame.full:
                 whole = len(self.parts) == self.wanted
-                self.unbroken = self.unbroken and whole and frame.revision == self.revision + 1
-                self.revision = frame.revision
+                # A heartbeat between full frames has no revision: it says nothing of what changed.
+                follows = frame.revision in (0, self.revision + 1)
+                self.unbroken = self.unbroken and whole and follows
+                self.revision = frame.revision or self.revision
             self.seq, self.wanted, self.parts = frame.seq, frame.parts, set()
         self.parts.add(frame.part)
         if frame.full and len(self.parts) == self.wanted:

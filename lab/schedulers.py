@@ -6,12 +6,14 @@ Nothing in here decides anything: what is changed is where time comes from and w
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import Any, Final
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from coxswain.lab.agenda import Agenda
 from coxswain.service.request_id import KEY_VARIABLE
+from coxswain.service.scheduler.cadence import Cadence
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.steered import SteeredScheduler
 
@@ -32,21 +34,18 @@ def steered(agenda: Agenda, note: Note) -> type[Any]:
             super().__init__(*args, **kwargs)
             self.port.clock = self.now
             self.port.connected = True
+            # Frames are spaced by what they cost in real time: in here that would be a matter of luck.
+            self.cadence = Cadence(self.settings.status_interval_s, self.settings.full_interval_s, share=inf)
             self.core.emit = self._heard
 
         def now(self) -> float:
             return agenda.now
 
         def has_requests(self) -> bool:
-            # The scheduler takes commands for 5 ms of real time at most: in here that would be a matter of luck.
+            # The scheduler takes commands for 5 ms of real time at most: that too would be luck.
             while self.port.pending():
                 self._drain(agenda.now)
             return super().has_requests()
-
-        def _publish(self, now: float, *, idle: bool) -> None:
-            super()._publish(now, idle=idle)
-            # Frames are spaced by what they cost in real time: that too would be luck.
-            self._frame_at = now + self.settings.status_interval_s
 
         def _heard(self, now: float, record: Record | None, kind: Any, fields: dict[str, Any]) -> None:
             del kind, fields

@@ -47,6 +47,10 @@ class Frames:
         self._waiting = waiting
         self._seq = life * LIFE
         self._idle: tuple[Frame, float] | None = None
+        self._parts = 1
+        """How many the last frame had that was sent whole."""
+        self._beats = 0
+        """Heartbeats since then."""
         self._led: tuple[Epoch | None, float] = (None, 0.0)
         """The epoch of the last heartbeat of a leader, and when it came."""
 
@@ -58,6 +62,7 @@ class Frames:
     def remember(self, frame: Frame, now: float, *, idle: bool) -> None:
         """Take note of a frame, also of one that cannot be sent: an idle one stays true until the next."""
         self._idle = (frame, now) if idle else None
+        self._beats = self._parts
 
     def led(self, epoch: Epoch, now: float) -> None:
         """A leader's heartbeat came. An idle engine says nothing of it while nothing changes by it."""
@@ -65,7 +70,11 @@ class Frames:
             self._led = (epoch, now)
 
     def heartbeat(self, now: float, limit: int) -> list[bytes]:
-        """The idle frame again, as of now; nothing while the engine is awake."""
+        """The idle frame again, as of now; nothing while the engine is awake.
+
+        One that takes several parts comes again after as many heartbeats, so that these are a part each in the
+        mean: between them they only say that the worker lives, as deltas without rows and without a revision.
+        """
         if self._idle is None:
             return []
         frame, since = self._idle
@@ -77,6 +86,10 @@ class Frames:
             if epoch == leader.epoch:
                 age_s = min(age_s, max(0.0, now - led_at))
             leader = replace(leader, age_s=age_s)
+        self._beats += 1
+        if self._beats < self._parts:
+            bare = replace(frame, full=False, revision=0, leader=leader, **dict.fromkeys(ROWS, ()))
+            return self._number(bare, now, limit)
         # What waits while the engine sleeps is kept back by its caps, and waits on.
         tenants, classes = _aged(frame.tenants, passed), _aged(frame.classes, passed)
         return self._number(replace(frame, leader=leader, tenants=tenants, classes=classes), now, limit)
@@ -101,7 +114,10 @@ class Frames:
 
     def _number(self, frame: Frame, now: float, limit: int) -> list[bytes]:
         self._seq += 1
-        return split(self._stamp(frame, now), limit)
+        payloads = split(self._stamp(frame, now), limit)
+        if frame.full:
+            self._parts, self._beats = len(payloads), 0
+        return payloads
 
     def _stamp(self, frame: Frame, now: float) -> Frame:
         events, oldest_s = self._waiting(now)

@@ -164,18 +164,17 @@ class View:
         whole = self._assembler.add(frame) if frame.full else frame
         if whole is None:
             return {}
-        before = self.tenants
-        arrived = {
-            row.tenant: row.arrived_total - old.arrived_total
-            if (old := before.get(row.tenant)) is not None
-            else row.arrived_total
-            for row in whole.tenants
-        }
         if whole.full:
             self.classes = {}
-        self.tenants = {**before, **{row.tenant: row for row in whole.tenants}}
         self.classes.update((row.class_, row) for row in whole.classes)
-        return {tenant: count for tenant, count in arrived.items() if count > 0}
+        # In place: there may be tens of thousands, and twenty frames a second with a few.
+        arrived = {}
+        for row in whole.tenants:
+            known = self.tenants.get(row.tenant)
+            self.tenants[row.tenant] = row
+            if (count := row.arrived_total - (known.arrived_total if known else 0)) > 0:
+                arrived[row.tenant] = count
+        return arrived
 
 
 class EdgeCaps:

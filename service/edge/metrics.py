@@ -45,11 +45,14 @@ class Latest:
     """The last full frame of each incarnation, as bytes: what it costs while nobody asks."""
 
     def __init__(self) -> None:
+        self.alive: dict[str, float] = {}
+        """When each worker was last heard (Unix s)."""
         self._lives: dict[tuple[str, str], Raw] = {}
         self._parts: defaultdict[str, Parts[bytes]] = defaultdict(Parts)
 
     def keep(self, seen: EdgeFrame, payload: bytes, now: float) -> None:
         """Note a frame that came at `now` (Unix s); one in parts when its last is there."""
+        self.alive[seen.worker] = now
         if not seen.full:
             return
         parts = self._parts[seen.worker].add(seen, payload)
@@ -116,16 +119,17 @@ class EdgeMetrics:
 
         now = time.time()
         with self._lock:
-            tally = self._count(list(_decoded(taken)), now)
+            tally = self._count(list(_decoded(taken)), self.latest.alive.copy(), now)
             families = _families(
                 tally, self._fleet, self._server, now, connected=self.connected, tenants=tenants
             )
             return generate_latest(_Families(families)) + (b"" if tenants else UNTOLD)
 
-    def _count(self, frames: list[tuple[float, Frame]], now: float) -> Tally:
+    def _count(self, frames: list[tuple[float, Frame]], alive: dict[str, float], now: float) -> Tally:
         """The tally with what came since, this process's or that of all."""
         if self._file is None:
             self._tally.take(frames, now)
+            self._tally.hear(alive)
             return self._tally
         lock, new = self._file.with_suffix(".lock"), self._file.with_suffix(".new")
         with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)) as locked:
@@ -133,6 +137,7 @@ class EdgeMetrics:
             if self._file.exists():
                 self._tally = self._read(self._file)
             self._tally.take(frames, now)
+            self._tally.hear(alive)
             # Beside it, then in its place: a full disk, or a process that is killed here, leaves what was there before.
             with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(msgspec.msgpack.encode(self._tally))
@@ -188,8 +193,9 @@ def _families(
     put(names.EDGE_CONNECTED, connected, server)
     for worker, life in sorted(tally.workers.items()):
         _counters(put, worker, life)
-        put(names.WORKER_STATUS_AGE, max(0.0, now - life.heard_at), worker)
-        if now - life.heard_at <= LONG_SILENT_S:
+        silent_s = max(0.0, now - max(life.heard_at, life.alive_at))
+        put(names.WORKER_STATUS_AGE, silent_s, worker)
+        if silent_s <= LONG_SILENT_S:
             _levels(put, worker, life.frame, now - life.heard_at)
             _class_levels(put, worker, life.frame, tally)
             _tenant_levels(put, worker, life.frame, tally)

@@ -113,7 +113,7 @@ class EdgeStatus:
         try:
             seen = _decode(msg.data)
             self.caps.heard(seen, time.monotonic())
-            if seen.full and seen.worker in self.caps.workers:
+            if seen.worker in self.caps.workers:
                 self.metrics.latest.keep(seen, msg.data, time.time())
         except UNREADABLE as error:
             self._on_error(error)

@@ -63,6 +63,8 @@ class Life(msgspec.Struct):
     frame: Frame
     heard_at: float
     """When the last full frame came, Unix s."""
+    alive_at: float = 0.0
+    """When any frame came last, Unix s."""
     restarts: int = 0
     counts: dict[str, Number] = {}
     """By family."""
@@ -116,6 +118,12 @@ class Tally(msgspec.Struct):
             self._credit(life, tenant, families)
         self._swap(now)
         self._forget(now)
+
+    def hear(self, alive: Mapping[str, float]) -> None:
+        """Note when workers were last heard (Unix s): full frames of many tenants come seldom."""
+        for worker, at in alive.items():
+            if (life := self.workers.get(worker)) is not None:
+                life.alive_at = max(life.alive_at, at)
 
     def label(self, tenant: str) -> str:
         """Whose series a tenant's numbers are in now."""

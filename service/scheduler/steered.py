@@ -7,6 +7,7 @@ the core decides is done by `mechanism.py`. No policy and no NATS here. All of i
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any, Final
@@ -25,6 +26,7 @@ from coxswain.service.request_id import parse, read_key
 from coxswain.service.scheduler import compat
 from coxswain.service.scheduler.adapter import KvHoldingQueue, SteeredRequestQueue
 from coxswain.service.scheduler.answers import Answers
+from coxswain.service.scheduler.cadence import Cadence
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.inbox import Inbox
 from coxswain.service.scheduler.journal import Journal
@@ -40,8 +42,6 @@ JUMP_S: Final = 0.1
 """A wall clock that is further from ours than it was at the start has jumped."""
 STOP_S: Final = 2.0
 """So long before vLLM kills an engine that shuts down, its requests have ended: for last words and last events."""
-STATUS_SHARE: Final = 0.02
-"""Part of the engine's time that status may take: a frame that cost more than that puts off the next one."""
 
 
 class SteeredScheduler(ChoosesVictims, AsyncScheduler):
@@ -90,8 +90,7 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         # One clock for leases, charges and events: see `Port.unix`.
         self._clock_offset = self.port.unix_offset
         self._tick_at = float("inf")
-        self._frame_at = 0.0
-        self._full_at = 0.0
+        self.cadence = Cadence(self.settings.status_interval_s, self.settings.full_interval_s)
         self._said_idle = False
         self._stop_at = 0.0
         self._step_began = 0.0
@@ -173,7 +172,7 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
             if self._step_began:
                 self._step_times.append(now - self._step_began)
             self._step_began = now
-        if now >= self._frame_at and self.port.connected:
+        if now >= self.cadence.at and self.port.connected:
             self._publish(now, idle=False)
         if self.port.outbound:
             self.port.flush()
@@ -353,29 +352,31 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
     def _rest(self, now: float) -> None:
         """The engine goes to sleep: say everything that is unsaid, and when to wake."""
         self._step_began = 0.0
-        due = self._tick_at
-        if (self.core.roster.changed or not self._said_idle) and self.port.connected:
-            if now >= self._frame_at:
+        due, roster, cadence = self._tick_at, self.core.roster, self.cadence
+        if self.port.connected and (roster.changed or not self._said_idle):
+            if now >= cadence.at:
                 self._publish(now, idle=True)
-            else:
-                due = min(due, self._frame_at)
+            if roster.changed or not self._said_idle:
+                due = min(due, cadence.wake_at(changed=roster.changed))
         if self.port.pending():
             due = now
         self.port.wake_later(None if due == float("inf") else due - now)
         self.port.flush(events=True)
 
     def _publish(self, now: float, *, idle: bool) -> None:
+        """Say what changed, and everything where that is due: who has what changed need not read the many rows."""
+        full = self.cadence.full(now, idle=idle)
+        cost_s = self._send(lambda: FrameOut(self._frame(now, full=False), idle=False))
+        full_cost_s = self._send(lambda: FrameOut(self._frame(now, repeat=True), idle)) if full else None
+        self._said_idle = idle and full
+        self.cadence.sent(now, cost_s, full_cost_s)
+
+    def _send(self, make: Callable[[], FrameOut]) -> float:
+        """Make a frame and hand it over; what it took of this thread (s), the bus's end of it included."""
         began = time.thread_time()
-        full = idle or now >= self._full_at
-        if full:
-            self._full_at = now + self.settings.full_interval_s
-            # What is new goes ahead by itself: whoever has it need not read the many rows of the full frame.
-            self.port.put(FrameOut(self._frame(now, full=False), idle=False))
-        self.port.put(FrameOut(self._frame(now, full=full, repeat=full), idle))
-        self.port.flush()  # now, to be counted: the bus's end of it encodes on this thread
-        self._said_idle = idle
-        rest_s = min((time.thread_time() - began) / STATUS_SHARE, self.settings.full_interval_s)
-        self._frame_at = now + max(self.settings.status_interval_s, rest_s)
+        self.port.put(make())
+        self.port.flush()
+        return time.thread_time() - began
 
     def _frame(self, now: float, *, full: bool = True, repeat: bool = False, peek: bool = False) -> Draft:
         commands = self.commands.stats(self.port.pending())

@@ -45,7 +45,9 @@ def test_a_dear_frame_puts_off_the_next(
     scheduler.port.attach_bus(encode)
     if to == "build":
         monkeypatch.setattr(scheduler.reporter, "frame", dear)
-    scheduler._full_at = float("inf")  # a full one would come beside the delta, and cost as much again
+    monkeypatch.setattr(
+        scheduler.cadence, "full", lambda *_, **__: False
+    )  # a full one would come beside the delta, and cost as much again
     moments: list[float] = []
     real = scheduler.now
     monkeypatch.setattr(scheduler, "now", lambda: moments.append(real()) or moments[-1])
@@ -53,5 +55,37 @@ def test_a_dear_frame_puts_off_the_next(
     moments.clear()
     rig.step()
     assert [type(item) for item in sent] == [FrameOut]
-    assert least_s <= scheduler._frame_at - moments[0] <= most_s
+    assert least_s <= scheduler.cadence.at - moments[0] <= most_s
     scheduler.shutdown()
+
+
+def test_an_engine_with_a_dear_full_frame_goes_to_sleep_in_two_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First what changed, with a time to wake; once a full frame has been paid for that one, which its bus repeats."""
+    from coxswain.service.scheduler import SteeredScheduler
+
+    monkeypatch.delenv("COX_NATS_URL", raising=False)
+    rig = Rig(SteeredScheduler, vllm_config())
+    scheduler = rig.scheduler
+    scheduler.port.connected = True
+    now = 5_000.0
+    monkeypatch.setattr(scheduler, "now", lambda: now)
+    scheduler.cadence.sent(now, 0.0, 0.03)  # it cost 30 ms, so three seconds pass to the next
+    said: list[tuple[bool, bool]] = []
+
+    def take() -> None:
+        said.extend((item.draft.frame.full, item.idle) for item in scheduler.port.collect())
+
+    scheduler.port.attach_bus(take)
+    wishes: list[float | None] = []
+    monkeypatch.setattr(scheduler.port, "wake_later", wishes.append)
+    heard: list[list[tuple[bool, bool]]] = []
+    for _ in range(8):
+        assert not scheduler.has_requests()
+        heard.append(said[:])
+        said.clear()
+        assert wishes[-1] is None or wishes[-1] > 0
+        now += wishes[-1] or 0.0
+    scheduler.shutdown()
+    delta, full = (False, False), (True, True)
+    assert heard[:6] == [[], [delta], [delta], [delta], [delta, full], []]
+    assert wishes[4:] == [None] * 4

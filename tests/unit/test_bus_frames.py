@@ -66,6 +66,27 @@ def test_heartbeat_repeats_only_an_idle_frame() -> None:
     assert frames.heartbeat(15.0, 1 << 20) == []
 
 
+def test_a_large_idle_frame_is_repeated_a_part_a_heartbeat_in_the_mean() -> None:
+    """Between two it says that it lives: no rows, no revision, the age of what it obeys; no number is left out."""
+    frames, limit = Frames(), BARE + 900
+    idle = msgspec.structs.replace(frame(requests=40, age_s=1.0), revision=7)
+    parts = len(frames.outgoing(idle, 10.0, limit, idle=True))
+    assert parts > 2
+    for first in (10, 10 + parts):
+        beats = [frames.heartbeat(float(now), limit) for now in range(first + 1, first + parts + 1)]
+        assert [len(beat) for beat in beats] == [1] * (parts - 1) + [parts]
+        alive = [decode_frame(beat[0]) for beat in beats[:-1]]
+        assert {(beat.full, beat.revision, len(beat.requests), beat.queued) for beat in alive} == {
+            (False, 0, 0, 40)
+        }
+        assert alive[0].leader.age_s == pytest.approx(first - 8.0)
+        whole = [decode_frame(part) for part in beats[-1]]
+        assert sum(len(part.requests) for part in whole) == 40
+        assert {(part.full, part.revision, part.seq) for part in whole} == {(True, 7, first - 9 + parts)}
+    frames.remember(idle, 90.0, idle=True)  # not sent: soon then
+    assert len(frames.heartbeat(91.0, limit)) == parts
+
+
 def test_what_waits_in_a_sleeping_engine_waits_on() -> None:
     """Kept back by caps, requests wait while the engine sleeps: the age of the oldest grows in every repetition."""
     waiting = TenantStatus(

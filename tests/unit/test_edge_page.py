@@ -142,18 +142,30 @@ def test_parts_of_frames_that_cannot_be_are_not_kept():
     assert keep(3, 0, 1) - before == 1
 
 
+async def test_a_worker_whose_full_frames_come_seldom_is_not_silent():
+    """With tens of thousands of tenants they do; what it says in between has an age too, and no numbers."""
+    metrics = EdgeMetrics("main", "w1", 5)
+    heard(metrics, some(), at=time.time() - 40)
+    heard(metrics, some(2, full=False), at=time.time() - 1)
+    found = values((await metrics.page()).decode())
+    assert 1 <= found[names.WORKER_STATUS_AGE.name,] < 30
+    assert (names.WORKER_STEP.name,) in found
+
+
 async def test_a_silent_worker_has_an_age_and_no_levels():
     """Its queue as it was half a minute ago is nobody's queue now; what it served stays served."""
     metrics = EdgeMetrics("main", "w1", 5)
     heard(metrics, some(leader=Leader(epoch=(1.0, 1), age_s=0.5)), at=time.time() - 10)
     found = values((await metrics.page()).decode())
-    assert found[names.WORKER_STATUS_AGE.name,] == pytest.approx(10, abs=2)
-    assert found[names.WORKER_LEADER_AGE.name,] == pytest.approx(10.5, abs=2), (
+    age_s = found[names.WORKER_STATUS_AGE.name,]
+    assert 10 <= age_s < 30
+    assert found[names.WORKER_LEADER_AGE.name,] == pytest.approx(age_s + 0.5), (
         "it grows while nothing is heard"
     )
+    metrics = EdgeMetrics("main", "w1", 5)
     heard(metrics, some(2), at=time.time() - 60)
     found = values((await metrics.page()).decode())
-    assert found[names.WORKER_STATUS_AGE.name,] == pytest.approx(60, abs=2)
+    assert found[names.WORKER_STATUS_AGE.name,] >= 60
     assert found[names.TENANT_OUTPUT.name, "acme"] == 40
     assert (names.WORKER_REQUESTS.name, "held") not in found
 

@@ -42,6 +42,11 @@ def _life(incarnation: str, happenings: list[tuple[str, int]]) -> list[list[Mess
             totals[TENANTS[which]] = totals.get(TENANTS[which], 0.0) + 1.0
             unsaid.add(TENANTS[which])
             continue
+        if kind == "alive":
+            said += 1
+            sign = frame("w1", incarnation, said, full=False)
+            frames.append([(encode(sign), sign)])
+            continue
         if kind != "beat" or unsaid or not revision:
             said, revision = said + 1, revision + 1
             say(unsaid, full=False)
@@ -53,7 +58,8 @@ def _life(incarnation: str, happenings: list[tuple[str, int]]) -> list[list[Mess
 
 
 happenings = st.lists(
-    st.tuples(st.sampled_from(["serve", "serve", "delta", "full", "beat"]), st.integers(0, 2)), max_size=20
+    st.tuples(st.sampled_from(["serve", "serve", "delta", "full", "beat", "alive"]), st.integers(0, 2)),
+    max_size=20,
 )
 
 
@@ -164,6 +170,27 @@ def test_a_delta_of_which_a_part_is_lost_makes_the_next_full_frame_news(came: in
         "a": 5.0,
         "b": 1.0,
     }
+
+
+def _alive(reader: Listener, seq: int) -> None:
+    reader.read("w1", encode(frame("w1", "01A", seq, full=False)))
+
+
+def test_a_heartbeat_without_revision_says_nothing_of_what_was_read() -> None:
+    """A sleeping worker of many tenants sends them between its full frames: what was known is, what was lost is not."""
+    reader = Listener()
+    full = frame("w1", "01A", 1, row("a", charged=1.0), revision=1)
+    reader.read("w1", encode(full))
+    _alive(reader, 2)
+    assert not reader.read("w1", encode(replace(full, seq=3))).tenants
+    _alive(reader, 5)  # of 4, a delta with revision 2, nothing came
+    full = frame("w1", "01A", 6, row("a", charged=2.0), revision=2)
+    assert reader.read("w1", encode(full)) == full
+    part = frame("w1", "01A", 7, row("b", charged=1.0), full=False, part=1, parts=2, revision=3)
+    reader.read("w1", encode(part))
+    _alive(reader, 8)
+    full = frame("w1", "01A", 9, row("a", charged=3.0), row("b", charged=1.0), revision=3)
+    assert reader.read("w1", encode(full)) == full
 
 
 def test_what_was_read_while_another_process_had_the_name_is_not_known() -> None:
