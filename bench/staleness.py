@@ -26,8 +26,11 @@ from coxswain.schemas.policy import TenantPolicy
 WEIGHTS: Final = {"a": 4.0, "b": 1.0}
 STATUS_S: Final = 0.05
 WARM_UP_S: Final = 5.0
-PATHS: Final = ((0.05, 0.01, 0.0), (0.2, 0.1, 0.05), (1.0, 0.25, 0.1), (1.0, 1.0, 0.0), (1.0, 1.0, 0.3))
-"""Cadence and latency in seconds, loss as a part."""
+PATHS: Final = (
+    (0.05, 0.01, 0.0), (0.2, 0.1, 0.05), (1.0, 0.25, 0.1), (1.0, 1.0, 0.0), (1.0, 1.0, 0.3),
+    (0.25, 0.01, 0.0), (0.4, 0.01, 0.0),
+)  # fmt: skip
+"""Cadence and latency in seconds, loss as a part. The last two are as in a large fleet, whose workers take turns."""
 
 
 def served(lives: Sequence[Life], tenant: str, at_s: float) -> float:
@@ -86,11 +89,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=375, help="of each tenant, per worker")
     parser.add_argument("--path", type=int, nargs="*", choices=range(len(PATHS)), default=range(len(PATHS)))
-    parser.add_argument("--draws", type=int, default=1, help="of what is lost, for paths that lose anything")
+    parser.add_argument("--draws", type=int, default=1, help="of what is lost, and where requests go")
     options = parser.parse_args()
     results = []
     for path in (PATHS[number] for number in options.path):
-        for seed in range(1, 1 + (options.draws if path[-1] else 1)):
+        for seed in range(1, 1 + options.draws):
             results.append(measure(options.workers, options.requests, *path, seed=seed))
             print(json.dumps(results[-1]), flush=True)
     if options.json:
