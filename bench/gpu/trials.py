@@ -118,11 +118,10 @@ class Trials:
 
 def tail(log: str) -> str:
     """The lines of a log that say what went wrong: the last with an error in it, else the last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line and "Traceback" not in line]
     # Each process that dies of another's error logs that as well, behind its own name and the time.
-    last = dict.fromkeys(line.rpartition("] ")[2] for line in errors or lines)
-    return " | ".join([*last][-TAIL:])[-900:]
+    lines = [line.rpartition("] ")[2].strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line and not line.startswith(("raise ", "Traceback"))]
+    return " | ".join([*dict.fromkeys(errors or lines)][-TAIL:])[-900:]
 
 
 def furnish(models: Path, mode: Mode) -> None:
