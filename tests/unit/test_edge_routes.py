@@ -59,6 +59,7 @@ class AnyModel:
 def routes() -> list[tuple[str, str]]:
     """(method, path) of all that vLLM can serve, its development mode and all optional parts included."""
     from fastapi import FastAPI
+    from vllm import envs
     from vllm.config import ProfilerConfig
     from vllm.entrypoints.launchers.api_server.routers import register_api_routers
     from vllm.tasks import POOLING_TASKS
@@ -72,7 +73,7 @@ def routes() -> list[tuple[str, str]]:
     model: Any = AnyModel()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
-            patch.setenv(name, "1")
+            patch.setitem(vars(envs), name, True)  # an engine of another test has vLLM's environment cached
         register_api_routers(app.state.args, app, tasks, model)
     return [
         (method, route.path)  # type: ignore[attr-defined]
