@@ -171,9 +171,7 @@ def test_modes_have_names_of_their_own() -> None:
 
 def test_the_tail_of_a_log_is_what_went_wrong() -> None:
     """Of a process that died: the lines with an error in them, not what was said after them."""
-    log = "starting\nTraceback (most recent call last):\n  raise ValueError(text)\n  ValueError: no such kernel\n\nshutting down\n"
-    assert (
-        tail(log + "(EngineCore pid=7) ERROR [core.py:1] ValueError: no such kernel\n")
-        == "ValueError: no such kernel"
-    )
+    died = "Traceback (most recent call last):\n  raise ValueError(text)\n  ValueError: no such kernel\n"
+    again = "(EngineCore pid=7) ERROR [core.py:1] ValueError: no such kernel\n"
+    assert tail(f"starting\n{died}\nshutting down\n{again}") == "ValueError: no such kernel"
     assert tail("one\n\ntwo\n") == "one | two"
