@@ -275,7 +275,6 @@ class Ledger:
         self._expect_no_more(record)
         # Its tenant is settled when somebody looks at it: it may have a thousand that run.
         record.account.meter.catch_up(record)
-        record.account.settled_at = -1
         self._tenants.metered[record.account] = None
         if record.lost_mark > record.resumed_at:
             self._settle_recompute(record)

@@ -58,6 +58,20 @@ def test_what_was_delivered_counts_in_the_next_look_at_the_queue() -> None:
     assert engine.submit("c").account.lift == first.account.virtual_time == 16 + 3 * 2
 
 
+def test_output_that_was_expected_is_not_charged_twice_whoever_looks_first() -> None:
+    """It was charged at admission: between its delivery and the next step the tenant's rank is what it was."""
+    engine = FakeEngine()
+    record = engine.submit("a", prompt=10)
+    rank(engine, "a", expected_output=8)
+    engine.admit()
+    account = record.account
+    assert account.rank == (10 + 8 * 2, "a")
+    engine.deliver(record, 3)
+    assert account.rank == (10 + 8 * 2, "a")
+    engine.core.ledger.settle_ahead()
+    assert (account.rank, account.level) == ((10 + 8 * 2, "a"), 10 + 3 * 2)
+
+
 def test_charge_at_admission_counts_for_the_next_pick_of_the_same_step() -> None:
     """A flooding tenant's first long prompt puts it behind the others before the step's second pick."""
     engine = FakeEngine()

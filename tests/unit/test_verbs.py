@@ -5,6 +5,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from coxswain.schemas import commands as c
 from coxswain.schemas import events as ev
@@ -311,6 +312,22 @@ def test_epochs_only_rise(steered: Steered) -> None:
     ):
         assert steered.controller("continue", record, epoch=epoch).code == code
     assert steered.engine.core.epoch == (2.0, 1)
+
+
+def test_a_leader_known_by_a_command_alone_has_no_name_until_its_heartbeat(steered: Steered) -> None:
+    """Its predecessor's name and policy are not said of it; then it is told who leads."""
+    core = steered.engine.core
+    old = core.leader
+    assert old is not None
+    steered.controller("continue", steered.engine.submit(), epoch=(2.0, 1))
+    assert (core.epoch, core.leader) == ((2.0, 1), None)
+    core.heard(steered.engine.now, replace(old, epoch=(2.0, 1), controller="next"))
+    reasons = [each["reason"] for each in steered.engine.seen(ev.LeaderChanged)]
+    assert [reason.partition(" leads")[0] for reason in reasons] == [
+        old.controller,
+        "first command of its epoch",
+        "next",
+    ]
 
 
 def test_commands_keep_a_silent_leader_alive(steered: Steered) -> None:
