@@ -103,7 +103,7 @@ def run(cox: Cox, asked: Asked) -> Exit:
     cox.say(report.heading(title, setup, outcome))
     published = {label: theirs} if theirs else {}
     cox.say(report.comparison([(label, metrics, outcome)], published, cox.out.width))
-    cox.say(report.gaps({label: gap(outcome.lives, setup)}))
+    cox.say(report.gaps({label: gap(outcome.lives, setup)}, cox.out.width))
     cox.say("")
     cox.say(report.tenants(outcome.lives, metrics, cox.out.width))
     cox.emit(_document(case, [(policy, settings, metrics, outcome)])[0])
@@ -141,7 +141,11 @@ def compare(cox: Cox, asked: Asked) -> Exit:
         }
         cox.say(report.heading(case.name, case.setup, None))
         cox.say(report.comparison(labelled, theirs, cox.out.width))
-        cox.say(report.gaps({label: gap(outcome.lives, case.setup) for label, _, outcome in labelled}))
+        cox.say(
+            report.gaps(
+                {label: gap(outcome.lives, case.setup) for label, _, outcome in labelled}, cox.out.width
+            )
+        )
         cox.say("")
         documents += _document(case, runs)
         if asked.seeds > 1:

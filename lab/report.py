@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from textwrap import fill
 from typing import Final
 
 from rich.text import Text
@@ -87,8 +88,8 @@ def comparison(
     return grid(_COMPARISON, rows, width)
 
 
-def gaps(found: Mapping[str, Gap]) -> Text:
-    """A line per policy: how far backlogged tenants came apart, and whether VTC's theorem 4.4 has it."""
+def gaps(found: Mapping[str, Gap], width: int) -> Text:
+    """A paragraph per policy: how far backlogged tenants came apart, and whether VTC's theorem 4.4 has it."""
     lines = []
     for policy, gap in found.items():
         if gap.between is None:
@@ -100,7 +101,7 @@ def gaps(found: Mapping[str, Gap]) -> Text:
         if gap.uneven is not None:
             line += f"; all backlogged for {span(gap.together_s)}, service ÷ weight within {gap.uneven:.1%}"
         lines.append(line)
-    return Text("\n".join(lines), style="dim")
+    return Text("\n".join(fill(line, width, subsequent_indent="  ") for line in lines), style="dim")
 
 
 def seeds(runs: Mapping[str, Sequence[Metrics]], width: int) -> Text:

@@ -7,7 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from coxswain.control.cli import app
+from coxswain.lab.bound import Gap
 from coxswain.lab.published import VTC
+from coxswain.lab.report import gaps
 
 pytestmark = pytest.mark.vllm
 
@@ -175,3 +177,14 @@ def test_a_mistake_is_said_in_a_line_and_nothing_runs(cox, tmp_path, arguments, 
     assert done.exit_code == 2, done.output
     assert says in " ".join(done.output.replace("│", " ").split())
     assert not done.stdout
+
+
+def test_sentences_break_between_words():
+    """On a narrow terminal, with what goes on indented."""
+    gap = Gap(most=9.0, between=("a", "b"), bound=20.0, lower=10.0, together_s=60.0, uneven=0.01)
+    first, *others = gaps({"vtc": gap}, 40).plain.split("\n")
+    assert others
+    assert max(map(len, (first, *others))) <= 40
+    assert all(line.startswith("  ") for line in others)
+    whole = gaps({"vtc": gap}, 400).plain
+    assert " ".join(line.strip() for line in (first, *others)) == whole
