@@ -284,8 +284,9 @@ async def bus_stuck(hands: Hands) -> AsyncGenerator[float, None]:
 
 
 async def flood(hands: Hands, kind: str, rate: int, seconds: float) -> None:
-    """Publish commands to one worker from a process of its own, for so long, or until a slow machine has sent all."""
-    subject = hands.fleet.cox.subjects.command("operator", "w1", "prioritize")
+    """Publish to one worker from a process of its own, for so long, or until a slow machine has sent all."""
+    own = hands.fleet.cox.subjects
+    subject = own.query("w1", "status") if kind == "question" else own.command("operator", "w1", "prioritize")
     words = [str(hands.fleet.nats.port), subject, kind, str(rate), str(seconds)]
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(FLOOD), *words, stdout=asyncio.subprocess.PIPE
@@ -316,6 +317,14 @@ async def flood_malformed(hands: Hands) -> AsyncGenerator[float, None]:
 async def flood_huge(hands: Hands) -> AsyncGenerator[float, None]:
     """100 commands a second of 1 MB each, for 3 s."""
     await flood(hands, "huge", 100, 3.0)
+    yield 0.0
+
+
+@fault()
+async def flood_questions(hands: Hands) -> AsyncGenerator[float, None]:
+    """2,000 questions for its status a second to one worker, for 8 s: longer than it believes in a silent leader."""
+    await flood(hands, "question", 2_000, 8.0)
+    assert hands.watch.leader_age_s < 5.0, "a worker heard its leader no more"
     yield 0.0
 
 

@@ -1,4 +1,4 @@
-"""Publish commands as fast as told, in a process of its own: `flood.py PORT SUBJECT KIND RATE SECONDS`.
+"""Publish commands or questions as fast as told, in a process of its own: `flood.py PORT SUBJECT KIND RATE SECONDS`.
 
 Speaks NATS by hand: a client that waits for anything would not be a flood. Prints how many it sent.
 """
@@ -13,7 +13,9 @@ EVERY_S = 0.01
 
 
 def payload(kind: str, number: int) -> bytes:
-    """One command: good, no command at all, or a good one of nearly a megabyte."""
+    """One command: good, no command at all, or a good one of nearly a megabyte; or a question, which says nothing."""
+    if kind == "question":
+        return b""
     if kind == "malformed":
         return os.urandom(64)
     targets = {"requests": ["x" * 90] * 10_000} if kind == "huge" else {"tenants": ["nobody"]}
