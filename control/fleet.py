@@ -23,7 +23,8 @@ GONE_S: Final = 30.0
 MAX_WORKERS: Final = 1_024
 """Views kept; beyond, that of the longest silent worker that is gone is forgotten."""
 MAX_RETIRED: Final = 8
-"""Incarnations that lost their turn, remembered per worker, so that what they served is not counted again."""
+"""Incarnations that lost their turn, remembered per worker, so that what they served is not counted again: the last
+that had it or spoke."""
 MAX_LEFT: Final = 4_096
 """Requests that left, remembered per worker until `settle`."""
 
@@ -319,7 +320,15 @@ class Fleet:
         # A frame that is merely late is no rival.
         if self.now - view.since > STALE_S:
             self.rivals[frame.worker] = frame.incarnation
+        self._remember(frame)
         return False
+
+    def _remember(self, frame: Frame) -> None:
+        """One that speaks may have the turn again: whatever else restarts meanwhile, it is the last to be forgotten."""
+        retired = self._retired.get(frame.worker)
+        if retired is not None and frame.incarnation in retired:
+            retired.remove(frame.incarnation)
+            retired.append(frame.incarnation)
 
     def _begin(self, frame: Frame, now: float) -> WorkerView:
         retired = self._retired.get(frame.worker)

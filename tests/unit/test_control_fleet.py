@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from coxswain.control.fleet import GONE_S, MAX_WORKERS, STALE_S, Fleet
+from coxswain.control.fleet import GONE_S, MAX_RETIRED, MAX_WORKERS, STALE_S, Fleet
 from coxswain.control.presence import MAX_CLASSES
 from coxswain.schemas.commands import encode
 from coxswain.schemas.parts import Assembler
@@ -190,6 +190,26 @@ def test_of_two_processes_under_a_name_the_one_that_is_left_is_counted(
     assert [view.incarnation for view in fleet.live()] == [first]
     fleet.settle()
     assert fleet.charged["a"] == 105.0 + 19 - refused
+
+
+def test_one_that_lives_on_is_remembered_however_often_its_twin_restarts() -> None:
+    """The twin was counted nine times, with nothing; what the other charged is told no second time once it is alone."""
+    fleet = Counting()
+    fleet.merge(frame("w1", "01A", 0, row("a", charged=90_000.0)), 0.0)
+    now = 0.0
+    for restart in range(MAX_RETIRED + 1):
+        now += 1.0
+        fleet.merge(frame("w1", f"01B{restart:02}", 0, row("a")), now)
+        fleet.merge(frame("w1", "01A", 1 + restart, row("a", charged=90_010.0)), now)
+        fleet.age(now)
+        fleet.validate()
+    now += STALE_S + 1
+    for seq, charged in ((50, 90_010.0), (51, 90_020.0)):
+        fleet.merge(frame("w1", "01A", seq, row("a", charged=charged)), now)
+        fleet.age(now)
+    fleet.settle()
+    assert fleet.workers["w1"].incarnation == "01A"
+    assert fleet.charged["a"] == 90_010.0
 
 
 def test_a_clock_set_back_does_not_lock_a_worker_out() -> None:
