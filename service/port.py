@@ -172,7 +172,8 @@ class Port:
         self.unix_offset = time() - monotonic()
         """From the monotonic clock to Unix time as it was at the start: see `unix`."""
         self._commands: deque[CommandIn] = deque()
-        self._queries: deque[QueryIn] = deque()
+        self._queries: deque[tuple[int, QueryIn]] = deque()
+        """Each with how many commands had been offered before it."""
         self.outbound: deque[Outbound] = deque()
         """What waits for the bus: from outside to be looked at only, as every step does."""
         self._wake_engine: Callable[[], None] = _nobody
@@ -184,12 +185,14 @@ class Port:
         self._events_due = inf
         """When the events that wait go out at the latest (`clock`)."""
         # Written by the engine, read by the bus.
+        self._commands_taken = 0
         self._lead_taken: LeadIn | None = None
         self.wake_at = inf
         """When the engine wants to be woken if nothing arrives (`clock`): see `wake_later`."""
         self.step = 0
         self.closing = False
         # Written by the bus, read by the engine.
+        self._commands_offered = 0
         self._lead: LeadIn | None = None
         """The newest heartbeat of the highest epoch. It takes no place in a queue: were that full, silence would end
         every hold of the leader."""
@@ -223,11 +226,16 @@ class Port:
         if (lead := self._lead) is not self._lead_taken:
             self._lead_taken = lead
             return lead
-        return self._commands.popleft() if self._commands else None
+        if not self._commands:
+            return None
+        self._commands_taken += 1
+        return self._commands.popleft()
 
     def take_query(self) -> QueryIn | None:
-        """The next query, or None."""
-        return self._queries.popleft() if self._queries else None
+        """The next query, or None; also while a command waits that was offered before it: who asks sees it done."""
+        if self._queries and self._queries[0][0] <= self._commands_taken:
+            return self._queries.popleft()[1]
+        return None
 
     def put(self, item: Outbound) -> bool:
         """Queue an item for the bus; False if the queue has no room for it (it is not queued)."""
@@ -294,10 +302,11 @@ class Port:
         elif isinstance(item, QueryIn):
             if len(self._queries) >= MAX_QUERIES:
                 return False
-            self._queries.append(item)
+            self._queries.append((self._commands_offered, item))
         elif len(self._commands) >= MAX_COMMANDS:
             return False
         else:
+            self._commands_offered += 1
             self._commands.append(item)
         self._wake_engine()
         return True

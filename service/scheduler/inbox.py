@@ -62,13 +62,18 @@ class Inbox:
             self._answer_some(now, DRAIN_S if idle else ANSWERS_S)
 
     def _answer_some(self, now: float, within_s: float) -> None:
-        clock = self._port.clock
+        clock, query = self._port.clock, self._port.take_query()
+        if query is None:
+            return
+        # The bus's end of a flush encodes on this thread: what commands said before, that answers alone are counted.
+        self._port.flush(events=True)
         began = clock()
-        while (query := self._port.take_query()) is not None:
+        while query is not None:
             self._port.put(AnswerOut(query.token, self._answer(now, query)))
             if clock() > began + within_s:
                 break
-        self._port.flush()  # now, to be counted: the bus's end of it encodes on this thread
+            query = self._port.take_query()
+        self._port.flush()
         ended = clock()
         self._answers_at = ended + (ended - began) / ANSWERS_SHARE
 

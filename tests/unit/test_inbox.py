@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from coxswain.schemas.commands import Abort, Targets
+from coxswain.schemas.commands import Abort, Reply, Targets
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import Epoch, Lead
 from coxswain.service.port import (
@@ -17,7 +17,7 @@ from coxswain.service.port import (
     QueryIn,
     ReplyOut,
 )
-from coxswain.service.scheduler.inbox import ANSWERS_SHARE, Inbox
+from coxswain.service.scheduler.inbox import ANSWERS_SHARE, DRAIN_S, Inbox
 from coxswain.service.scheduler.verbs import Commands
 from tests.support.fake_engine import FakeEngine
 
@@ -42,15 +42,34 @@ def query(number: int) -> QueryIn:
 
 
 class Desk:
-    """An inbox on a port with a clock that only answers move."""
+    """An inbox on a port with a clock that only work on it moves.
 
-    def __init__(self) -> None:
+    Args:
+        command_s: what applying a command takes.
+        reply_s: what sending its reply takes, on the engine's thread as where the bus is a process of its own.
+    """
+
+    def __init__(self, *, command_s: float = 0.0, reply_s: float = 0.0) -> None:
         self.now = 0.0
+        self._command_s = command_s
+        self._reply_s = reply_s
+        self._sent: list[Any] = []
         self.port = Port()
         self.port.clock = lambda: self.now
         self.core = FakeEngine(slots=1).core
-        commands = Commands(self.core, "w1", "01INC")
-        self._inbox = Inbox(self.port, self.core, commands, self)  # type: ignore[arg-type]
+        self.port.attach_bus(self._send)
+        self._commands = Commands(self.core, "w1", "01INC")
+        self._inbox = Inbox(self.port, self.core, self, self)  # type: ignore[arg-type]
+
+    def _send(self) -> None:
+        items = self.port.collect()
+        self.now += self._reply_s * sum(isinstance(item, ReplyOut) for item in items)
+        self._sent += items
+
+    def apply(self, *item: Any) -> Reply:
+        """Stand in front of `Commands`: it takes its time."""
+        self.now += self._command_s
+        return self._commands.apply(*item)
 
     def answer(self, now: float, item: QueryIn) -> RefusedError:
         """Stand in for `Answers`: the answer does not matter, its price does."""
@@ -61,7 +80,8 @@ class Desk:
     def work(self, *, idle: bool = False) -> list[Any]:
         """What one turn says."""
         self._inbox.work(self.now, idle=idle)
-        return self.port.collect()
+        said, self._sent = self._sent + self.port.collect(), []
+        return said
 
 
 def test_a_full_queue_keeps_no_heartbeat_out() -> None:
@@ -106,6 +126,57 @@ def test_commands_go_before_queries() -> None:
     said = desk.work()
     assert [(type(item), item.token) for item in said] == [(ReplyOut, "c1"), (AnswerOut, "q1")]
     assert desk.core.epoch == (100.0, 3)
+
+
+def test_a_query_waits_for_the_commands_before_it() -> None:
+    """Where commands take all the time of a step, those that are left are not overtaken by who asks what they did."""
+    desk = Desk(command_s=2 * DRAIN_S)
+    desk.port.offer(command(1))
+    desk.port.offer(command(2))
+    desk.port.offer(query(1))
+    desk.port.offer(command(3))
+    assert [[item.token for item in desk.work()] for _ in range(3)] == [["c1"], ["c2", "q1"], ["c3"]]
+
+
+def test_a_query_waits_for_a_command_that_comes_while_the_engine_turns_to_queries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bus's thread may offer both after the engine has seen that no command waits."""
+    desk = Desk()
+    take_query = desk.port.take_query
+    late: list[CommandIn | QueryIn] = [command(1), query(1)]
+
+    def between() -> QueryIn | None:
+        while late:
+            desk.port.offer(late.pop(0))
+        return take_query()
+
+    monkeypatch.setattr(desk.port, "take_query", between)
+    assert [[item.token for item in desk.work()] for _ in range(2)] == [[], ["c1", "q1"]]
+
+
+def test_a_refused_command_keeps_no_query_waiting() -> None:
+    """What was not queued is not waited for."""
+    desk = Desk()
+    assert all(desk.port.offer(command(number)) for number in range(MAX_COMMANDS))
+    assert not desk.port.offer(command(-1))
+    desk.port.offer(query(1))
+    while desk.port.take() is not None:
+        pass
+    assert desk.port.take_query() == query(1)
+
+
+def test_what_commands_say_is_not_charged_to_answers() -> None:
+    """Their replies cost to send as well; the pause after answers goes by the answers alone."""
+    desk = Desk(reply_s=0.5)
+    desk.port.offer(command(1))
+    assert [item.token for item in desk.work()] == ["c1"]
+    desk.port.offer(command(2))
+    desk.port.offer(query(1))
+    assert [item.token for item in desk.work()] == ["c2", "q1"]
+    desk.now += 2 * COST_S / ANSWERS_SHARE
+    desk.port.offer(query(2))
+    assert [item.token for item in desk.work()] == ["q2"]
 
 
 def test_answers_take_no_more_than_their_share_of_a_busy_engine() -> None:
