@@ -153,13 +153,16 @@ class EdgeMiddleware:
         """
         refusal: Refusal | None = None
         answers = False
+        gone = {"type": "http.disconnect"}
 
         async def receive_asking() -> Message:
             nonlocal refusal
+            if refusal is not None:
+                return gone  # however often it asks: the client itself is there, waits, and says no more
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body") and not answers:
                 refusal = passage.whole(time.monotonic())
-            return message if refusal is None else {"type": "http.disconnect"}
+            return message if refusal is None else gone
 
         async def send_unless_refused(message: Message) -> None:
             nonlocal answers

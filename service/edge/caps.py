@@ -5,12 +5,13 @@ Pure: frames and clock readings in, a refusal or a passage out; a decision is a 
 
 What counts as queued is what the engines' last frames say, and what this process let through that those frames cannot
 know of yet. A frame's totals say how many of a tenant's requests an engine has ever been given, so it is known which
-of those sent are in the frame's count. So the count is never too low where this process is the only one, and too
-high by at most what left the queue since the last frame. Of several processes each knows its own alone: together they
-let in at most what the others sent since the last frame beyond a cap.
+of those sent are in the frame's count. So the count is too high by at most what left the queue since the last frame.
+Where this process is the only one it is never too low, but a class's by what the front end works on for longer than
+`LOST_S`. Of several processes each knows its own alone: together they let in at most what the others sent since the
+last frame beyond a cap.
 """
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from math import ceil
 from typing import Final, NamedTuple
@@ -24,7 +25,10 @@ from coxswain.service.edge.core import Refusal
 STALE_S: Final = 5.0
 """Numbers of a worker that was silent for longer count no more: it publishes at least once a second."""
 LOST_S: Final = 5.0
-"""A request that no frame has confirmed for so long never reached an engine."""
+"""A request that no frame has confirmed for so long never reached an engine.
+
+What vLLM's front end has not made a request of for so long after its body was there leaves its class's place to others.
+"""
 SWEEP_S: Final = 0.1
 RETRY_S: Final = (1, 60)
 """Least and most that Retry-After says."""
@@ -82,8 +86,9 @@ class EdgeFrame(msgspec.Struct, frozen=True):
 class Passage:
     """One HTTP request that was let through, until it has reached the engine or will not.
 
-    It has a place of its tenant's from its first line, and one of its class's once its body is there: an upload may
-    last for as long as its client likes, and places of a class are others' too.
+    It has a place of its tenant's all the while. Places of a class are others' too, and two things last for as long as
+    a client likes: its upload, and vLLM's fetch of what the body links to (images, audio). So it has one of those from
+    when its body is there, for at most `LOST_S`.
 
     Args:
         caps: where it counts.
@@ -92,7 +97,7 @@ class Passage:
         class_: the class that it would be in now.
     """
 
-    __slots__ = ("_asked_class", "_caps", "_underway", "_whole", "class_", "tenant")
+    __slots__ = ("_asked_class", "_asked_place", "_caps", "_underway", "class_", "tenant")
 
     def __init__(self, caps: "EdgeCaps", tenant: str, asked_class: str, class_: str) -> None:
         self._caps = caps
@@ -100,17 +105,17 @@ class Passage:
         self.tenant = tenant
         self.class_ = class_
         self._underway = True
-        self._whole = False
+        self._asked_place = False
         caps.underway[tenant] += 1
 
     def whole(self, now: float) -> Refusal | None:
         """Its body is there: give it a place in its class, or say why there is none any more. Once is enough."""
-        if self._whole or not self._underway:
+        if self._asked_place or not self._underway:
             return None
-        class_, refusal = self._caps.place(self.tenant, self._asked_class, now)
+        self._asked_place = True
+        self.class_, refusal = self._caps.place(self.tenant, self._asked_class, now)
         if refusal is None:
-            self._whole, self.class_ = True, class_
-            self._caps.underway_in[class_] += 1
+            self._caps.take_place(self, now)
         return refusal
 
     def sent(self, now: float, children: int) -> None:
@@ -123,8 +128,7 @@ class Passage:
         if self._underway:
             self._underway = False
             _less(self._caps.underway, self.tenant)
-            if self._whole:
-                _less(self._caps.underway_in, self.class_)
+            self._caps.leave_place(self)
 
 
 def _less(counts: Counter[str], name: str) -> None:
@@ -190,7 +194,9 @@ class EdgeCaps:
         self.underway: Counter[str] = Counter()
         """HTTP requests per tenant that were let through and are not with the engine yet."""
         self.underway_in: Counter[str] = Counter()
-        """The same per class, of those whose body is there."""
+        """The same per class, of those that have a place in it."""
+        self._placed: OrderedDict[Passage, float] = OrderedDict()
+        """Those, and since when, oldest first."""
         self.sent: defaultdict[str, deque[tuple[float, str]]] = defaultdict(deque)
         """Per tenant, requests (when, class) that were given to an engine and are in no frame yet, oldest first."""
         self.sent_in: Counter[str] = Counter()
@@ -220,11 +226,26 @@ class EdgeCaps:
             self.sent_in[class_] += count
             self._sweep(now)
 
+    def take_place(self, passage: Passage, now: float) -> None:
+        """A request is as good as in its class's queue."""
+        self._placed[passage] = now
+        self.underway_in[passage.class_] += 1
+
+    def leave_place(self, passage: Passage) -> None:
+        """It is not, any more or yet."""
+        if self._placed.pop(passage, None) is not None:
+            _less(self.underway_in, passage.class_)
+
     def _sweep(self, now: float) -> None:
         """Forget what never arrived, now and then."""
         if now - self._swept_at < SWEEP_S:
             return
         self._swept_at = now
+        while self._placed:
+            passage, since = next(iter(self._placed.items()))
+            if now - since <= LOST_S:
+                break
+            self.leave_place(passage)
         for tenant in list(self.sent):
             while (sent := self.sent[tenant]) and now - sent[0][0] > LOST_S:
                 self._drop_oldest(tenant)
@@ -275,7 +296,7 @@ class EdgeCaps:
         return [view for view in self.views.values() if now - view.heard_at <= STALE_S]
 
     def _class_of(self, views: list[View], tenant: str, asked: str) -> str:
-        """The class in which the engine will queue it (`SteeringCore._class_for`), as far as the frames tell."""
+        """The class in which the engine will queue it (`SteeringCore._group_for`), as far as the frames tell."""
         for view in views:
             row = view.tenants.get(tenant)
             if row is not None:

@@ -22,6 +22,7 @@ from coxswain.service.edge import hook as edge_hook
 from coxswain.service.edge.asgi import EdgeMiddleware
 from coxswain.service.edge.caps import LOST_S, STALE_S, ClassSeen, EdgeCaps, EdgeFrame, Passage, TenantSeen
 from coxswain.service.edge.core import Edge, EdgeSettings, Refusal
+from coxswain.service.edge.page import Message
 from coxswain.service.edge.status import EdgeStatus, listener, workers_behind
 from tests.support.frames import frame, row
 from tests.support.waiting import eventually
@@ -162,6 +163,27 @@ def test_an_unfinished_upload_takes_a_place_of_its_tenant_alone() -> None:
         assert "class 'chat' has 3" in late.message
         passage.left()
     assert (caps.underway["a"], caps.underway_in["chat"]) == (0, 3)
+
+
+def test_what_the_front_end_works_on_for_long_leaves_its_class_to_others() -> None:
+    """A body whose links vLLM is long in fetching keeps its tenant's place alone; once the engine has it, it counts."""
+    caps, engine = EdgeCaps(["w1"]), Engine(max_queued=3, class_cap=2)
+    caps.heard(engine.seen(), 0.0)
+    fetching = [enter(caps, class_="chat") for _ in range(2)]
+    caps.heard(engine.seen(), LOST_S)
+    refused(caps, LOST_S, tenant="b", class_="chat")
+    caps.heard(engine.seen(), LOST_S + 0.2)
+    assert fetching[0].whole(LOST_S + 0.2) is None, "asked once, and for good"
+    other = enter(caps, LOST_S + 0.2, tenant="b", class_="chat")
+    assert (caps.underway["a"], caps.underway_in["chat"]) == (2, 1)
+    for passage in fetching:
+        passage.sent(LOST_S + 0.2, 1)
+    assert "class 'chat' has 3" in refused(caps, LOST_S + 0.2, tenant="b", class_="chat").message
+    other.left()
+    assert not caps.underway
+    assert not caps.underway_in
+    caps.heard(engine.seen(), 2 * LOST_S + 0.4)
+    assert (caps.sent_in["chat"], caps.underway_in["chat"]) == (0, 0)
 
 
 def test_refusal_says_the_limit_and_when_to_try_again() -> None:
@@ -478,6 +500,65 @@ async def test_an_upload_is_asked_again_when_it_is_there() -> None:
     assert (await quick).status_code == 200
     assert not edge.caps.underway
     assert not edge.caps.underway_in
+
+
+def full_class(edge: Listening) -> None:
+    """Its one place is taken by somebody else."""
+    now = asyncio.get_running_loop().time()
+    edge.engine.max_queued, edge.engine.class_cap = None, 1
+    edge.caps.heard(edge.engine.seen(), now)
+    enter(edge.caps, now, tenant="b", class_="chat")
+
+
+async def raw(edge: Listening, app: Any) -> list[Message]:
+    """What a client is sent that sends a body and waits, by an app within the edge whose class fills up meanwhile."""
+    body: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if not body:
+            await asyncio.Event().wait()
+        full_class(edge)
+        return body.pop()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    middleware: Any = edge.client._transport.app  # type: ignore[attr-defined]
+    middleware._app = app
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"x-tenant", b"a")]}
+    async with asyncio.timeout(30):
+        await middleware(scope, receive, send)
+    return sent
+
+
+async def test_to_an_app_a_refused_client_is_gone_however_often_it_asks() -> None:
+    """The client itself is there and says no more: an app that waits for its end is told at once."""
+    edge, seen = Listening(), []
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        seen.extend([(await receive())["type"] for _ in range(3)])
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+
+    sent = await raw(edge, app)
+    assert seen == ["http.disconnect"] * 3
+    assert [message.get("status") for message in sent] == [429, None]
+    assert edge.refused == [429]
+
+
+async def test_who_is_being_answered_is_not_refused_any_more() -> None:
+    """An app that answers before the body ends has decided: its answer stays whole, and is the only one."""
+    edge, seen = Listening(), []
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 413, "headers": []})
+        seen.append((await receive())["type"])
+        await send({"type": "http.response.body", "body": b"too long"})
+
+    start, body = await raw(edge, app)
+    assert seen == ["http.request"]
+    assert (start["status"], body["body"]) == (413, b"too long")
+    assert not edge.refused
 
 
 async def test_only_what_asks_an_engine_is_counted() -> None:
