@@ -139,7 +139,8 @@ class Table(Generic[Row]):
 async def init(js: JetStreamContext, subjects: Subjects, limits: LogLimits | None = None) -> list[Made]:
     """Make the fleet's event log and its three buckets where they are missing; safe to repeat.
 
-    An event log that exists is changed only in what `limits` name, if they differ; buckets never are.
+    An event log that exists is changed only in what `limits` name, if they differ, and in what follows from them: it
+    drops what is oldest, and knows a repeated event for no longer than it keeps it. Buckets never are changed.
 
     Raises:
         NotSetUpError: JetStream is off.
@@ -160,40 +161,38 @@ async def init(js: JetStreamContext, subjects: Subjects, limits: LogLimits | Non
 
 async def _event_log(js: JetStreamContext, subjects: Subjects, limits: LogLimits | None) -> tuple[Made, int]:
     """Make or change the event log; the copies that it has."""
-
-    def config(base: LogLimits) -> StreamConfig:
-        wanted = msgspec.structs.replace(base, **_named(limits))
-        return StreamConfig(
-            name=subjects.stream,
-            subjects=[subjects.events_all],
-            max_age=wanted.max_age_s,
-            max_bytes=wanted.max_bytes,
-            duplicate_window=min(120.0, wanted.max_age_s or 120.0),
-            discard=DiscardPolicy.OLD,
-            storage=StorageType.FILE,
-            num_replicas=wanted.replicas,
-        )
-
     try:
         now = (await js.stream_info(subjects.stream)).config
     except nats.js.errors.NotFoundError:
-        new = config(NEW_LOG)
+        new = StreamConfig(
+            name=subjects.stream,
+            subjects=[subjects.events_all],
+            storage=StorageType.FILE,
+            duplicate_window=120.0,
+        )
+        new = _limited(new, {**_named(NEW_LOG), **_named(limits)})
         await js.add_stream(new)
         return Made("stream", subjects.stream, "created"), new.num_replicas or 1
-    changed = config(LogLimits(max_age_s=now.max_age, max_bytes=now.max_bytes, replicas=now.num_replicas))
-    same = all(
-        getattr(now, name) == getattr(changed, name)
-        for name in ("max_age", "max_bytes", "num_replicas", "discard")
-    )
-    if same or not _named(limits):
+    changed = _limited(now, _named(limits))
+    if changed == now or not _named(limits):
         return Made("stream", subjects.stream, "kept"), now.num_replicas or 1
     await js.update_stream(changed)
     return Made("stream", subjects.stream, "updated"), changed.num_replicas or 1
 
 
+def _limited(config: StreamConfig, named: dict[str, Any]) -> StreamConfig:
+    """A log's configuration with these limits, and everything else as it is, but that what is new is never refused."""
+    limited = config.evolve(**named, discard=DiscardPolicy.OLD, discard_new_per_subject=False)
+    if limited.max_age:
+        # JetStream refuses to know an event for longer than it keeps it.
+        limited.duplicate_window = min(limited.duplicate_window, limited.max_age)
+    return limited
+
+
 def _named(limits: LogLimits | None) -> dict[str, Any]:
-    """The limits that are named."""
-    given = {} if limits is None else msgspec.structs.asdict(limits)
+    """The limits that are named, by JetStream's names."""
+    limits = limits or LogLimits()
+    given = {"max_age": limits.max_age_s, "max_bytes": limits.max_bytes, "num_replicas": limits.replicas}
     return {name: value for name, value in given.items() if value is not None}
 
 
