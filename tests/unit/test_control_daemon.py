@@ -5,7 +5,7 @@ from typing import Any
 
 from coxswain.common.connection import Connection
 from coxswain.control.core import Answer, Send
-from coxswain.control.daemon import Controller
+from coxswain.control.daemon import NOBODY, Controller
 from coxswain.control.errors import NoAnswerError
 from coxswain.control.failures import PATIENCE
 from coxswain.control.lease import RETRY_S
@@ -13,6 +13,8 @@ from coxswain.control.policies.edf import Edf
 from coxswain.control.tables import LEASE_TTL_S
 from coxswain.control.told import ANSWER_S
 from coxswain.schemas.commands import Limit, Reply, Targets
+from coxswain.schemas.errors import Code
+from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.policy import LEADER_LEASE_S
 from coxswain.schemas.status import QueuePage
 
@@ -59,6 +61,36 @@ async def test_the_core_hears_that_nobody_answered_before_it_gives_a_command_up(
     await controller._send(client, send)
     assert controller._answers == [Answer(send, ok=False)]
     assert client.patience_s <= ANSWER_S - 0.5
+
+
+class RefusingClient(SlowClient):
+    """Refuses each command with the next of these codes."""
+
+    def __init__(self, *codes: int) -> None:
+        super().__init__()
+        self.codes = iter(codes)
+
+    async def command(self, worker: str, _verb: str, command: Any, **__: Any) -> list[Reply]:
+        """No."""
+        return [
+            Reply(
+                id=command.id, worker=worker, incarnation="01A", worker_now=0.0, step=0, outcome="rejected",
+                code=next(self.codes), error="no",
+            )
+        ]  # fmt: skip
+
+
+async def test_codes_that_nobody_knows_are_counted_as_one() -> None:
+    """A worker that answers with a new code each time makes no series each time."""
+    codes = (Code.STALE, Code.CLOSING, 700, 701, -3)
+    controller = Controller(Connection(urls=(), fleet="main"), Edf(Edf.Params()))
+    client = RefusingClient(*codes)
+    for number in range(len(codes)):
+        await controller._send(client, Send("w1", "limit", Limit(id=f"a{number}", targets=Targets(all=True))))
+    await controller._send(SlowClient(), Send("w1", "limit", Limit(id="b", targets=Targets(all=True))))
+    assert controller.meter.refused == {
+        ("limit", "409"): 1, ("limit", "503"): 1, ("limit", OTHER): 3, ("limit", NOBODY): 1,
+    }  # fmt: skip
 
 
 class HeldLease:
