@@ -78,6 +78,8 @@ class EventLog:
         self._hold_off_until = 0.0
         self._failures = 0
         self._no_stream_since: float | None = None
+        self._denied = False
+        """Whether NATS said that nobody stores events; silence may be a pause."""
         self._given_up = False
         """Whether there is no stream for so long that events are published and forgotten, but for those that probe."""
         self._troubles: set[str] = set()
@@ -106,8 +108,8 @@ class EventLog:
 
     @property
     def hopeful(self) -> bool:
-        """Whether events wait for a stream that is there, as far as we know: worth waiting for."""
-        return self.waiting > 0 and self._no_stream_since is None
+        """Whether events wait for a stream that is there, as far as we know: worth waiting for. It may pause."""
+        return self.waiting > 0 and not self._denied and not self._given_up
 
     def add(self, event: Event) -> None:
         """Take an event; when there is no room the oldest in the backlog is dropped for it."""
@@ -123,8 +125,7 @@ class EventLog:
         """Send until the connection is closed; what it did not acknowledge is kept for the next one."""
         inbox = client.new_inbox()
         self._hold_off_until = 0.0
-        self._no_stream_since = None
-        self._given_up = False
+        self._found()
         try:
             await client.subscribe(f"{inbox}.*", cb=self._on_ack, pending_msgs_limit=4 * WINDOW)
             # Asked of the connection, not left to cancellation: nats-py swallows CancelledError in publish.
@@ -183,17 +184,18 @@ class EventLog:
         self._news.set()
         self._patience_until = time.monotonic() + ACK_TIMEOUT_S
         if msg.headers and msg.headers.get("Status") == "503":
+            self._denied = True
             self._not_stored(PROBE_S)
             return
         try:
             error = _decode_ack(msg.data).error
         except UNREADABLE:
             error = _Error(description="acknowledgement is not JSON")
+        self._found()
         if error is not None and error.code == FULL:
             self._say(
                 "full", f"{error.description}: events wait until there is room", err_code=error.err_code
             )
-            self._no_stream_since = None
             self._again(MAX_FULL_PAUSE_S)
             return
         del self._flight[number]
@@ -204,10 +206,13 @@ class EventLog:
             self._drop(1)
             self._say("refused", error.description, err_code=error.err_code)
 
+    def _found(self) -> None:
+        """There is a stream, whatever it answered, or nothing is known of one yet: events are for it."""
+        self._no_stream_since = None
+        self._denied = self._given_up = False
+
     def _accepted(self) -> None:
         self._failures = 0
-        self._no_stream_since = None
-        self._given_up = False
         if self._troubles:
             self._log.info(
                 "events.resumed", after=sorted(self._troubles), dropped_total=self._port.events_dropped
