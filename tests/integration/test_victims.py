@@ -82,6 +82,26 @@ def test_what_is_expected_counts_as_had() -> None:
         assert lost(made, plan(heavy, late)) == [late]
 
 
+@DEPTHS
+def test_a_victim_whose_blocks_cannot_be_freed_yet_keeps_its_own_priority(depth: int) -> None:
+    """VLLM then preempts nobody in that step: who was to be is chosen anew in the next, and is no worse for it."""
+    with rig({}, depth=depth, **ROOM) as made:
+        heavy, late = crowd(made)
+        asked: list[str] = []
+        can_be_freed = made.scheduler._request_blocks_can_be_freed
+
+        def later(request: Any) -> bool:
+            if request.priority >= WORST:  # it is to be preempted, else it has ended
+                asked.append(request.request_id)
+                if len(asked) <= 3:
+                    return False
+            return bool(can_be_freed(request))
+
+        with patch.object(made.scheduler, "_request_blocks_can_be_freed", later):
+            assert lost(made, plan(heavy, late)) == [heavy[1]]
+        assert asked[:4] == [heavy[1]] * 4
+
+
 def test_while_there_are_blocks_nobody_chooses() -> None:
     """It costs nothing in a step in which nobody is preempted."""
     with rig({}, max_num_seqs=4, max_num_active_seqs=3) as made, patch.object(Victims, "mark") as mark:
