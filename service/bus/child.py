@@ -17,7 +17,7 @@ import uvloop
 
 from coxswain.service.bus import wire
 from coxswain.service.bus.loop import Bus
-from coxswain.service.port import Inbound, Outbound, Port, QueryIn
+from coxswain.service.port import Inbound, LeadIn, Outbound, Port, QueryIn
 
 BEAT_S: Final = 0.25
 """How often the engine's process is told what changed."""
@@ -28,6 +28,9 @@ MAX_UNREAD: Final = 16 * 1024 * 1024
 
 From half of it on queries are, and commands that are large: a few of those would keep everybody else's out.
 """
+LEADS: Final = 1024 * 1024
+"""Bytes beyond that for the leader's heartbeats alone, thousands of them: were they refused with commands, whoever floods
+would end every hold of the leader."""
 LARGE: Final = 64 * 1024
 """Bytes of a command that names hundreds of targets."""
 ALONE_S: Final = 2.0
@@ -60,7 +63,11 @@ class FarPort(Port):
     def offer(self, item: Inbound) -> bool:
         """Send an item to the engine; False if its process does not read."""
         packed = wire.pack_down(wire.down(item))
-        room = MAX_UNREAD // 2 if isinstance(item, QueryIn) or len(packed) > LARGE else MAX_UNREAD
+        room = MAX_UNREAD
+        if isinstance(item, LeadIn):
+            room += LEADS
+        elif isinstance(item, QueryIn) or len(packed) > LARGE:
+            room //= 2
         if self._writer.transport.get_write_buffer_size() > room:
             return False
         self._writer.write(packed)

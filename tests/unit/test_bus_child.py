@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from coxswain.schemas.commands import Continue, Targets
-from coxswain.service.bus.child import LARGE, MAX_UNREAD, FarPort
-from coxswain.service.port import CommandIn, QueryIn
+from coxswain.schemas.policy import Lead
+from coxswain.service.bus.child import LARGE, LEADS, MAX_UNREAD, FarPort
+from coxswain.service.port import CommandIn, LeadIn, QueryIn
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def command(size: int) -> CommandIn:
     return CommandIn("operator", "continue", Continue(id="c", targets=targets), (), "inbox")
 
 
-def taken(port: FarPort, item: CommandIn | QueryIn) -> int:
+def taken(port: FarPort, item: CommandIn | LeadIn | QueryIn) -> int:
     """How many of these it takes until it refuses one."""
     count = 0
     while port.offer(item):
@@ -43,3 +44,12 @@ async def test_large_commands_leave_room_for_small_ones(port: FarPort) -> None:
     assert port.offer(command(100))
     assert 0 < taken(port, command(LARGE // 2)) <= MAX_UNREAD // (LARGE // 2)
     assert not port.offer(command(100))
+
+
+async def test_no_command_keeps_a_heartbeat_out(port: FarPort) -> None:
+    """Where commands take all the room that they may, the leader is heard for long yet; that has a bound, too."""
+    beat = LeadIn(Lead(epoch=(1.0, 1), controller="c", policy="vtc", at=0.0))
+    taken(port, command(100_000))
+    taken(port, command(100))
+    assert taken(port, beat) > 1_000
+    assert port._writer.transport.get_write_buffer_size() < MAX_UNREAD + LEADS + LARGE
