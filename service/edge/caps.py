@@ -97,7 +97,7 @@ class Passage:
         class_: the class that it would be in now.
     """
 
-    __slots__ = ("_asked_class", "_asked_place", "_caps", "_underway", "class_", "tenant")
+    __slots__ = ("_asked_class", "_asked_place", "_caps", "_sent", "_underway", "class_", "tenant")
 
     def __init__(self, caps: "EdgeCaps", tenant: str, asked_class: str, class_: str) -> None:
         self._caps = caps
@@ -106,6 +106,7 @@ class Passage:
         self.class_ = class_
         self._underway = True
         self._asked_place = False
+        self._sent = (0.0, 0)
         caps.underway[tenant] += 1
 
     def whole(self, now: float) -> Refusal | None:
@@ -121,7 +122,14 @@ class Passage:
     def sent(self, now: float, children: int) -> None:
         """The front end gave the engine one of its prompts, as so many requests (`n`)."""
         self.left()
+        self._sent = now, children
         self._caps.note_sent(self.tenant, self.class_, children, now)
+
+    def refused(self) -> None:
+        """The front end did not give the engine after all what it said last."""
+        now, children = self._sent
+        self._sent = 0.0, 0
+        self._caps.note_refused(self.tenant, self.class_, children, now)
 
     def left(self) -> None:
         """It is not on its way to the engine any more: it is there, or was answered without it."""
@@ -225,6 +233,13 @@ class EdgeCaps:
             self.sent[tenant].extend((now, class_) for _ in range(count))
             self.sent_in[class_] += count
             self._sweep(now)
+
+    def note_refused(self, tenant: str, class_: str, count: int, sent_at: float) -> None:
+        """So many of those that were sent then no engine was given."""
+        sent, entry = self.sent.get(tenant, deque()), (sent_at, class_)
+        for _ in range(min(count, sent.count(entry))):
+            sent.remove(entry)
+            self.sent_in[class_] -= 1
 
     def take_place(self, passage: Passage, now: float) -> None:
         """A request is as good as in its class's queue."""

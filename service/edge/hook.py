@@ -1,10 +1,12 @@
-"""The edge's two holds on vLLM's inside: the last word on a request's id and priority, and whether the server ends.
+"""The edge's holds on vLLM's inside: the last word on a request's id and priority, what is refused, whether it ends.
 
 Headers are not enough: `/v1/responses` and others ignore X-Request-Id, and a body may name its own
 priority. vLLM gives every request its internal id in `InputProcessor.assign_request_id`
 (v1/engine/input_processor.py, 0.26 to 0.33), in the task of the HTTP request, so the ticket is visible
 there. The turns of a streaming session (`/v1/realtime`) get no id of their own: what makes each of them
-(`process_inputs`) is where their priority is bounded. Called by `identity.py`, in the API server.
+(`process_inputs`) is where their priority is bounded. Right after it named a request vLLM may refuse it all the same
+(503: `--max-num-queued-reqs`, `--max-num-queued-tokens`), in `AsyncLLM.check_admission`: then it waits nowhere.
+Called by `identity.py`, in the API server.
 """
 
 import functools
@@ -49,11 +51,12 @@ def ends(app: Any) -> bool:
 
 
 def install() -> None:
-    """Wrap `assign_request_id` and `process_inputs`, once however often it is called.
+    """Wrap `assign_request_id`, `process_inputs` and, where there is one, `check_admission`; once is enough.
 
     Raises:
         RuntimeError: if this vLLM has no such functions: tenants would not be told apart.
     """
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
     for name in ("assign_request_id", "process_inputs"):
@@ -84,3 +87,20 @@ def install() -> None:
     assign_request_id.is_coxswain = True  # type: ignore[attr-defined]
     InputProcessor.assign_request_id = staticmethod(assign_request_id)
     InputProcessor.process_inputs = process_inputs
+    if hasattr(AsyncLLM, "check_admission"):
+        AsyncLLM.check_admission = _noting_refusals(AsyncLLM.check_admission)
+
+
+def _noting_refusals(check: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(check)
+    def check_admission(self: Any, n: int = 1, request_id: str | None = None) -> None:
+        try:
+            check(self, n, request_id)
+        except Exception:
+            held = ticket.get()
+            # Without an id it is vLLM's first look, before it makes any request.
+            if request_id is not None and held is not None and held.passage is not None:
+                held.passage.refused()
+            raise
+
+    return check_admission

@@ -19,7 +19,7 @@ from coxswain.schemas.status import ClassStatus, Frame, TenantStatus
 from coxswain.service.bus.frames import split
 from coxswain.service.config import SettingRefusedError, Settings
 from coxswain.service.edge import hook as edge_hook
-from coxswain.service.edge.asgi import EdgeMiddleware
+from coxswain.service.edge.asgi import EdgeMiddleware, ticket
 from coxswain.service.edge.caps import LOST_S, STALE_S, ClassSeen, EdgeCaps, EdgeFrame, Passage, TenantSeen
 from coxswain.service.edge.core import Edge, EdgeSettings, Refusal
 from coxswain.service.edge.page import Message
@@ -622,16 +622,49 @@ def test_hook_counts_what_the_engine_is_given() -> None:
     """vLLM's own request says how many it becomes; one without sampling parameters is one."""
     caps = EdgeCaps(["w1"])
     caps.heard(Engine(max_queued=None).seen(), 0.0)
-    ticket = (
-        Edge(EdgeSettings.from_env({"COX_IDENTITY_KEY": SECRET}))
-        .admit([], "/v1/completions", None, "0" * 26)
-        .ticket
-    )
+    edge = Edge(EdgeSettings.from_env({"COX_IDENTITY_KEY": SECRET}))
+    held = edge.admit([], "/v1/completions", None, "0" * 26).ticket
     for sampling in (SimpleNamespace(n=3), None):
         passage = enter(caps)
         request = SimpleNamespace(request_id="cmpl-x-0-1a2b3c4d", priority=0, sampling_params=sampling)
-        edge_hook.apply(request, ticket._replace(passage=passage))
+        edge_hook.apply(request, held._replace(passage=passage))
     assert (len(caps.sent["a"]), caps.underway.total()) == (4, 0)
+
+
+@pytest.mark.vllm
+def test_what_vllm_itself_refuses_waits_nowhere() -> None:
+    """vLLM answers 503 (`--max-num-queued-reqs`) after it named a request: that one, and no other, counts no more."""
+    from vllm.exceptions import QueueOverflowError
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    edge_hook.install()
+    caps = EdgeCaps(["w1"])
+    caps.heard(Engine(max_queued=None).seen(), 0.0)
+    front = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_queued_reqs=3, max_num_queued_tokens=None),
+        admission_stats=None,
+        get_num_unfinished_requests=lambda: 3,
+        _record_admission_rejection=lambda _reason: None,
+    )
+    edge = Edge(EdgeSettings.from_env({"COX_IDENTITY_KEY": SECRET}))
+    passage = enter(caps, class_="chat")
+    held = ticket.set(edge.admit([], "/v1/completions", None, "0" * 26).ticket._replace(passage=passage))
+    try:
+        passage.sent(0.0, 1)
+        with pytest.raises(QueueOverflowError):
+            AsyncLLM.check_admission(front, 2)
+        assert len(caps.sent["a"]) == 1, "a first look, before the next request is made"
+        passage.sent(1.0, 2)
+        for _ in range(2):
+            with pytest.raises(QueueOverflowError):
+                AsyncLLM.check_admission(front, 2, "cmpl-x-0")
+            assert list(caps.sent["a"]) == [(0.0, "chat")]
+        assert caps.sent_in["chat"] == 1
+        front.get_num_unfinished_requests = lambda: 0
+        AsyncLLM.check_admission(front, 1, "cmpl-x-1")
+        assert len(caps.sent["a"]) == 1
+    finally:
+        ticket.reset(held)
 
 
 # Which engines, and whether

@@ -427,9 +427,16 @@ def test_hook_bounds_every_turn_of_a_session(monkeypatch: pytest.MonkeyPatch) ->
         def assign_request_id(request: SimpleNamespace) -> None:
             """A name of its own."""
 
-    for name in ("vllm", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.input_processor"):
+    class AsyncLLM:
+        """vLLM's before it refused anything itself."""
+
+    for name in (
+        "vllm",
+        "vllm.v1",
+        *(f"vllm.v1.engine{part}" for part in ("", ".async_llm", ".input_processor")),
+    ):
         module: Any = ModuleType(name)
-        module.InputProcessor = InputProcessor
+        module.InputProcessor, module.AsyncLLM = InputProcessor, AsyncLLM
         monkeypatch.setitem(sys.modules, name, module)
     edge_hook.install()
     edge_hook.install()
