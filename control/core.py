@@ -30,6 +30,7 @@ from coxswain.schemas.policy import (
     TenantPolicy,
     TenantRank,
     digest,
+    plain,
 )
 from coxswain.schemas.status import Frame, RequestStatus, TenantStatus
 
@@ -106,6 +107,22 @@ class Beat(NamedTuple):
 Outgoing = Send | Ask | Beat
 
 
+class _Config(NamedTuple):
+    """Both tables as workers are to have them: what is sent is what was digested, a copy of what others may edit."""
+
+    classes: Mapping[str, ClassPolicy]
+    tenants: Mapping[str, TenantPolicy]
+    tenants_of: Mapping[str, TenantPolicy] | None
+    """Whose copy `tenants` is: the same object is not compared row by row in each step."""
+    digest: str
+
+    @classmethod
+    def of(cls, classes: Mapping[str, ClassPolicy], tenants: Mapping[str, TenantPolicy]) -> "_Config":
+        told = {name: plain(row) for name, row in classes.items()}
+        theirs = {name: plain(row) for name, row in tenants.items()}
+        return cls(told, theirs, tenants, digest(told, theirs))
+
+
 class ControlCore:
     """The controller without its I/O.
 
@@ -141,7 +158,7 @@ class ControlCore:
         self._beat_at = float("-inf")
         self._tables = Tables()
         self._tables_of: tuple[Any, Any, int] = (None, None, 0)
-        self._digest: tuple[Any, Any, str] = (None, None, "")
+        self._config = _Config({}, {}, None, "")
 
     def hear(self, now: float, frame: Frame) -> None:
         """Take a status frame as it comes; the next step sees what it says."""
@@ -262,17 +279,17 @@ class ControlCore:
     ) -> list[Outgoing]:
         """`configure` for every worker that does not have the tables in force."""
         wanted = classes if directives.classes is None else directives.classes
-        if (wanted, tables.tenants) != self._digest[:2]:
-            self._digest = (wanted, tables.tenants, digest(wanted, tables.tenants))
-        name = self._digest[2]
+        if (wanted, tables.tenants) != (self._config.classes, self._config.tenants_of):
+            self._config = _Config.of(wanted, tables.tenants)
+        config = self._config
         sends: list[Outgoing] = []
         for view in self.fleet.live():
             told = self._told[view.worker]
-            echoed = told.config[0] == name and now - told.config[1] < ECHO_S
-            if view.frame.config == name or echoed or not told.ready("configure", now):
+            echoed = told.config[0] == config.digest and now - told.config[1] < ECHO_S
+            if view.frame.config == config.digest or echoed or not told.ready("configure", now):
                 continue
-            told.config = (name, now)
-            fields = {"classes": dict(wanted), "tenants": dict(tables.tenants)}
+            told.config = (config.digest, now)
+            fields = {"classes": dict(config.classes), "tenants": dict(config.tenants)}
             sends.append(self._send(now, view, told, "configure", fields))
         return sends
 

@@ -129,6 +129,9 @@ async def test_a_table_edit_reaches_the_worker(nats_server: NatsServer, client: 
         await client.classes.put("batch", classes["batch"])
         await client.tenants.put("acme/ü", tenants["acme/ü"])
         await eventually(lambda: worker.config == digest(classes, tenants))
+        classes = {"batch": ClassPolicy(position=6)}
+        await client.classes.put("batch", classes["batch"])
+        await eventually(lambda: worker.config == digest(classes, tenants))
         assert await client.tenants.delete("acme/ü")
         await eventually(lambda: worker.config == digest(classes, {}))
         assert not await client.tenants.delete("acme/ü")
@@ -145,7 +148,7 @@ async def test_edits_are_in_force_everywhere_within_a_second(nats_server: NatsSe
         for number in range(4):
             await bucket.put(tenant_key("broken"), b'{"weight": "much"}')
             classes["batch"] = ClassPolicy(position=number)
-            tenants["acme"] = TenantPolicy(weight=1.0 + number)
+            tenants["acme"] = TenantPolicy(weight=2.0 + number)
             await client.classes.put("batch", classes["batch"])
             await client.tenants.put("acme", tenants["acme"])
             wanted = digest(classes, tenants)

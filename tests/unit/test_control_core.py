@@ -9,6 +9,7 @@ from coxswain.control.policies.fcfs import Fcfs
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.policy import Directives
 from coxswain.control.told import ANSWER_S, ECHO_S
+from coxswain.schemas.commands import encode
 from coxswain.schemas.policy import ClassPolicy, Prices, TenantPolicy, TenantRank, digest
 from coxswain.schemas.status import Leader
 from tests.support.control import EPOCH, Driver, Fixed
@@ -90,6 +91,45 @@ def test_a_table_edit_reaches_every_worker_once() -> None:
     later = 0.1 + ECHO_S + 0.1
     echoed = frame("w1", "01A", 2, config=digest({}, TENANTS))
     assert [send.worker for send in driver.sends(later, echoed, frame("w2", "01A", 2))] == ["w2"]
+
+
+def test_an_edit_of_one_row_in_place_is_one() -> None:
+    """The shell keeps one table and puts into it what it reads: one class edited alone must reach the workers."""
+    driver = Driver(Fixed())
+    driver.classes = {"batch": ClassPolicy(position=1)}
+    assert driver.sends(0.0, frame(config=digest(driver.classes, {}))) == []
+    driver.classes["batch"] = ClassPolicy(position=7)
+    (send,) = driver.sends(0.1)
+    assert send.command.classes["batch"].position == 7
+    driver.sends(0.2, frame(seq=2, config=digest(driver.classes, {})), answers=[Answer(send, ok=True)])
+    driver.tenants["acme"] = TenantPolicy(weight=7.0)
+    (send,) = driver.sends(0.3)
+    assert send.command.tenants["acme"].weight == 7.0
+
+
+def test_a_row_that_spells_out_a_default_is_the_row_that_leaves_it_out() -> None:
+    """On the wire and in digests, whenever it came: else a worker that was sent one would never have what is wanted."""
+    spelt = replace(CLASSES["batch"], quantum_s=float("0"), linger_s=float("0"))
+    driver = Driver(Fixed())
+    driver.classes, driver.tenants = CLASSES, TENANTS
+    wanted = digest(CLASSES, TENANTS)
+    assert driver.sends(0.0, frame(config=wanted)) == []
+    driver.classes = {"batch": spelt}
+    driver.tenants = {"acme": replace(TENANTS["acme"], priority_min=int("-2147483648"))}
+    assert driver.sends(0.1) == []
+    (send,) = driver.sends(0.2, frame("w2"))
+    assert b"_s" not in encode(send.command.classes)
+    assert digest(send.command.classes, send.command.tenants) == wanted
+
+
+def test_a_table_that_only_ever_spells_a_default_out_is_sent_without_it() -> None:
+    """A worker of a version that does not know the field then has the same digest."""
+    driver = Driver(Fixed())
+    driver.classes = {"batch": replace(CLASSES["batch"], linger_s=float("0"))}
+    driver.tenants = {"acme": TenantPolicy(weight=float("1"))}
+    (send,) = driver.sends(0.0, frame())
+    assert encode(send.command.classes) == b'{"batch":{"position":1}}'
+    assert encode(send.command.tenants) == b'{"acme":{}}'
 
 
 def test_a_refused_configure_is_tried_again_with_growing_patience() -> None:
