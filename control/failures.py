@@ -10,7 +10,7 @@ from coxswain.control.policy import Directives
 
 PATIENCE: Final = 20
 """Failures in a row after which another controller may try: a second at the usual cadence. By then every worker has
-sent a full frame, so that what upset the policy is not one odd message."""
+spoken many times, so that what upset the policy is not one odd message."""
 LET_GO_EVERY_S: Final = 60.0
 """How often the lease is given up while the policy fails. In between, a leader without a policy is better than none."""
 

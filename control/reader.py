@@ -1,8 +1,8 @@
 """Status payloads in, frames out, with no more of each read than is news. Pure; called by `daemon` as they come.
 
-A full frame lists every tenant that its worker ever served, and every second each worker sends one, so that losses
-are repaired. Whoever lost nothing knows its rows already from the deltas before it, as its `revision` says: then its
-head is read alone. Of large fleets that is half of all rows.
+A full frame lists every tenant that its worker ever served, and each worker sends one every second, or every 30 if it
+is dear, so that losses are repaired. Whoever lost nothing knows its rows already from the deltas before it, as its
+`revision` says: then its head is read alone. Of large fleets that is half of all rows.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from coxswain.control.fleet import Fleet
 from coxswain.schemas.status import Frame, decode_frame, decode_glance
 
 MAX_UNREAD: Final = 599
-"""Full frames in a row of which only the head is read. The next, after ten minutes, is read whole: no mistake lasts.
+"""Full frames in a row of which only the head is read. The next is read whole, so that no mistake lasts: after ten
+minutes, or after hours of a worker with so many tenants that its full frames come seldom.
 
 Much more often, and it would be what the slowest turns of a large fleet are made of."""
 MAX_INCARNATIONS: Final = 4_096

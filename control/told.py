@@ -14,7 +14,7 @@ from coxswain.control.policy import Cap, Group, Kv
 from coxswain.schemas.policy import Prices, TenantRank
 
 ECHO_S: Final = 1.5
-"""How long a worker's status may lag behind a command that it applied; a full frame comes every second."""
+"""How long a worker's status may lag behind a command that it applied: what changed is said within a second."""
 ANSWER_S: Final = 2.0
 """A command without an answer by then counts as failed."""
 FIRST_RETRY_S: Final = 0.25

@@ -42,7 +42,7 @@ WORKER_INFO: Final = Metric(
 WORKER_STATUS_AGE: Final = Metric(
     "coxswain_worker_status_age_seconds",
     "gauge",
-    "Since its last full status frame; one comes each second.",
+    "Since its last status frame; one comes each second at the least.",
     _WORKER,
 )
 WORKER_STATE: Final = Metric(

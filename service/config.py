@@ -17,7 +17,7 @@ from coxswain.schemas.policy import LEADER_LEASE_S
 
 Bus = Literal["process", "thread"]
 MAX_STATUS_INTERVAL_S: Final = 1.0
-"""A full frame a second is what edges (5 s) and controllers (3 s) judge a worker's silence by."""
+"""A frame a second, full or not, is what edges (5 s) and controllers (3 s) judge a worker's silence by."""
 
 
 class SettingRefusedError(ValueError):
@@ -35,7 +35,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     status_interval_s: float = 0.05
     """Least time between status frames while anything changes."""
     full_interval_s: float = 1.0
-    """Time between full frames, and between heartbeats of an idle engine."""
+    """Least time between full frames, of which dear ones come less often, and between heartbeats of an idle engine."""
     head: int = 64
     """How many waiting requests a frame lists."""
     leader_lease_s: float = LEADER_LEASE_S
