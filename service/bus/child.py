@@ -29,8 +29,8 @@ MAX_UNREAD: Final = 16 * 1024 * 1024
 From half of it on queries are, and commands that are large: a few of those would keep everybody else's out.
 """
 LEADS: Final = 1024 * 1024
-"""Bytes beyond that for the leader's heartbeats alone, thousands of them: were they refused with commands, whoever floods
-would end every hold of the leader."""
+"""Bytes beyond that for the leader's heartbeats alone, thousands of them: were they refused with commands, whoever
+floods would end every hold of the leader."""
 LARGE: Final = 64 * 1024
 """Bytes of a command that names hundreds of targets."""
 ALONE_S: Final = 2.0
