@@ -25,7 +25,8 @@ MORE_FILES: Final = 16
 FEW: Final = 16
 """Commands that may be on their way to a worker at rest: controllers do not rest."""
 LATE_S: Final = 2.0
-"""A hold may end so long after its lease: the engine may be in a step, on a machine that has other things to do."""
+"""A hold may end so long after its lease: it ends with the next step, on a machine that has other things to do. This
+finds holds that go on; that one ends with the first step after its lease is what tests/unit/test_holds.py holds."""
 FAULTS_OF_OURS: Final = re.compile(
     r"Traceback|bus\.died|bus\.pump_failed|nats\.handler_failed|command\.check_failed|events\.failed|internal error"
 )
