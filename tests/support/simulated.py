@@ -1,4 +1,4 @@
-"""A real EngineCore on the simulated device, in this process, one step at a time."""
+"""A real EngineCore on the simulated device, or on a real one, in this process, one step at a time."""
 
 import json
 import os
@@ -29,6 +29,8 @@ class Engine:
         self.core = core
         self.steps = 0
         self.outputs: dict[str, list[int]] = {}
+        self.pooled: dict[str, Any] = {}
+        """What a pooling model made of each: tensors."""
         self.finished: dict[str, str] = {}
         """Why each ended, as its client was told."""
         self.replies: list[Any] = []
@@ -46,8 +48,8 @@ class Engine:
 
     @property
     def checker(self) -> Any:
-        """The checker of the simulated device."""
-        return self.core.model_executor.driver_worker.checker
+        """The checker of the simulated device; a real one has none."""
+        return getattr(self.core.model_executor.driver_worker, "checker", None)
 
     def _watch(self, worker: Any) -> None:
         execute = worker.execute_model
@@ -62,7 +64,7 @@ class Engine:
     def forget(self) -> None:
         """Begin anew: nothing must be left of what was."""
         self.check_empty()
-        for memory in (self.outputs, self.finished, self.replies, self.computed):
+        for memory in (self.outputs, self.pooled, self.finished, self.replies, self.computed):
             memory.clear()
 
     def events(self) -> list[tuple[Any, type[ev.Event], dict[str, Any]]]:
@@ -124,6 +126,8 @@ class Engine:
     def _note(self, outputs: list[Any]) -> None:
         for item in outputs:
             self.outputs.setdefault(item.request_id, []).extend(item.new_token_ids)
+            if item.pooling_output is not None:
+                self.pooled[item.request_id] = item.pooling_output
             if item.finish_reason is not None:
                 self.finished[item.request_id] = str(item.finish_reason)
 
@@ -162,7 +166,7 @@ class Engine:
 
     def check_empty(self) -> None:
         """No request, queue entry, slot or block is left, anywhere."""
-        scheduler, executor = self.scheduler, self.core.model_executor
+        scheduler = self.scheduler
         assert not scheduler.requests
         assert not scheduler.running
         assert not len(scheduler.waiting)
@@ -172,7 +176,7 @@ class Engine:
         assert scheduler.num_waiting_for_streaming_input == 0
         assert scheduler.kv_cache_manager.usage == 0
         self.check_blocks()
-        if executor.driver_worker.checker is not None and self.checker.v2:
+        if self.checker is not None and self.checker.v2:
             assert self.checker.slots == 0
         if hasattr(scheduler, "core"):
             scheduler.core.validate()
@@ -192,9 +196,10 @@ def engine(
     scheduler: str | None = STEERED,
     preset: str = "instant",
     model: str | None = None,
+    executor: str = EXECUTOR,
     **options: Any,
 ) -> Iterator[Engine]:
-    """An engine on the simulated device with the checker on; `options` are vLLM's engine arguments."""
+    """An engine, on the simulated device with its checker on unless told otherwise; `options` are vLLM's arguments."""
     from vllm import envs
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.core import EngineCore
@@ -223,7 +228,7 @@ def engine(
         os.environ.pop("COX_NATS_URL", None)
         arguments = EngineArgs(
             model=model or str(folder), skip_tokenizer_init=model is None, async_scheduling=asynchronous,
-            scheduler_cls=scheduler, distributed_executor_backend=EXECUTOR, **{**defaults, **options},
+            scheduler_cls=scheduler, distributed_executor_backend=executor, **{**defaults, **options},
         )  # fmt: skip
         vllm_config = arguments.create_engine_config()
         assert vllm_config.use_v2_model_runner is v2
