@@ -62,6 +62,8 @@ class Limits:
         self._over: dict[Group, None] = {}
         self._prefill: dict[Group, None] = {}
         """Those with a cap on their prompt tokens per step."""
+        self.changes = 0
+        """How often a cap, or what runs of something with a cap, changed."""
 
     # What is set
 
@@ -155,6 +157,7 @@ class Limits:
 
     def counted(self, group: Group) -> None:
         """The cap of a group changed, or how many of one with a cap run."""
+        self.changes += 1
         if group.excess:
             self._over[group] = None
         else:
@@ -182,6 +185,11 @@ class Limits:
         """Whether more run of anything than may."""
         return bool(self._over)
 
+    @property
+    def lent(self) -> bool:
+        """Whether anything runs on borrowed room; O(number of tenants and classes that are over)."""
+        return any(group.borrowing for group in self._over)
+
     def over(self) -> Iterator[Over]:
         """Tenants and classes of which more run than may; O(number of them)."""
         for group in self._over:
@@ -199,7 +207,7 @@ class Limits:
     def borrowers(self, running: Iterable[Record]) -> Iterator[Record]:
         """The first of the running that borrow their room, of each tenant and class as many as are over its cap."""
         taken: Counter[Group] = Counter()
-        for record in running if self._over else ():
+        for record in running if self.lent else ():
             account, group = record.account, record.group
             if group.policy.borrow and (account.excess > taken[account] or group.excess > taken[group]):
                 taken.update((account, group))

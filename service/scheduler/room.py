@@ -25,7 +25,7 @@ from coxswain.schemas.subjects import ENGINE
 from coxswain.service.scheduler.engine import Engine
 from coxswain.service.scheduler.groups import ClassGroup
 from coxswain.service.scheduler.holds import WITH_KV, Holds
-from coxswain.service.scheduler.limits import Limits
+from coxswain.service.scheduler.limits import Limits, Over
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.roster import Roster
@@ -36,6 +36,8 @@ CUTS: Final = ("slots", "kv")
 NOBODY: Final = (None, False)
 MOST: Final = 32
 """Requests that one step makes room for; the next step goes on."""
+STUCK_S: Final = 0.1
+"""How long nobody looks again for whom to stop where nobody over a cap could be held, and the same run still."""
 
 Key = tuple[int, int, float]
 """(class place, priority where it counts across tenants, arrival): lower is more urgent."""
@@ -75,6 +77,9 @@ class Room:
         self._backs: list[Record] = []
         self._backs_version = -1
         self._overdue_at = float("inf")
+        self._stuck: tuple[int, list[Over]] = (0, [])
+        """`Limits.changes`, and who was over a cap, when more had to stop than could."""
+        self._stuck_until = 0.0
         self._now = 0.0
         """When the step at hand began: reclaim happens inside it, where no clock is passed."""
 
@@ -117,17 +122,18 @@ class Room:
         returning = self._holds.returning
         if not (self._cutting or returning or self._roster.kept or self._limits.exceeded):
             return  # every step comes here
-        if self._limits.exceeded:
+        if self._limits.exceeded and (now >= self._stuck_until or self._excess() != self._stuck):
             self._stop_excess(now)
         if self._roster.kept and (self._queue or returning):
             self._park_surplus()
-        if returning or self._limits.exceeded or self._queue.offers(self._cutting):
+        if returning or self._limits.lent or self._queue.offers(self._cutting):
             self._place(now)
 
     def _stop_excess(self, now: float) -> None:
         """Hold what runs beyond its caps and may not borrow, the worst first; it goes on when there is room.
 
-        Who cannot be held (a streaming session) is passed over: the others are as many fewer.
+        Who cannot be held (a streaming session) is passed over: the others are as many fewer. Where there are no others
+        they run on, maybe for hours, and not every step looks through all that run for them.
         """
         engine = self._engine
 
@@ -137,6 +143,12 @@ class Room:
 
         for record, group in self._limits.to_stop(able):
             self._holds.hold(now, record, ENGINE, "keep", None, f"over the cap of {group.name}")
+        self._stuck = self._excess()
+        if any(excess > borrowed for _, excess, borrowed in self._stuck[1]):
+            self._stuck_until = now + STUCK_S
+
+    def _excess(self) -> tuple[int, list[Over]]:
+        return self._limits.changes, list(self._limits.over())
 
     def _place(self, now: float) -> None:
         """See to the first that would like to run, in their order, until one finds no room."""

@@ -15,6 +15,7 @@ from coxswain.schemas.subjects import CONTROLLER
 from coxswain.service.scheduler import limits
 from coxswain.service.scheduler.groups import Caps
 from coxswain.service.scheduler.limits import Target
+from coxswain.service.scheduler.room import STUCK_S
 from coxswain.service.scheduler.rows import class_row, tenant_row
 from coxswain.service.scheduler.states import State
 from tests.support.fake_engine import FakeEngine, picture
@@ -241,6 +242,49 @@ def test_others_stop_in_place_of_what_cannot_be_held(steered: Steered) -> None:
     steered("limit", to=A, max_running=1)
     engine.step()
     assert running(engine) == "aa"
+    engine.check()
+
+
+def test_not_every_step_looks_for_whom_to_stop_where_nobody_can_be(
+    steered: Steered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions over a cap run for hours: a step looks through what runs when their count changes, or after a while."""
+    engine, room = steered.engine, steered.engine.core.room
+    looks: list[float] = []
+    placed: list[float] = []
+    worst_running, free_slots = engine.worst_running, engine.free_slots
+    monkeypatch.setattr(engine, "free_slots", lambda: placed.append(engine.now) or free_slots())
+    monkeypatch.setattr(engine, "worst_running", lambda: looks.append(engine.now) or worst_running())
+    records = [engine.submit("a", tokens=50) for _ in range(5)]
+    engine.step()
+    for record in records:
+        record.payload.obstacle = "a streaming session cannot be held"
+    steered("limit", to=A, max_running=1)
+    began = engine.now
+    placed.clear()
+    for step in range(50):
+        room.plan(began + 0.001 * step)
+    assert (looks, placed) == ([began], []), "and nobody borrows, so nobody looks for room to give back"
+    running_on = iter(engine.running)
+    assert not list(engine.core.limits.borrowers(running_on))
+    assert len(list(running_on)) == 4, "not even looked at"
+    steered("limit", to=A, max_running=2)
+    room.plan(began + 0.051)
+    assert len(looks) == 2
+    another = next(record for record in records if record not in engine.running)
+    engine.finish(next(iter(engine.running)))
+    steered("limit", to=A, max_running=None)
+    engine.admit()
+    steered("limit", to=A, max_running=2)
+    another.payload.obstacle = None
+    room.plan(began + 0.052)
+    assert another in engine.core.roster.held, "as many are over as before, but not the same"
+    for record in engine.running:
+        record.payload.obstacle = None
+    room.plan(began + 0.053)
+    assert (running(engine), len(looks)) == ("aaa", 3)
+    room.plan(began + 0.052 + STUCK_S)
+    assert (running(engine), len(looks)) == ("aa", 4)
     engine.check()
 
 
