@@ -26,7 +26,7 @@ def pooling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         engine(
             model.parent, v2=False, asynchronous=False, model=str(model), executor="uni", runner="pooling",
             dtype="float32", enforce_eager=True, enable_prefix_caching=False, enable_chunked_prefill=True,
-            max_num_batched_tokens=CHUNK, block_size=32, num_gpu_blocks_override=24,
+            max_num_batched_tokens=CHUNK, block_size=32, num_gpu_blocks_override=24, kv_cache_memory_bytes=2**26,
         ) as engine_,
     ):  # fmt: skip
         yield engine_
