@@ -1,7 +1,7 @@
 """Who connects, as the edge sees it behind the server that vLLM uses: X-Forwarded-For decides nothing.
 
 The real middleware under a real uvicorn, in a process of its own, since importing it reads the environment; vLLM's
-module that it hooks is an empty one.
+modules that it hooks are empty ones.
 """
 
 import os
@@ -15,8 +15,9 @@ import pytest
 SECRET = "5e" * 32
 SERVE = """
 import socket, sys, types
-for name in ("vllm", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.input_processor"):
+for name in ("vllm", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.async_llm", "vllm.v1.engine.input_processor"):
     sys.modules[name] = types.ModuleType(name)
+sys.modules["vllm.v1.engine.async_llm"].AsyncLLM = object
 hooked = {"assign_request_id": staticmethod(id), "process_inputs": id}
 sys.modules[name].InputProcessor = type("InputProcessor", (), hooked)
 
