@@ -163,10 +163,13 @@ class Bench:
             await asyncio.sleep(0.02)
         return await self.end(fillers)
 
-    async def cut_in(self, mode: str) -> dict[str, Any]:
-        """Bursts of interactive requests cut in on a full engine, where others are held and dropped by hand."""
+    async def cut_in(self, mode: str, *, aside: bool = False) -> dict[str, Any]:
+        """Bursts of interactive requests cut in on a full engine, where others are held and dropped by hand.
+
+        `aside`: the engine's own work stands aside for the step in which one of them begins.
+        """
         sizes = self.sizes
-        await self.send.classes(cut_in=mode)
+        await self.send.classes(cut_in=mode, aside=aside)
         before = await self.send.status()
         runs = self.all()
         burst: list[Request] = []
@@ -188,7 +191,7 @@ class Bench:
         half = len(burst) // 2
         await self.send.classes()
         return {
-            "cut_in": mode, "equal": self.equal(outputs), "of": len(runs),
+            "cut_in": f"{mode}, aside" if aside else mode, "equal": self.equal(outputs), "of": len(runs),
             "others_equal": sum(self.equal(part, BURST_TOKENS) for part in (others[:half], others[half:])),
             "others": len(burst),
             "held_most": held_most, "preempted": after.preempted_total - before.preempted_total,
@@ -238,8 +241,8 @@ async def measure(bench: Bench, found: dict[str, Any], save: Any, until: float) 
     except Exception as error:  # noqa: BLE001 - without a control nothing passes, but the cases are worth having
         found["control"] = {"error": repr(error)}
     save()
-    for mode in ("slots", "kv"):
-        found["cut_in"].append(await bench.cut_in(mode))
+    for mode, aside in (("slots", False), ("kv", False), ("slots", True)):
+        found["cut_in"].append(await bench.cut_in(mode, aside=aside))
         print(found["cut_in"][-1], flush=True)
         save()
     todo = cases(bench.sizes)
