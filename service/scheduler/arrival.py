@@ -16,15 +16,13 @@ def met(record: Record, queue: SteeredQueue, roster: Roster) -> dict[str, Any]:
     Virtual times are those of the last frame or admission: who is charged since is not looked at for every arrival.
     """
     account, first = record.account, queue.glance()
-    if first is None:
-        return {
-            "prompt_tokens": record.prompt_tokens, "waiting": len(queue), "tenant_waiting": len(account.waiting) - 1,
-            "running": len(roster.running), "virtual_time": account.virtual_time,
-        }  # fmt: skip
-    next_account = first.account
-    return {
+    fields: dict[str, Any] = {
         "prompt_tokens": record.prompt_tokens, "waiting": len(queue), "tenant_waiting": len(account.waiting) - 1,
         "running": len(roster.running), "virtual_time": account.virtual_time,
-        "next_request": first.request, "next_tenant": next_account.name, "next_class": first.class_,
-        "next_priority": first.priority, "next_virtual_time": next_account.virtual_time,
     }  # fmt: skip
+    if first is not None:
+        next_account = first.account
+        fields["next_request"], fields["next_tenant"] = first.request, next_account.name
+        fields["next_class"], fields["next_priority"] = first.class_, first.priority
+        fields["next_virtual_time"] = next_account.virtual_time
+    return fields

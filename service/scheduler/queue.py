@@ -40,7 +40,7 @@ class SteeredQueue:
     def __bool__(self) -> bool:
         """Whether there is anything that may run: not the same as its length."""
         for class_line in self._order:  # vLLM asks in every step: no generator where one class is all
-            if class_line.open.size and not class_line.group.closed:
+            if class_line.offers:
                 return True
         return bool(self._borrowing) and any(class_line.size for class_line in self._borrowing)
 
@@ -133,7 +133,7 @@ class SteeredQueue:
             if class_line.offers and not class_line.popped:
                 return first(class_line.open.heap)
         for class_line in self._order:
-            if class_line.open.size and not class_line.group.closed:
+            if class_line.offers:
                 return first(class_line.open.heap)
         for class_line in self._borrowing:
             if class_line.size:
