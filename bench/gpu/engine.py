@@ -31,15 +31,20 @@ def make(model: Path, *, scheduler: str, mode: Mode, **options: Any) -> Any:
 
 @asynccontextmanager
 async def steered(
-    worker: str, model: Path, mode: Mode, **options: Any
+    worker: str, model: Path, mode: Mode, *, ranks: int = 1, **options: Any
 ) -> AsyncIterator[tuple[Any, wire.Wire]]:
-    """A steered engine of this name and who commands it, both classes configured; it is shut down at the end."""
+    """A steered engine of this name and who commands it, both classes configured; it is shut down at the end.
+
+    Of more than one data parallel `ranks` each is a worker of its own.
+    """
     async with wire.server_at_hand() as url:
         os.environ.update(wire.environment(worker, url))
+        if ranks > 1:
+            options["data_parallel_size"] = ranks
         llm = make(model, scheduler="coxswain.service.scheduler.SteeredScheduler", mode=mode, **options)
         try:
             async with await wire.connect() as client:
-                send = wire.Wire(client, worker)
+                send = wire.Wire(client, *wire.workers(worker, ranks))
                 await send.ready()
                 await send.classes()
                 yield llm, send

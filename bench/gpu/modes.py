@@ -66,6 +66,8 @@ class EngineMode(msgspec.Struct, frozen=True, kw_only=True):
     dry: str = "simulated"
     """What a dry run uses: `cpu` where vLLM has the mode there, `simulated`, or empty: this needs a GPU."""
     gpus: int = 1
+    ranks: int = 1
+    """Data parallel ones, a worker each."""
     parks: bool = True
     reloads: bool = False
     """Whether what was dropped is loaded again, not computed."""
@@ -89,6 +91,7 @@ class EngineMode(msgspec.Struct, frozen=True, kw_only=True):
 EVERYTHING: Final = (
     Part.HELD, Part.PROMPT, Part.CUT_IN, Part.RESET, Part.PAUSE, Part.SESSION, Part.CONTROL
 )  # fmt: skip
+BOTH: Final = (Part.HELD, Part.CUT_IN)
 CACHING: Final = {"enable_prefix_caching": True}
 LORA: Final = {"enable_lora": True, "max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8}
 GRAPH_SIZES: Final = [1, 2, 4, 8, 16, 24, 32]
@@ -109,6 +112,8 @@ OFFLOAD: Final = {
 }
 FP8: Final = {"kv_cache_dtype": "fp8", "attention_backend": "TRITON_ATTN"}
 """FlashAttention's FP8 kernels are not batch-invariant: two undisturbed runs differ by themselves."""
+TENSOR: Final = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
+PIPELINE: Final = {"pipeline_parallel_size": 2}
 SLEEPER: Final = {"enable_sleep_mode": True}
 ASLEEP: Final = (Part.SLEEP, Part.HELD)
 
@@ -146,10 +151,15 @@ MODES: Final = (
     EngineMode(name="FP8 KV on V2 async", on_gpu=FP8, dry=""),
     EngineMode(name="sleep on V2 async", parts=ASLEEP, on_gpu=SLEEPER),
     EngineMode(name="sleep on V1 sync", v2=False, asynchronous=False, parts=ASLEEP, on_gpu=SLEEPER),
+    EngineMode(name="tensor parallel 2 on V2 async", parts=BOTH, gpus=2, dry="cpu", options=TENSOR),
     EngineMode(
-        name="tensor parallel 2 on V2 async", parts=(Part.HELD, Part.CUT_IN), gpus=2, dry="cpu",
-        options={"tensor_parallel_size": 2}, on_gpu={"disable_custom_all_reduce": True},
+        name="tensor parallel 2 on V2 async compiled", parts=BOTH, gpus=2, dry="", options=TENSOR | CACHING,
+        on_gpu=COMPILED,
     ),
+    # vLLM 0.32.0 on a CPU does not survive its first request with a pipeline.
+    EngineMode(name="pipeline parallel 2 on V2 async", parts=BOTH, gpus=2, dry="", options=PIPELINE),
+    EngineMode(name="pipeline parallel 2 on V1 sync", parts=BOTH, gpus=2, **(_V1_SYNC | {"dry": ""}), options=PIPELINE),
+    EngineMode(name="data parallel 2 on V2 async", parts=BOTH, gpus=2, ranks=2),
 )  # fmt: skip
 
 

@@ -192,7 +192,8 @@ async def trial(name: str, models: Path, out: Path, mode: Mode) -> int:
         out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
 
     try:
-        async with steered(way.worker, models / "model", mode, **_options(way, mode)) as (llm, send):
+        options = _options(way, mode)
+        async with steered(way.worker, models / "model", mode, ranks=way.ranks, **options) as (llm, send):
             found["scheduler"] = await send.settings()
             found["load_s"] = round(time.monotonic() - began, 1)
             save()
@@ -209,7 +210,7 @@ def _options(way: EngineMode, mode: Mode) -> dict[str, Any]:
     """The engine's, and this process's environment for it."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the control sends a function to the worker
     sizes = way.sizes(mode)
-    active = sizes.identity_requests * (4 if way.kind is Kind.CHILDREN else 1)
+    active = sizes.identity_requests * (4 if way.kind is Kind.CHILDREN else 1) // way.ranks
     options: dict[str, Any] = {
         "enforce_eager": True, "async_scheduling": way.asynchronous, "max_num_active_seqs": active,
         "max_num_seqs": active + sizes.identity_spare, "skip_tokenizer_init": way.kind is not Kind.STRUCTURED,

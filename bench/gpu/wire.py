@@ -9,16 +9,18 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
 from ulid import ULID
 
 from coxswain.common.connection import Connection
 from coxswain.control.client import Client
-from coxswain.schemas.commands import COMMANDS, Configure, Targets
+from coxswain.schemas.commands import COMMANDS, Configure, Reply, Targets
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.service.request_id import make
 
@@ -74,6 +76,11 @@ def environment(worker: str, url: str) -> dict[str, str]:
     return {"COX_NATS_URL": url, "COX_FLEET": FLEET, "COX_WORKER": worker, "COX_IDENTITY_KEY": KEY}
 
 
+def workers(worker: str, ranks: int) -> list[str]:
+    """The names of an engine's workers: one, or one for each data parallel rank."""
+    return [worker] if ranks == 1 else [f"{worker}-dp{rank}" for rank in range(ranks)]
+
+
 def name(tenant: str) -> str:
     """A request's id that proves its tenant, as the HTTP edge makes it."""
     return make(bytes.fromhex(KEY), tenant, "", str(ULID()))
@@ -85,27 +92,27 @@ async def connect(url: str | None = None) -> Client:
 
 
 class Wire:
-    """Commands to one worker, whose refusals are errors."""
+    """Commands to an engine, whose refusals are errors: to one worker, or to all ranks of a data parallel one."""
 
-    def __init__(self, client: Client, worker: str) -> None:
+    def __init__(self, client: Client, *workers: str) -> None:
         self.client = client
-        self.worker = worker
+        self.workers = workers
         self.ignored: set[str] = set()
         """Fields that the worker said it does not act on: a number measured with them proves nothing."""
 
     async def ready(self) -> None:
-        """Wait until the worker answers."""
+        """Wait until every worker answers."""
         async with asyncio.timeout(START_S):
-            while self.worker not in await self.client.statuses(wait_s=1.0):  # noqa: ASYNC110
+            while set(self.workers) - (await self.client.statuses(wait_s=1.0)).keys():  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
 
     async def told(self, verb: str, names: Iterable[str] = (), **fields: Any) -> Any:
-        """Send a command about these requests; its reply, a refusal too."""
+        """Send a command about these requests; its reply, a refusal too. Of several ranks: what they did together."""
         if verb != "configure":
             fields.setdefault("targets", Targets(requests=tuple(names)))
         command = COMMANDS[verb](id=str(ULID()), issuer="bench", **fields)
-        (reply,) = await self.client.command(self.worker, verb, command, timeout_s=30)
-        return reply
+        asked = [self.client.command(worker, verb, command, timeout_s=30) for worker in self.workers]
+        return together([reply for replies in await asyncio.gather(*asked) for reply in replies])
 
     async def __call__(self, verb: str, names: Iterable[str] = (), **fields: Any) -> Any:
         """Send a command about these requests; its reply.
@@ -135,11 +142,30 @@ class Wire:
         return await self("configure", **tables)
 
     async def status(self) -> Any:
-        """The worker's full frame."""
-        (frame,) = await self.client.query(self.worker, "status", timeout_s=30)
-        return frame
+        """The engine's full frame; of several ranks their rows, and sums of what is counted."""
+        asked = [self.client.query(worker, "status", timeout_s=30) for worker in self.workers]
+        frames = [frame for (frame,) in await asyncio.gather(*asked)]
+        added = {
+            field: sum((getattr(frame, field) for frame in frames[1:]), getattr(frames[0], field))
+            for field in ("step", "held", "preempted_total", "recomputed_tokens_total", "tenants", "requests")
+        }
+        blocks = replace(frames[0].kv_blocks, used=sum(frame.kv_blocks.used for frame in frames))
+        return replace(frames[0], kv_blocks=blocks, **added)
 
     async def settings(self) -> dict[str, Any]:
         """What vLLM's scheduler was made with, as the worker says it."""
-        (config,) = await self.client.query(self.worker, "config", timeout_s=30)
+        (config,) = await self.client.query(self.workers[0], "config", timeout_s=30)
         return dict(config.scheduler)
+
+
+def together(replies: list[Reply]) -> Reply:
+    """One reply for those of all ranks: a request that one has, the others do not know."""
+    if len(replies) == 1:
+        return replies[0]
+    did = [reply for reply in replies if reply.outcome != "rejected"]
+    counts: Counter[str] = Counter()
+    for reply in did:
+        counts.update(reply.counts)
+    counts.pop("not_found", None)
+    results = tuple(result for reply in did for result in reply.results if result.outcome != "not_found")
+    return replace((did or replies)[0], counts=dict(counts), results=results)
