@@ -168,12 +168,15 @@ class EdgeMiddleware:
             nonlocal answers
             if refusal is None:
                 answers = True
+                if message.get("status", 200) >= 400:
+                    passage.failed()
                 await send(message)
 
         try:
             await self._app(scope, receive_asking, send_unless_refused)
         except Exception:
             if refusal is None:
+                passage.failed()  # the server outside of us answers 500
                 raise
         if refusal is not None:
             self._count(refusal.status)

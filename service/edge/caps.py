@@ -97,7 +97,7 @@ class Passage:
         class_: the class that it would be in now.
     """
 
-    __slots__ = ("_asked_class", "_asked_place", "_caps", "_sent", "_underway", "class_", "tenant")
+    __slots__ = ("_asked_class", "_asked_place", "_caps", "_last", "_sent", "_underway", "class_", "tenant")
 
     def __init__(self, caps: "EdgeCaps", tenant: str, asked_class: str, class_: str) -> None:
         self._caps = caps
@@ -106,7 +106,8 @@ class Passage:
         self.class_ = class_
         self._underway = True
         self._asked_place = False
-        self._sent = (0.0, 0)
+        self._last: list[Sent] = []
+        self._sent: list[Sent] = []
         caps.underway[tenant] += 1
 
     def whole(self, now: float) -> Refusal | None:
@@ -122,14 +123,17 @@ class Passage:
     def sent(self, now: float, children: int) -> None:
         """The front end gave the engine one of its prompts, as so many requests (`n`)."""
         self.left()
-        self._sent = now, children
-        self._caps.note_sent(self.tenant, self.class_, children, now)
+        self._last = self._caps.note_sent(self.tenant, self.class_, children, now)
+        self._sent += self._last
 
     def refused(self) -> None:
         """The front end did not give the engine after all what it said last."""
-        now, children = self._sent
-        self._sent = 0.0, 0
-        self._caps.note_refused(self.tenant, self.class_, children, now)
+        self._caps.note_refused(self.tenant, self._last)
+        self._last = []
+
+    def failed(self) -> None:
+        """It was answered with an error: what the engine was given of it (the first prompts of a list) is aborted."""
+        self._caps.note_over(self.tenant, self._sent)
 
     def left(self) -> None:
         """It is not on its way to the engine any more: it is there, or was answered without it."""
@@ -137,6 +141,23 @@ class Passage:
             self._underway = False
             _less(self._caps.underway, self.tenant)
             self._caps.leave_place(self)
+
+
+class Sent:
+    """One request that an engine was given and no frame has yet.
+
+    Args:
+        at: when (monotonic s).
+        class_: the class that it was taken for.
+    """
+
+    __slots__ = ("at", "class_", "over")
+
+    def __init__(self, at: float, class_: str) -> None:
+        self.at = at
+        self.class_ = class_
+        self.over = False
+        """Whether it counts no more. A frame will say that it came all the same."""
 
 
 def _less(counts: Counter[str], name: str) -> None:
@@ -205,10 +226,12 @@ class EdgeCaps:
         """The same per class, of those that have a place in it."""
         self._placed: OrderedDict[Passage, float] = OrderedDict()
         """Those, and since when, oldest first."""
-        self.sent: defaultdict[str, deque[tuple[float, str]]] = defaultdict(deque)
-        """Per tenant, requests (when, class) that were given to an engine and are in no frame yet, oldest first."""
+        self.sent: defaultdict[str, deque[Sent]] = defaultdict(deque)
+        """Per tenant, requests that were given to an engine and are in no frame yet, oldest first."""
+        self.sent_of: Counter[str] = Counter()
+        """How many of these count per tenant."""
         self.sent_in: Counter[str] = Counter()
-        """How many of these there are per class."""
+        """The same per class."""
         self._swept_at = 0.0
 
     # What is heard
@@ -227,19 +250,31 @@ class EdgeCaps:
                 self._drop_oldest(tenant)
         self._sweep(now)
 
-    def note_sent(self, tenant: str, class_: str, count: int, now: float) -> None:
+    def note_sent(self, tenant: str, class_: str, count: int, now: float) -> list[Sent]:
         """An engine was given so many requests; while none was ever heard nobody is capped, and nobody counts."""
-        if self.views:
-            self.sent[tenant].extend((now, class_) for _ in range(count))
-            self.sent_in[class_] += count
-            self._sweep(now)
+        if not self.views:
+            return []
+        given = [Sent(now, class_) for _ in range(count)]
+        self.sent[tenant].extend(given)
+        self.sent_of[tenant] += count
+        self.sent_in[class_] += count
+        self._sweep(now)
+        return given
 
-    def note_refused(self, tenant: str, class_: str, count: int, sent_at: float) -> None:
-        """So many of those that were sent then no engine was given."""
-        sent, entry = self.sent.get(tenant, deque()), (sent_at, class_)
-        for _ in range(min(count, sent.count(entry))):
-            sent.remove(entry)
-            self.sent_in[class_] -= 1
+    def note_refused(self, tenant: str, last: list[Sent]) -> None:
+        """What was sent last no engine was given."""
+        self.note_over(tenant, last)
+        for each in reversed(last):
+            if (sent := self.sent.get(tenant)) and sent[-1] is each:
+                sent.pop()
+
+    def note_over(self, tenant: str, sent: Iterable[Sent]) -> None:
+        """These wait no more, whether or not a frame had them."""
+        for each in sent:
+            if not each.over:
+                each.over = True
+                _less(self.sent_of, tenant)
+                _less(self.sent_in, each.class_)
 
     def take_place(self, passage: Passage, now: float) -> None:
         """A request is as good as in its class's queue."""
@@ -262,14 +297,13 @@ class EdgeCaps:
                 break
             self.leave_place(passage)
         for tenant in list(self.sent):
-            while (sent := self.sent[tenant]) and now - sent[0][0] > LOST_S:
+            while (sent := self.sent[tenant]) and now - sent[0].at > LOST_S:
                 self._drop_oldest(tenant)
             if not sent:
                 del self.sent[tenant]
 
     def _drop_oldest(self, tenant: str) -> None:
-        _, class_ = self.sent[tenant].popleft()
-        self.sent_in[class_] -= 1
+        self.note_over(tenant, (self.sent[tenant].popleft(),))
 
     # What is asked
 
@@ -289,7 +323,7 @@ class EdgeCaps:
         class_, refusal = self.place(tenant, asked_class, now)
         if refusal is None:
             load = _load([view.tenants.get(tenant) for view in self._live(now)])
-            count = load.queued + self.underway[tenant] + len(self.sent.get(tenant, ()))
+            count = load.queued + self.underway[tenant] + self.sent_of[tenant]
             if load.cap is not None and count >= load.cap:
                 refusal = _too_many(f"tenant {tenant!r}", count, load)
         return refusal or Passage(self, tenant, asked_class, class_)

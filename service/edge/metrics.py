@@ -1,6 +1,6 @@
 """Steering's numbers on vLLM's own `/metrics`: of the workers behind a server, as their status frames have them.
 
-Nothing is read, computed or kept for it in the engine, and in the server only the last full frame as it came; it is
+Nothing is read, computed or kept for it in the engine, and in the server only the last frames as they came; they are
 read when somebody asks. Where vLLM runs several API server processes any of them may be asked: they share what was
 counted by a file in the folder where prometheus_client's processes share theirs.
 
@@ -42,17 +42,19 @@ _read_tally: Final = msgspec.msgpack.Decoder(Tally).decode
 
 
 class Latest:
-    """The last full frame of each incarnation, as bytes: what it costs while nobody asks."""
+    """The last full frame of each incarnation and what came after it, as bytes: what it costs while nobody asks."""
 
     def __init__(self) -> None:
-        self.alive: dict[str, float] = {}
-        """When each worker was last heard (Unix s)."""
+        self._said: dict[str, tuple[tuple[str, int], Raw]] = {}
+        """The last frame of each worker, of any kind: its incarnation and number, and itself."""
         self._lives: dict[tuple[str, str], Raw] = {}
         self._parts: defaultdict[str, Parts[bytes]] = defaultdict(Parts)
 
     def keep(self, seen: EdgeFrame, payload: bytes, now: float) -> None:
         """Note a frame that came at `now` (Unix s); one in parts when its last is there."""
-        self.alive[seen.worker] = now
+        number = (seen.incarnation, seen.seq)
+        if seen.worker not in self._said or number >= self._said[seen.worker][0]:
+            self._said[seen.worker] = number, (now, [payload])
         if not seen.full:
             return
         parts = self._parts[seen.worker].add(seen, payload)
@@ -65,12 +67,15 @@ class Latest:
         for each in mine[:-MAX_LIVES]:
             del self._lives[each]
 
-    def take(self) -> list[Raw]:
-        """All of them, oldest first; of ended incarnations none is kept longer. Decode them elsewhere."""
+    def take(self) -> tuple[list[Raw], list[Raw]]:
+        """Full frames, oldest first, and each worker's last of any kind. Decode them elsewhere.
+
+        Of ended incarnations none is kept longer.
+        """
         taken = list(self._lives.values())
         newest = {worker: (worker, incarnation) for worker, incarnation in self._lives}
         self._lives = {key: self._lives[key] for key in newest.values()}
-        return taken
+        return taken, [raw for _, raw in self._said.values()]
 
 
 class EdgeMetrics:
@@ -105,7 +110,7 @@ class EdgeMetrics:
         is vLLM's is answered all the same.
         """
         try:
-            made = await asyncio.to_thread(self._page, self.latest.take(), tenants=tenants)
+            made = await asyncio.to_thread(self._page, *self.latest.take(), tenants=tenants)
         except Exception:  # noqa: BLE001 - whatever it was, vLLM's page must not go with ours
             if not self._failing:
                 self._log.exception("metrics.failed")
@@ -114,22 +119,22 @@ class EdgeMetrics:
         self._failing = False
         return made
 
-    def _page(self, taken: list[Raw], *, tenants: bool) -> bytes:
+    def _page(self, taken: list[Raw], said: list[Raw], *, tenants: bool) -> bytes:
         from prometheus_client import generate_latest
 
         now = time.time()
         with self._lock:
-            tally = self._count(list(_decoded(taken)), self.latest.alive.copy(), now)
+            tally = self._count(list(_whole(taken)), list(_decoded(said)), now)
             families = _families(
                 tally, self._fleet, self._server, now, connected=self.connected, tenants=tenants
             )
             return generate_latest(_Families(families)) + (b"" if tenants else UNTOLD)
 
-    def _count(self, frames: list[tuple[float, Frame]], alive: dict[str, float], now: float) -> Tally:
+    def _count(self, frames: list[tuple[float, Frame]], said: list[tuple[float, Frame]], now: float) -> Tally:
         """The tally with what came since, this process's or that of all."""
         if self._file is None:
             self._tally.take(frames, now)
-            self._tally.hear(alive)
+            self._tally.hear(said)
             return self._tally
         lock, new = self._file.with_suffix(".lock"), self._file.with_suffix(".new")
         with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)) as locked:
@@ -137,7 +142,7 @@ class EdgeMetrics:
             if self._file.exists():
                 self._tally = self._read(self._file)
             self._tally.take(frames, now)
-            self._tally.hear(alive)
+            self._tally.hear(said)
             # Beside it, then in its place: a full disk, or a process that is killed here, leaves what was there before.
             with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(msgspec.msgpack.encode(self._tally))
@@ -165,13 +170,19 @@ class _Families:
 
 
 def _decoded(taken: list[Raw]) -> Iterator[tuple[float, Frame]]:
-    """Whole frames; without those of a version that cannot be read."""
+    """Frames and parts of frames; without those of a version that cannot be read."""
     for heard_at, parts in taken:
-        assembler: Assembler[Frame] = Assembler()
-        with contextlib.suppress(*UNREADABLE):
-            for part in parts:
-                if whole := assembler.add(decode_glance(part)):
-                    yield heard_at, whole
+        for part in parts:
+            with contextlib.suppress(*UNREADABLE):
+                yield heard_at, decode_glance(part)
+
+
+def _whole(taken: list[Raw]) -> Iterator[tuple[float, Frame]]:
+    """Whole frames."""
+    assembler: Assembler[Frame] = Assembler()
+    for heard_at, part in _decoded(taken):
+        if whole := assembler.add(part):
+            yield heard_at, whole
 
 
 def _families(
@@ -193,10 +204,10 @@ def _families(
     put(names.EDGE_CONNECTED, connected, server)
     for worker, life in sorted(tally.workers.items()):
         _counters(put, worker, life)
-        silent_s = max(0.0, now - max(life.heard_at, life.alive_at))
+        silent_s = max(0.0, now - life.heard_at)
         put(names.WORKER_STATUS_AGE, silent_s, worker)
         if silent_s <= LONG_SILENT_S:
-            _levels(put, worker, life.frame, now - life.heard_at)
+            _levels(put, worker, life.head, silent_s)
             _class_levels(put, worker, life.frame, tally)
             _tenant_levels(put, worker, life.frame, tally)
     yield from families.values()
@@ -228,14 +239,14 @@ def _levels(put: Any, worker: str, frame: Frame, age_s: float) -> None:
     put(names.WORKER_WAITING_EVENTS, frame.events_waiting, worker)
     put(
         names.WORKER_OLDEST_EVENT,
-        frame.events_waiting_s + max(0.0, age_s) * bool(frame.events_waiting),
+        frame.events_waiting_s + age_s * bool(frame.events_waiting),
         worker,
     )
     put(names.WORKER_QUEUED_COMMANDS, frame.commands.queue_depth, worker)
     for state in ("queued", "running", "held"):
         put(names.WORKER_REQUESTS, getattr(frame, state), worker, state)
     if frame.leader.age_s is not None:
-        put(names.WORKER_LEADER_AGE, frame.leader.age_s + max(0.0, age_s), worker)
+        put(names.WORKER_LEADER_AGE, frame.leader.age_s + age_s, worker)
 
 
 def _class_levels(put: Any, worker: str, frame: Frame, tally: Tally) -> None:

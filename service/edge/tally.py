@@ -24,6 +24,7 @@ from coxswain.schemas import metrics as names
 from coxswain.schemas.commands import VERBS
 from coxswain.schemas.errors import Code
 from coxswain.schemas.metrics import OTHER, Metric
+from coxswain.schemas.parts import ROWS
 from coxswain.schemas.status import Frame, TenantStatus
 
 MARGIN: Final = 1.5
@@ -58,13 +59,14 @@ TENANT_FIELDS: Final[dict[Metric, str]] = {
 
 
 class Life(msgspec.Struct):
-    """One worker: its last frame, and what it added up to over all its incarnations."""
+    """One worker: its last frames, and what it added up to over all its incarnations."""
 
     frame: Frame
+    """The last full one."""
+    head: Frame
+    """The last one of any kind, without its rows."""
     heard_at: float
-    """When the last full frame came, Unix s."""
-    alive_at: float = 0.0
-    """When any frame came last, Unix s."""
+    """When that came, Unix s."""
     restarts: int = 0
     counts: dict[str, Number] = {}
     """By family."""
@@ -119,11 +121,12 @@ class Tally(msgspec.Struct):
         self._swap(now)
         self._forget(now)
 
-    def hear(self, alive: Mapping[str, float]) -> None:
-        """Note when workers were last heard (Unix s): full frames of many tenants come seldom."""
-        for worker, at in alive.items():
-            if (life := self.workers.get(worker)) is not None:
-                life.alive_at = max(life.alive_at, at)
+    def hear(self, said: Iterable[tuple[float, Frame]]) -> None:
+        """Take the last frame of each worker, of any kind, and when it came: full ones of many tenants come seldom."""
+        for at, frame in said:
+            life = self.workers.get(frame.worker)
+            if life is not None and _later(frame, life.head):
+                life.head, life.heard_at = _bare(frame), max(life.heard_at, at)
 
     def label(self, tenant: str) -> str:
         """Whose series a tenant's numbers are in now."""
@@ -140,7 +143,7 @@ class Tally(msgspec.Struct):
         life = self.workers.get(frame.worker)
         old: Frame | None = None
         if life is None:
-            life = self.workers[frame.worker] = Life(frame, heard_at)
+            life = self.workers[frame.worker] = Life(frame, _bare(frame), heard_at)
         elif frame.incarnation == life.frame.incarnation:
             if frame.seq <= life.frame.seq:
                 return
@@ -150,7 +153,8 @@ class Tally(msgspec.Struct):
         else:
             life.restarts += 1
             life.rows = {}
-        life.frame, life.heard_at = frame, heard_at
+        life.frame = frame
+        self.hear([(heard_at, frame)])
         _add(life.counts, _worker_counts(frame), _worker_counts(old) if old else {})
         _add(life.commands, _command_counts(frame), _command_counts(old) if old else {})
         for class_ in frame.classes:
@@ -225,6 +229,14 @@ class Tally(msgspec.Struct):
             for tenant, place in self.rates.items()
             if tenant in self.named or place.now(now) > 1e-3
         }
+
+
+def _later(frame: Frame, known: Frame) -> bool:
+    return (frame.incarnation, frame.seq) >= (known.incarnation, known.seq)
+
+
+def _bare(frame: Frame) -> Frame:
+    return replace(frame, **dict.fromkeys(ROWS, ()))
 
 
 def _add(where: dict[Key, Number], new: Mapping[Key, Number], old: Mapping[Key, Number]) -> None:

@@ -1,6 +1,7 @@
 """Caps at the HTTP edge: who is let through, what is counted, and how far counts can be off."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -263,7 +264,7 @@ def test_counts_do_not_grow_while_frames_are_missing() -> None:
         passage = enter(caps, i / 100, tenant=f"t{i}")
         passage.sent(i / 100, 1)
     assert len(caps.sent) <= (LOST_S + 1) * 100
-    assert sum(caps.sent_in.values()) == sum(map(len, caps.sent.values()))
+    assert caps.sent_in.total() == caps.sent_of.total() == sum(map(len, caps.sent.values()))
 
 
 def test_new_incarnation_and_late_frames() -> None:
@@ -474,6 +475,32 @@ async def test_http_answer_is_openais_with_retry_after() -> None:
     assert (await edge.client.post("/v1/completions")).status_code == 200
 
 
+@pytest.mark.parametrize("raises", [False, True], ids=["503", "500"])
+async def test_list_that_is_answered_with_an_error_waits_nowhere(raises: bool) -> None:
+    """vLLM took some of its prompts, refused the next, and aborted all: they count no more, what came after does."""
+
+    class OfVllm(Listening):
+        async def inside(self, _scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            passage = ticket.get().passage  # type: ignore[union-attr]
+            for _ in range(3):
+                passage.sent(asyncio.get_running_loop().time(), 1)
+            passage.refused()
+            if raises:
+                raise RuntimeError("of vLLM")
+            await send({"type": "http.response.start", "status": 503, "headers": []})
+            await send({"type": "http.response.body", "body": b"busy"})
+
+    edge, now = OfVllm(), asyncio.get_running_loop().time()
+    with contextlib.suppress(RuntimeError):
+        await edge.client.post("/v1/completions", content=b"{}")
+    assert not edge.caps.sent_of + edge.caps.sent_in + edge.caps.underway
+    enter(edge.caps, now).sent(now, 1)
+    edge.engine.finished += 2  # the next frame has the first two, and the other one not yet
+    edge.caps.heard(edge.engine.seen(full=False), now)
+    assert (edge.caps.sent_of["a"], edge.caps.sent_in["chat"]) == (1, 1)
+
+
 async def test_an_upload_is_asked_again_when_it_is_there() -> None:
     """The class filled up while the body came: 429 all the same, in place of what the app makes of a client gone."""
     edge = Listening()
@@ -658,8 +685,8 @@ def test_what_vllm_itself_refuses_waits_nowhere() -> None:
         for _ in range(2):
             with pytest.raises(QueueOverflowError):
                 AsyncLLM.check_admission(front, 2, "cmpl-x-0")
-            assert list(caps.sent["a"]) == [(0.0, "chat")]
-        assert caps.sent_in["chat"] == 1
+            assert [(each.at, each.class_) for each in caps.sent["a"]] == [(0.0, "chat")]
+        assert (caps.sent_of["a"], caps.sent_in["chat"]) == (1, 1)
         front.get_num_unfinished_requests = lambda: 0
         AsyncLLM.check_admission(front, 1, "cmpl-x-1")
         assert len(caps.sent["a"]) == 1
