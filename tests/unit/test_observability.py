@@ -88,7 +88,7 @@ def test_every_family_is_asked_for_somewhere() -> None:
 
 
 def test_alerts_and_the_runbook_lead_to_each_other() -> None:
-    """Each alert links its section, each section is an alert's, with its severity, how to look and how to mend."""
+    """Each alert links its section, each section is an alert's, with its severity, how to look and how to fix."""
     sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", RUNBOOK, re.MULTILINE | re.DOTALL))
     alerts = {rule["alert"]: rule for rule in rules()}
     assert list(sections) == list(alerts), "the same, in the same order"
@@ -97,7 +97,7 @@ def test_alerts_and_the_runbook_lead_to_each_other() -> None:
         assert rule["annotations"].keys() >= {"summary", "description"}
         assert sections[name].lstrip().startswith(f"**{rule['labels']['severity']}** · ")
         assert "\n- Look: " in sections[name]
-        assert "\n- Mend: " in sections[name]
+        assert "\n- Fix: " in sections[name]
 
 
 def test_each_alert_is_tried() -> None:
