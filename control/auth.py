@@ -88,7 +88,7 @@ def user(text: str) -> User:
         raise ValueError("each worker has a user of its own: write worker:NAME")
     ranks = rest[1] if len(rest) > 1 else "1"
     if not ranks.isascii() or not ranks.isdigit() or not 1 <= int(ranks) <= MAX_RANKS:
-        raise ValueError(f"{text!r}: {ranks!r} is no number of data-parallel ranks (1 to {MAX_RANKS})")
+        raise ValueError(f"{text!r}: {ranks!r} is not a number of data-parallel ranks (1 to {MAX_RANKS})")
     found = User(role=role, name=name, ranks=int(ranks))
     if any(len(each) > MAX_TOKEN_CHARS for each in found.workers):
         raise ValueError(f"worker name {name!r} is too long for its ranks' suffix")

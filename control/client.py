@@ -252,7 +252,9 @@ class Client:
                 "look with `cox ps`, then send it again with the same id.",
             ) from error
         except nats.errors.Error as error:
-            raise UnreachableError(f"NATS: {error}. Nothing is known of what was sent; try again.") from error
+            raise UnreachableError(
+                f"NATS: {error}. Whether the message arrived is unknown: try again."
+            ) from error
         if messages:
             return messages
         fleet = self.subjects.fleet
@@ -260,7 +262,7 @@ class Client:
             raise NoAnswerError(
                 f"no worker of fleet {fleet!r} answers. Start one (`cox worker MODEL`), or set COX_FLEET."
             )
-        raise NoAnswerError(f"no worker {worker!r} in fleet {fleet!r}. `cox ps` lists those that live.")
+        raise NoAnswerError(f"no worker {worker!r} in fleet {fleet!r}. `cox ps` lists the live ones.")
 
     def _read(self, worker: str, decoder: Callable[[bytes], T], messages: list[Msg]) -> list[T]:
         """Decoded answers; of `all`, those that can be read, if any can."""

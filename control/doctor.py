@@ -249,7 +249,7 @@ def _workers(facts: Facts) -> Iterable[Finding]:
         return
     for why in sorted(set(facts.unreadable)):
         yield Finding(
-            check="workers", level="fail", found=f"somebody answers what cannot be read: {why[:200]}",
+            check="workers", level="fail", found=f"an answer cannot be read: {why[:200]}",
             mend="a worker that `cox ps` does not list: stop it, and revoke its key if it is none of yours",
         )  # fmt: skip
     for seen in facts.workers:
@@ -265,7 +265,7 @@ def _workers(facts: Facts) -> Iterable[Finding]:
     if len(versions) > 1:
         yield Finding(
             check="workers", level="warn", found=f"vLLM versions differ: {', '.join(sorted(versions))}",
-            mend="bring all to one",
+            mend="run one version everywhere",
         )  # fmt: skip
     if len({seen.frame.config for seen in facts.workers}) > 1:
         yield Finding(
@@ -295,7 +295,7 @@ def _worker(facts: Facts, seen: Look) -> Iterable[Finding]:
         )  # fmt: skip
     if seen.config is None:
         yield Finding(
-            check=check, level="warn", found="it does not say its configuration", mend="update the worker"
+            check=check, level="warn", found="it does not report its configuration", mend="update the worker"
         )
         return
     given = seen.config.scheduler
@@ -307,7 +307,7 @@ def _worker(facts: Facts, seen: Look) -> Iterable[Finding]:
         )  # fmt: skip
     if given.get("signed_ids") is False:
         yield Finding(
-            check=check, level="warn", found="everybody is tenant default: no signing key (COX_IDENTITY_KEY)",
+            check=check, level="warn", found="all requests are tenant default's: no signing key (COX_IDENTITY_KEY)",
             mend="load the plugin (VLLM_PLUGINS), and --middleware coxswain.service.identity.Identity",
         )  # fmt: skip
     if given.get("enable_prefix_caching") is False:
@@ -317,7 +317,7 @@ def _worker(facts: Facts, seen: Look) -> Iterable[Finding]:
         )  # fmt: skip
     if given.get("shutdown_timeout_s") == 0 and given.get("api_servers") == 1:
         yield Finding(
-            check=check, level="warn", found="told to end (SIGTERM) it aborts every request that it has",
+            check=check, level="warn", found="on SIGTERM it aborts every request that it has",
             mend="--shutdown-timeout 60, as `cox worker` does by itself; or `cox drain` it first",
         )  # fmt: skip
     version = given.get("coxswain")

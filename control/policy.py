@@ -135,7 +135,7 @@ def _type_of(entry: EntryPoint) -> PolicyType:
     except Exception as error:  # whatever somebody else's module does while it is imported
         raise PolicyError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     if not (isinstance(params, type) and issubclass(params, msgspec.Struct)):
-        raise PolicyError(f"{where} is no policy: its Params are no msgspec.Struct")
+        raise PolicyError(f"{where} is not a policy: its Params is not a msgspec.Struct")
     return policy
 
 

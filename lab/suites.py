@@ -72,7 +72,7 @@ def find(file: str) -> Path:
         )
     path = Path(folder) / file
     if not path.is_file():
-        raise TraceError(f"{path} is not there: docs/lab.md says where {file} is from")
+        raise TraceError(f"{path} does not exist: docs/lab.md says where {file} comes from")
     return path
 
 

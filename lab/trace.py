@@ -57,12 +57,14 @@ def read(path: Path) -> tuple[Arrival, ...]:
                     f"{path}: column {', '.join(lacking)} is missing: it has {', '.join(columns)}"
                 )
             if unknown := [name for name in columns if name not in (*NEEDED, *OPTIONAL)]:
-                raise TraceError(f"{path}: nobody knows column {', '.join(unknown)}")
+                raise TraceError(
+                    f"{path}: unknown column {', '.join(unknown)}: allowed are {', '.join((*NEEDED, *OPTIONAL))}"
+                )
             arrivals = [_arrival(path, rows.line_num, row) for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"{path} cannot be read: {error}") from error
     if not arrivals:
-        raise TraceError(f"{path} holds no arrival")
+        raise TraceError(f"{path} has no arrivals")
     return ordered(arrivals)
 
 
@@ -83,7 +85,7 @@ def slos(arrivals: Iterable[Arrival]) -> dict[str, float]:
         if slo_s is not None and found.setdefault(class_, slo_s) != slo_s:
             raise TraceError(
                 f"class {class_} has an slo_s of {found[class_]:g} and of {slo_s:g}: one is allowed. Requests with "
-                "another one belong into another class (column class)"
+                "another belong into another class (column class)"
             )
     return found
 

@@ -107,7 +107,7 @@ def load(path: Path) -> dict[str, Key]:
         _check(path, row)
     table = {row.sha256: row for row in rows}
     if len(table) != len(rows) or len({row.id for row in rows}) != len(rows):
-        raise KeysRefusedError(f"keys file {path}: a key or an id stands there twice")
+        raise KeysRefusedError(f"keys file {path}: a key or an id appears twice")
     return table
 
 

@@ -57,24 +57,24 @@ options:
   --nats URL     where NATS is, several separated by commas (COX_NATS_URL;
                  default: nats://127.0.0.1:4222)
   --fleet NAME   the fleet to join (COX_FLEET; default: main)
-  --keys FILE    API keys: who is which tenant (COX_KEYS; made with
+  --keys FILE    API keys, which identify tenants (COX_KEYS; made with
                  `python -m coxswain.service.keys add`)
   --dry-run      print the command and environment instead of running it
   -h, --help     show this; --help=all shows vLLM's own arguments
 
 {simulated.HELP}
-Defaults, each only where you said nothing:
+Defaults, each only where you set nothing:
   --max-num-seqs N stays the number of requests that run at once: vLLM gets N
     as --max-num-active-seqs, and N plus spare slots (an eighth, at least 8) as
-    --max-num-seqs, so that a held request keeps its place at no one's cost.
+    --max-num-seqs, so that held requests take no slot from running ones.
     Give --max-num-active-seqs yourself to set both.
   On CPU: --block-size 32, 1 GiB of KV cache (VLLM_CPU_KVCACHE_SPACE), no core
     binding below 8 cores.
-  --shutdown-timeout {SHUTDOWN_S}: told to end (SIGTERM, Ctrl-C), it refuses what comes,
-    serves what it has to the last token, held or not, and ends; what takes
-    longer than so many seconds is aborted. 0, vLLM's own default, aborts all.
-    Not with several API servers (--data-parallel-size, --api-server-count):
-    there vLLM cannot; `cox drain` first.
+  --shutdown-timeout {SHUTDOWN_S}: on SIGTERM or Ctrl-C it refuses new requests, serves
+    what it has to the last token, held or not, and exits; what takes longer
+    than this many seconds is aborted. 0, vLLM's own default, aborts all. Not
+    with several API servers (--data-parallel-size, --api-server-count), where
+    vLLM cannot do it: use `cox drain` first.
   Usage statistics are off (VLLM_NO_USAGE_STATS).
 
 Example: cox worker Qwen/Qwen3-0.6B --port 8000
@@ -133,7 +133,7 @@ def plan(
     given = _Given(rest, config)
     if not rest or (rest[0].startswith("-") and "model" not in given):
         raise WorkerRefusedError(
-            "which model? `cox worker MODEL …`: its Hugging Face name or folder comes first"
+            "no model: write `cox worker MODEL …`, with its Hugging Face name or folder first"
         )
     if given.get("scheduler-cls") not in (None, SCHEDULER):
         raise WorkerRefusedError(

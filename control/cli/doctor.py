@@ -15,9 +15,9 @@ _INDENT: Final = 5
 
 
 async def doctor(cox: Cox) -> Exit:
-    """Check the connection, this user's role, stream and buckets, workers and leader; say how to mend each.
+    """Check the connection, this user's role, stream and buckets, workers and leader; say how to fix each problem.
 
-    Nothing is changed. Exit 0: nothing must be mended (there may be warnings); 1: something must.
+    It changes nothing. Exit 0: no failure (there may be warnings); 1: at least one.
     """
     from coxswain.control.doctor import Finding, judge
     from coxswain.control.examine import examine
@@ -29,7 +29,7 @@ async def doctor(cox: Cox) -> Exit:
     except UnreachableError as error:
         code, why = explain(error)
         findings = [
-            Finding(check="connection", level="fail", found=why, mend="mend this first, then look again")
+            Finding(check="connection", level="fail", found=why, mend="fix this first, then run it again")
         ]
     failed = sum(each.level == "fail" for each in findings)
     code = code or (Exit.UNEXPECTED if failed else Exit.DONE)

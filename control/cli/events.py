@@ -17,7 +17,7 @@ async def events(
     follow: Annotated[
         bool,
         typer.Option(
-            "--follow/--no-follow", "-f", help="Go on with new events; or end at the end of the log."
+            "--follow/--no-follow", "-f", help="Continue with new events, or stop at the end of the log."
         ),
     ] = True,
     since: Annotated[
@@ -25,7 +25,7 @@ async def events(
         typer.Option(
             metavar="DURATION",
             parser=option(parse.duration_s),
-            help="Begin with the log, this far back: 10m, 1h30m. Without it: new events only, "
+            help="Start this far back in the log: 10m, 1h30m. Without it: new events only, "
             "or the whole log with --no-follow.",
         ),
     ] = None,
@@ -37,15 +37,15 @@ async def events(
     ] = None,
     tenant: Annotated[
         str | None,
-        typer.Option(metavar="TENANT", parser=option(parse.tenant), help="Only of this tenant."),
+        typer.Option(metavar="TENANT", parser=option(parse.tenant), help="Only events of this tenant."),
     ] = None,
     request: Annotated[
         str | None,
-        typer.Option(metavar="REQUEST", parser=option(parse.request), help="Only about this request."),
+        typer.Option(metavar="REQUEST", parser=option(parse.request), help="Only events of this request."),
     ] = None,
     worker: Annotated[
         str | None,
-        typer.Option(metavar="NAME", parser=option(parse.worker_name), help="Only of this worker."),
+        typer.Option(metavar="NAME", parser=option(parse.worker_name), help="Only events of this worker."),
     ] = None,
 ) -> Exit:
     """Show events, one line each; with --json one JSON object per line."""

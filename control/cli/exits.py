@@ -24,14 +24,14 @@ class Exit(IntEnum):
 
 MEANING: Final[dict[Exit, str]] = {
     Exit.DONE: "done",
-    Exit.UNEXPECTED: "unexpected failure (COX_DEBUG=1 shows where), or `cox doctor` found one",
+    Exit.UNEXPECTED: "unexpected failure (COX_DEBUG=1 shows where), or `cox doctor` found a problem",
     Exit.USAGE: "wrong usage",
     Exit.UNREACHABLE: "NATS cannot be reached",
-    Exit.NOT_FOUND: "no such worker, request or class, nobody answered, or no `cox init` yet",
+    Exit.NOT_FOUND: "no such worker, request or class; no answer; or `cox init` was not run",
     Exit.REFUSED: "refused; code and reason are shown",
     Exit.PARTIAL: "partly applied; what was not is shown",
     Exit.INTERRUPTED: "interrupted",
-    Exit.UNREAD: "whoever read the output has gone, as `head` does: what was to be said is not known",
+    Exit.UNREAD: "the reader of the output has gone, as with `head`: outcome unknown",
 }
 
 EPILOGUE: Final = "\n".join(["Exit codes:", *(f"{code.value:>4}  {text}" for code, text in MEANING.items())])

@@ -43,30 +43,30 @@ async def explain(
             metavar="REQUEST",
             parser=option(parse.request),
             show_default=False,
-            help="Tell the story of this one; it may have ended long ago.",
+            help="Explain this request; it may have ended long ago.",
         ),
     ] = None,
     tenant: Annotated[
         str | None,
-        typer.Option(metavar="TENANT", parser=option(parse.tenant), help="Say why this tenant is slow."),
+        typer.Option(metavar="TENANT", parser=option(parse.tenant), help="Explain why this tenant is slow."),
     ] = None,
     since: Annotated[
         float | None,
         typer.Option(
             metavar="DURATION",
             parser=option(parse.positive_duration_s),
-            help="How far back to read the log. Without it 10m for a tenant; for a request from when its id was "
-            "made, or the whole log where the id does not tell.",
+            help="How far back to read the log. Without it: 10m for a tenant; for a request, from when its id was "
+            "created, or the whole log if the id does not tell.",
         ),
     ] = None,
 ) -> Exit:
-    """Say what happened to a request and why, or why a tenant is slow: read from the event log.
+    """Explain what happened to a request, or why a tenant is slow, from the event log.
 
-    Who was ahead are those admitted on the same worker while it waited; why is read from classes, virtual times
-    and priorities of then, and from the class table of now.
+    Lists the requests that were admitted on the same worker while it waited, and the rule that let them go first:
+    by classes, virtual times and priorities at that time, and by the class table as it is now.
     """
     if (request is None) == (tenant is None):
-        raise CliError(Exit.USAGE, "name a request, or a tenant with --tenant: one of them")
+        raise CliError(Exit.USAGE, "name either a request or a tenant (--tenant)")
     async with cox.client() as client:
         if request is not None:
             return await _request(cox, client, request, since)
@@ -87,8 +87,8 @@ async def _request(cox: Cox, client: "Client", request: str, since: float | None
     if not told.children:
         raise CliError(
             Exit.NOT_FOUND,
-            f"the log says nothing of request {request}: it never was in this fleet, or its events have expired "
-            "(`cox init --max-age` says how long they are kept)",
+            f"the log has nothing on request {request}: it was never in this fleet, or its events have expired "
+            "(`cox init --max-age` sets how long they are kept)",
         )
     cox.emit(told)
     cox.say(view_explain.story(told, cox.out.width))
@@ -106,7 +106,7 @@ async def _tenant(cox: Cox, client: "Client", tenant: str, since_s: float) -> Ex
     if not found.requests:
         raise CliError(
             Exit.NOT_FOUND,
-            f"the log of that time says nothing of tenant {tenant}: look further back (--since)",
+            f"the log has nothing on tenant {tenant} in that time: look further back (--since)",
         )
     cox.emit(found)
     cox.say(view_explain.slow(found, cox.out.width))

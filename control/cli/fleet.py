@@ -20,15 +20,13 @@ if TYPE_CHECKING:
 
 async def ps(
     cox: Cox,
-    watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Show it again and again until Ctrl-C.")
-    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until Ctrl-C.")] = False,
     every: Annotated[
         float,
         typer.Option(
             metavar="DURATION",
             parser=option(parse.positive_duration_s),
-            help="Time between looks with --watch.",
+            help="Time between refreshes with --watch.",
         ),
     ] = "1s",  # type: ignore[assignment]
 ) -> Exit:

@@ -37,7 +37,7 @@ def _outage(text: str) -> tuple[float, float]:
     """`AT+FOR`, two durations: `2m+30s`."""
     at, plus, length = text.partition("+")
     if not plus:
-        raise ValueError(f"{text!r} is no outage: write when and for how long, for example 2m+30s")
+        raise ValueError(f"{text!r} is not an outage: write when and for how long, for example 2m+30s")
     return parse.duration_s(at), parse.positive_duration_s(length)
 
 
@@ -46,27 +46,23 @@ def _part(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
     value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
     if not 0 <= value < 1:
-        raise ValueError(f"{text!r} is no part of a whole below 1: write for example 0.01 or 1%")
+        raise ValueError(f"{text!r} is not a share from 0 to below 1: write for example 0.01 or 1%")
     return value
 
 
 SuiteName = Annotated[
-    str, typer.Option("--suite", metavar="NAME", help="Which traffic: see `cox lab suites`.")
+    str, typer.Option("--suite", metavar="NAME", help="A suite of traffic: see `cox lab suites`.")
 ]
 SuiteNames = Annotated[
     str,
-    typer.Option(
-        "--suite", metavar="NAMES", help="Which traffic, comma-separated, or `all`: see `cox lab suites`."
-    ),
+    typer.Option("--suite", metavar="NAMES", help="Suites, comma-separated, or `all`: see `cox lab suites`."),
 ]
 Trace = Annotated[
     Path | None,
-    typer.Option(
-        "--trace", metavar="CSV", help="Traffic from a file; or the file of the suite that is read from one."
-    ),
+    typer.Option("--trace", metavar="CSV", help="Traffic from a file, or the file that the suite needs."),
 ]
 Device = Annotated[
-    str, typer.Option(metavar="NAME", help="Whose step times; empty: the suite's, or a10g-7b.")
+    str, typer.Option(metavar="NAME", help="Source of step times. Empty: the suite's, or a10g-7b.")
 ]
 Admission = Annotated[
     str,
@@ -86,14 +82,15 @@ Route = Annotated[
 Cadence = Annotated[
     Any,
     typer.Option(
-        metavar="DURATION", parser=option(parse.cadence_s), help="Between two decisions: 10ms to 1s."
+        metavar="DURATION", parser=option(parse.cadence_s), help="Time between two decisions: 10ms to 1s."
     ),
 ]
 Latency = Annotated[
-    Any, typer.Option(metavar="DURATION", parser=option(parse.duration_s), help="Of a message, either way.")
+    Any,
+    typer.Option(metavar="DURATION", parser=option(parse.duration_s), help="Delay of a message, each way."),
 ]
 Loss = Annotated[
-    Any, typer.Option(metavar="PART", parser=option(_part), help="Of messages that never arrive: 1%.")
+    Any, typer.Option(metavar="PART", parser=option(_part), help="Share of messages that never arrive: 1%.")
 ]
 OutageList = Annotated[
     list[str] | None,
@@ -106,31 +103,34 @@ OutageList = Annotated[
 Weights = Annotated[
     list[str] | None, typer.Option("--weight", metavar="TENANT=WEIGHT", help="A tenant's weight; repeatable.")
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="Of losses and routes.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of losses and routes.")]
 Seeds = Annotated[
     int,
     typer.Option(
         metavar="N",
         min=1,
         max=100,
-        help="Run everything so often, each time on a device up to 2 % faster or slower, and show medians.",
+        help="Run everything N times, on devices from 2 % faster to 2 % slower, and show medians.",
     ),
 ]
 TrafficSeed = Annotated[
     int | None,
-    typer.Option(metavar="N", show_default=False, help="Of a suite's traffic; by default its authors'."),
+    typer.Option(metavar="N", show_default=False, help="Seed of a suite's traffic; by default its authors'."),
 ]
 Plots = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", show_default=False, help="Draw pictures and a page of them into it."),
+    typer.Option(
+        metavar="FOLDER", show_default=False, help="Write plots, and a page that shows them, to this folder."
+    ),
 ]
 Requests = Annotated[
-    Path | None, typer.Option(metavar="CSV", show_default=False, help="Write what became of every request.")
+    Path | None,
+    typer.Option(metavar="CSV", show_default=False, help="Write the outcome of every request to this file."),
 ]
 
 
 def suites(cox: Cox) -> None:
-    """List the traffic that has a name, and what was published about it."""
+    """List the named suites of traffic, and the figures published for them."""
     _lab().list_suites(cox)
 
 
@@ -139,7 +139,7 @@ def run(
     suite: SuiteName = "",
     trace: Trace = None,
     policy: Annotated[
-        str, typer.Option(metavar="NAME", help="Which policy, with settings: vtc, vtc:wq=2.")
+        str, typer.Option(metavar="NAME", help="The policy, with settings: vtc, vtc:wq=2.")
     ] = "vtc",
     device: Device = "",
     admission: Admission = "",
@@ -157,8 +157,8 @@ def run(
 ) -> int:
     """Run one policy on one suite or trace: figures as VTC's authors define them, and every tenant's latency.
 
-    Policies: any that is installed, vLLM's own as stock-fcfs and stock-priority, and rpm20 (or another number),
-    which refuses what a tenant sends over 20 requests a minute.
+    Policies: any that is installed; vLLM's own as stock-fcfs and stock-priority; and rpm20 (or another number),
+    which refuses what a tenant sends beyond 20 requests a minute.
     """
     given = {
         key: value
@@ -176,7 +176,7 @@ def compare(
     suite: SuiteNames = "",
     trace: Trace = None,
     policies: Annotated[
-        str, typer.Option(metavar="NAMES", help="Which, comma-separated: fcfs,vtc,rpm20.")
+        str, typer.Option(metavar="NAMES", help="Policies, comma-separated: fcfs,vtc,rpm20.")
     ] = "fcfs,vtc",
     device: Device = "",
     admission: Admission = "",
@@ -211,7 +211,7 @@ def _asked(*, suites: str, policies: str, **given: Any) -> Any:
         tuple(named) if suites == ALL else tuple(name.strip() for name in suites.split(",") if name.strip())
     )
     if not names and given["trace"] is None:
-        raise CliError(Exit.USAGE, f"what traffic? --suite NAME ({', '.join(named)}) or --trace CSV")
+        raise CliError(Exit.USAGE, f"no traffic: give --suite NAME ({', '.join(named)}) or --trace CSV")
     for what, value, known in (
         *(("suite", name, named) for name in names),
         ("device", given["device"] or None, devices),

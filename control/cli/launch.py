@@ -23,7 +23,7 @@ Arguments = Annotated[list[str] | None, typer.Argument()]
 
 
 def worker(cox: Cox, arguments: Arguments = None) -> int:
-    """Serve a model with vLLM's OpenAI server, steered: good defaults, any vllm serve argument."""
+    """Serve a model with vLLM and Coxswain: good defaults, and any vllm serve argument."""
     main = _load("coxswain.service.worker", "main", missing=f"vLLM is not installed: {ENGINE_EXTRAS}")
     _export(cox)
     return int(main(arguments or []) or 0)
@@ -32,7 +32,7 @@ def worker(cox: Cox, arguments: Arguments = None) -> int:
 async def controller(
     cox: Cox,
     policy: Annotated[
-        str, typer.Option(metavar="NAME", help="Which policy decides; `cox policies` lists them.")
+        str, typer.Option(metavar="NAME", help="The policy; `cox policies` lists them.")
     ] = "vtc",
     set: Annotated[
         list[str] | None,
@@ -51,7 +51,7 @@ async def controller(
         typer.Option(
             metavar="NAME",
             parser=option(parse.controller_name),
-            help="Its name in heartbeats and logs; empty: from the host's.",
+            help="Its name in heartbeats and logs. Empty: made from the host's.",
         ),
     ] = "",
     web: Annotated[
@@ -68,7 +68,7 @@ async def controller(
         typer.Option(
             "--web-name",
             metavar="NAME",
-            help="A host name under which browsers come to the page, a proxy's; repeatable.",
+            help="A host name by which browsers reach the page, such as a proxy's; repeatable.",
         ),
     ] = None,
     metrics: Annotated[
@@ -81,9 +81,9 @@ async def controller(
         ),
     ] = None,
 ) -> None:
-    """Decide for a fleet: one controller leads, others stand by. Ends by Ctrl-C; workers go on by themselves.
+    """Run a policy for a fleet: one controller leads, others stand by. Ctrl-C stops it; workers serve on.
 
-    Logs go to stderr; as JSON where it is no terminal, and with --json (COX_LOG, COX_LOG_LEVEL).
+    Logs go to stderr, as JSON with --json or if it is not a terminal (COX_LOG, COX_LOG_LEVEL).
     """
     from coxswain.control import daemon, logs
     from coxswain.control import policy as policies

@@ -34,7 +34,7 @@ def duration_s(text: str) -> float:
     while rest:
         match = _DURATION.match(rest)
         if match is None or (match[2] is None and rest != text.strip().lower()):
-            raise ValueError(f"{text!r} is no duration: write for example 250ms, 30s, 10m or 1h30m")
+            raise ValueError(f"{text!r} is not a duration: write for example 250ms, 30s, 10m or 1h30m")
         total += float(match[1]) * _UNITS_S[match[2] or "s"]
         rest = rest[match.end() :]
     if total > MAX_DURATION_S:
@@ -75,7 +75,7 @@ def address(text: str) -> Address:
     """Where to listen, `[HOST:]PORT`: this machine's own address if there is no host; IPv6 in brackets."""
     host, _, number = text.rpartition(":")
     if not number.isascii() or not number.isdigit() or int(number) > MAX_PORT:
-        raise ValueError(f"{text!r} is no [HOST:]PORT: write for example 8080, or 0.0.0.0:8080")
+        raise ValueError(f"{text!r} is not [HOST:]PORT: write for example 8080, or 0.0.0.0:8080")
     bare = host.removeprefix("[").removesuffix("]")
     if ":" in bare and bare == host:
         raise ValueError(f"{text!r}: an IPv6 address goes into brackets, [::1]:8080")
@@ -104,7 +104,7 @@ def tenant_number(text: str) -> tuple[str, float]:
     """A `TENANT=NUMBER` pair; the tenant may contain `=`, the number may not."""
     tenant, equals, value = text.rpartition("=")
     if not equals:
-        raise ValueError(f"{text!r} is no TENANT=NUMBER pair: write for example acme=2")
+        raise ValueError(f"{text!r} is not a TENANT=NUMBER pair: write for example acme=2")
     return check_tenant(tenant), number(value)
 
 

@@ -56,7 +56,9 @@ async def tenants_set(
     name: TenantArgument,
     weight: Annotated[
         float | None,
-        typer.Option(metavar="W", parser=option(parse.positive), help="Share relative to others, over 0."),
+        typer.Option(
+            metavar="W", parser=option(parse.positive), help="Share relative to other tenants; over 0."
+        ),
     ] = None,
     class_: Annotated[
         str | None,
@@ -64,7 +66,7 @@ async def tenants_set(
             "--class",
             metavar="CLASS",
             parser=option(parse.class_name),
-            help="Class of requests that name none.",
+            help="Class of requests that ask for none.",
         ),
     ] = None,
     classes: Annotated[
@@ -94,7 +96,7 @@ async def tenants_set(
         or_none("Requests that may wait; none: no cap.", parse.count_or_none, "N|none"),
     ] = None,
 ) -> Exit:
-    """Make or change a tenant's row; what is not named stays."""
+    """Create or change a tenant's row; what you leave out stays as it is."""
     given = _given(
         name,
         weight=weight,
@@ -110,7 +112,7 @@ async def tenants_set(
 
 
 async def tenants_rm(cox: Cox, name: TenantArgument) -> Exit:
-    """Remove a tenant's row: the row of tenant `default`, or the defaults, apply then."""
+    """Remove a tenant's row; the row of tenant `default`, or the defaults, then apply."""
     async with cox.client() as client:
         return await _remove(cox, client, client.tenants, "tenant", name)
 
@@ -144,12 +146,16 @@ async def classes_set(
     ] = None,
     cut_in: Annotated[
         CutIn | None,
-        typer.Option(metavar="MODE", help="What it may take from worse classes: off, queue, slots or kv."),
+        typer.Option(
+            metavar="MODE", help="What it may take from running work it outranks: off, queue, slots or kv."
+        ),
     ] = None,
     quantum: Annotated[
         float | None,
         typer.Option(
-            metavar="TIME", parser=option(parse.duration_s), help="A victim has run at least this long."
+            metavar="TIME",
+            parser=option(parse.duration_s),
+            help="No cut-in on its requests for this long after they begin or continue.",
         ),
     ] = None,
     cooldown: Annotated[
@@ -157,13 +163,13 @@ async def classes_set(
         typer.Option(
             metavar="TIME",
             parser=option(parse.duration_s),
-            help="A victim that went on is safe this long.",
+            help="No cut-in on its requests for this long after they continue from one.",
         ),
     ] = None,
     ageing: Annotated[
         str | None,
         or_none(
-            "After this wait a request counts as the best; none: never.", parse.duration_or_none_s, "TIME"
+            "Passed over for this long, it goes first, once; none: never.", parse.duration_or_none_s, "TIME"
         ),
     ] = None,
     max_prefill_tokens_per_step: Annotated[
@@ -176,9 +182,11 @@ async def classes_set(
     ] = None,
     stand_aside: Annotated[
         str | None,
-        _yes_or_no("Leaves the step in which something better begins to it."),
+        _yes_or_no("Sits out the step in which a better request begins."),
     ] = None,
-    borrow: Annotated[str | None, _yes_or_no("May use the idle share of others.")] = None,
+    borrow: Annotated[
+        str | None, _yes_or_no("May run beyond caps while nothing within its caps waits.")
+    ] = None,
     max_running: Annotated[
         str | None,
         or_none("Requests of the class that may run at once; none: no cap.", parse.count_or_none, "N|none"),
@@ -192,11 +200,11 @@ async def classes_set(
         typer.Option(
             metavar="TIME",
             parser=option(parse.duration_s),
-            help="The step budget stays this long after a better class left.",
+            help="The step budget stays in force this long after a better class left.",
         ),
     ] = None,
 ) -> Exit:
-    """Make or change a class's row; what is not named stays."""
+    """Create or change a class's row; what you leave out stays as it is."""
     given = _given(
         name,
         position=position,
@@ -218,7 +226,7 @@ async def classes_set(
 
 
 async def classes_rm(cox: Cox, name: ClassArgument) -> Exit:
-    """Remove a class's row; requests of that class run with the defaults then."""
+    """Remove a class's row; requests of that class then run with the defaults."""
     async with cox.client() as client:
         return await _remove(cox, client, client.classes, "class", name)
 

@@ -37,7 +37,7 @@ async def requests(
             metavar="REQUEST",
             parser=option(parse.request),
             show_default=False,
-            help="Tell the story of this one.",
+            help="Show the story of this request.",
         ),
     ] = None,
     worker: Annotated[
@@ -61,7 +61,7 @@ async def requests(
         int, typer.Option(metavar="N", min=1, max=1_000_000, help="At most this many requests.")
     ] = 100,
 ) -> Exit:
-    """List requests, running and held first, then the queue in order; or tell the story of one."""
+    """List requests, running and held first, then the queue in order; or show the story of one."""
 
     def wanted(status: RequestStatus) -> bool:
         return (
@@ -149,7 +149,7 @@ async def _tell(cox: Cox, client: "Client", request: str, workers: list[str]) ->
         raise CliError(
             Exit.NOT_FOUND,
             f"no request {request} on {', '.join(workers)}: "
-            "it has finished, or never was there (`cox events --request` reads the log)",
+            "it has finished, or was never there (`cox events --request` reads the log)",
         )
     cox.emit(told)
     cox.say(view_requests.story(told, time.time()))

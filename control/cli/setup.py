@@ -40,11 +40,11 @@ async def init(
     auth: Annotated[
         bool,
         typer.Option(
-            "--auth", help="Instead make users for NATS: keys, and the server's configuration.", **AUTH
+            "--auth", help="Create users for NATS instead: keys, and the server's configuration.", **AUTH
         ),
     ] = False,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where users are kept: auth.conf, users.json, keys/.", **AUTH)
+        Path, typer.Option(metavar="DIR", help="The folder of users: auth.conf, users.json, keys/.", **AUTH)
     ] = Path("nats-auth"),
     worker: Annotated[
         list[str] | None,
@@ -62,10 +62,10 @@ async def init(
     ] = None,
     revoke: Annotated[
         list[str] | None,
-        typer.Option(metavar="USER", help="Drop a user, such as worker-w1; repeatable.", **AUTH),
+        typer.Option(metavar="USER", help="Remove a user, such as worker-w1; repeatable.", **AUTH),
     ] = None,
 ) -> Exit:
-    """Make the fleet's event log and tables in JetStream; or its users, with --auth. Safe to repeat."""
+    """Create the fleet's event log and tables in JetStream, or its users with --auth. Safe to repeat."""
     if auth:
         return _users(cox, out, [*(f"worker:{name}" for name in worker or ()), *(user or ())], revoke or [])
     if worker or user or revoke:
@@ -109,7 +109,9 @@ def _users(cox: Cox, out: Path, wanted: list[str], revoked: list[str]) -> Exit:
 
 def schema(
     cox: Cox,
-    output: Annotated[Path | None, typer.Option(metavar="PATH", help="Write it here, not to stdout.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Write to this file, not to stdout.")
+    ] = None,
     check: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Compare with this file; exit 1 if it differs.")
     ] = None,

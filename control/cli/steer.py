@@ -60,14 +60,14 @@ Classes = Annotated[
         help="All requests of this class; repeatable.",
     ),
 ]
-All = Annotated[bool, typer.Option("--all", help="All requests that are there now.")]
+All = Annotated[bool, typer.Option("--all", help="All requests that the workers have now.")]
 Worker = Annotated[
     str,
     typer.Option(
         "--worker",
         metavar="NAME",
         parser=option(parse.worker_or_all),
-        help="One worker; `all` asks every one.",
+        help="One worker, or `all`.",
     ),
 ]
 
@@ -100,7 +100,7 @@ async def hold(
         typer.Option(
             metavar="DURATION",
             parser=option(parse.lease_s),
-            help="Continue by itself after this: 30s, 10m; at most a day. Without it: until continued.",
+            help="Continue automatically after this: 30s, 10m; at most a day. Without it: until continued.",
         ),
     ] = None,
     worker: Worker = ALL,
@@ -246,7 +246,7 @@ async def limit(
     ] = None,
     worker: Worker = ALL,
 ) -> Exit:
-    """Cap what tenants or classes may have running and waiting, on each worker, until lifted or restarted."""
+    """Cap the requests of tenants or classes on each worker, until lifted or until the worker restarts."""
     given = {
         "max_running": max_running,
         "max_queued": max_queued,
@@ -257,10 +257,11 @@ async def limit(
     }
     if not caps:
         raise CliError(
-            Exit.USAGE, "nothing to cap: give --max-running N, --max-queued N or another; none lifts one"
+            Exit.USAGE,
+            "nothing to cap: give --max-running N, --max-queued N or another cap; `none` lifts one",
         )
     if not tenant and not class_:
-        raise CliError(Exit.USAGE, "whom to cap? name a --tenant or a --class")
+        raise CliError(Exit.USAGE, "no target: name a --tenant or a --class")
     command = commands.Limit(**envelope(), targets=_targets(None, tenant, class_, all_=False), **caps)
     return await _send(cox, worker, "limit", command, done="changed the caps of", noun="target")
 
@@ -273,12 +274,12 @@ async def drain(
             "--worker",
             metavar="NAME",
             parser=option(parse.worker_or_all),
-            help="The worker; `all` is every one.",
+            help="The worker, or `all`.",
         ),
     ] = ...,  # type: ignore[assignment]
     off: Annotated[bool, typer.Option("--off", help="Serve again.")] = False,
 ) -> Exit:
-    """Empty a worker: new requests are refused (503), what is there runs to its end, holds end."""
+    """Empty a worker: refuse new requests (503), run the others to their end, end all holds."""
     command = commands.Drain(**envelope(), on=not off)
     done = "serving again" if off else "draining"
     async with cox.client() as client:
@@ -299,7 +300,7 @@ def _targets(
         all=all_,
     )
     if not targets.count and not targets.all:
-        raise CliError(Exit.USAGE, "no target: name requests, a tenant or a class, or say --all")
+        raise CliError(Exit.USAGE, "no target: name requests, a tenant or a class, or give --all")
     return targets
 
 

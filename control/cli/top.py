@@ -29,8 +29,8 @@ async def top(
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="Write the fleet's status frames to a new file as well; where output is no terminal, "
-            "do nothing else until Ctrl-C.",
+            help="Also write the fleet's status frames to a new file; if output is not a terminal, "
+            "only that, until Ctrl-C.",
         ),
     ] = None,
     replay: Annotated[
@@ -39,29 +39,29 @@ async def top(
     ] = None,
     speed: Annotated[
         float,
-        typer.Option(metavar="N", parser=option(parse.positive), help="Seconds of a recording per second."),
+        typer.Option(metavar="N", parser=option(parse.positive), help="Seconds of the recording per second."),
     ] = "1",  # type: ignore[assignment]
     every: Annotated[
         float,
         typer.Option(
-            metavar="DURATION", parser=option(parse.positive_duration_s), help="Time between two pictures."
+            metavar="DURATION", parser=option(parse.positive_duration_s), help="Time between two refreshes."
         ),
     ] = "500ms",  # type: ignore[assignment]
 ) -> Exit:
-    """Watch a fleet: workers, tenants, classes, requests, what happens; hold and continue from the keyboard.
+    """Watch a fleet: workers, tenants, classes, requests, events; hold and continue from the keyboard.
 
-    Driven by status frames alone, so that a recording shows what was seen. `?` explains keys and columns. With
-    --json a picture per line.
+    It uses status frames alone, so a recording shows what was seen. `?` explains keys and columns. --json prints a
+    snapshot per line.
     """
     if record and replay:
-        raise CliError(Exit.USAGE, "--record writes what --replay reads: give one of them")
+        raise CliError(Exit.USAGE, "give --record or --replay, not both")
     screen = cox.out.is_terminal and not cox.json
     if screen:
         _need_textual()
     elif not cox.json and not record:
         raise CliError(
             Exit.USAGE,
-            "output is no terminal: --json prints pictures, --record FILE records without a screen",
+            "output is not a terminal: --json prints snapshots, --record FILE records without a screen",
         )
     try:
         async with _source(cox, record, replay, speed) as (source, troubles):
@@ -144,5 +144,5 @@ def _need_textual() -> None:
     except ModuleNotFoundError as error:
         raise CliError(
             Exit.USAGE,
-            "`cox top` needs textual: pip install '.[top]' in a checkout. `cox ps --watch` does without.",
+            "`cox top` needs textual: pip install '.[top]' in a checkout. `cox ps --watch` works without it.",
         ) from error

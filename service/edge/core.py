@@ -147,8 +147,8 @@ def _tenant_header(env: Mapping[str, str]) -> bytes | None:
         raise SettingRefusedError(f"COX_TENANT_HEADER is {name!r}: not the name of an HTTP header")
     if name and env.get(FORWARDED):
         raise SettingRefusedError(
-            f"{FORWARDED} is {env[FORWARDED]!r}, and COX_TENANT_HEADER is set: X-Forwarded-For would say who connects, "
-            f"and so who is believed; unset {FORWARDED}, COX_TRUSTED_PROXIES alone says that",
+            f"{FORWARDED} is {env[FORWARDED]!r}, and COX_TENANT_HEADER is set: X-Forwarded-For could then name a "
+            f"trusted proxy's address. Unset {FORWARDED}: COX_TRUSTED_PROXIES alone names the proxies",
         )
     return name.encode() or None
 
@@ -226,7 +226,7 @@ class Edge:
             if name not in self._ours:
                 kept.append((name, value))
             elif name in taken and name != ID_HEADER:
-                raise RefusedRequestError(400, "BadRequestError", f"header {name.decode()} is there twice")
+                raise RefusedRequestError(400, "BadRequestError", f"header {name.decode()} is given twice")
             else:
                 taken[name] = value
         grant = self._who(kept, taken, peer)
@@ -327,7 +327,7 @@ def _class(grant: Grant, asked: bytes | None) -> str:
         raise RefusedRequestError(400, "BadRequestError", f"X-Cox-Class: {error}") from error
     if grant.classes is None or name == grant.class_ or name in grant.classes:
         return name
-    allowed = ", ".join(sorted({*grant.classes, *filter(None, (grant.class_,))})) or "no class may be named"
+    allowed = ", ".join(sorted({*grant.classes, *filter(None, (grant.class_,))})) or "none"
     raise RefusedRequestError(
         403,
         "PermissionDeniedError",

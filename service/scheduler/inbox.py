@@ -89,4 +89,4 @@ class Inbox:
             return self._answers.answer(now, item)
         except Exception:
             log.exception("query.failed", what=item.what)
-            return RefusedError(Code.NOT_POSSIBLE, "this worker failed on it: its log says how")
+            return RefusedError(Code.NOT_POSSIBLE, "this worker failed to apply it: see its log")

@@ -110,8 +110,8 @@ async def test_a_hold_from_the_keyboard_reaches_the_worker(nats_server: NatsServ
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ((), Exit.USAGE, "no terminal"),
-        (("--record", "a", "--replay", "b"), Exit.USAGE, "give one of them"),
+        ((), Exit.USAGE, "not a terminal"),
+        (("--record", "a", "--replay", "b"), Exit.USAGE, "give --record or --replay"),
         (("--replay", "/nothing/here", "--json"), Exit.USAGE, "cannot be read"),
     ],
 )

@@ -220,7 +220,7 @@ def test_a_broken_worker_hides_no_other(nats_server: NatsServer) -> None:
     assert [each["worker"] for each in json.loads(shown.stdout)["workers"]] == ["w2"]
     assert "passed over" in shown.stderr
     assert found["worker w2"][0] == "ok"
-    assert "what cannot be read" in found["workers"][1]
+    assert "an answer cannot be read" in found["workers"][1]
     assert held.exit_code == Exit.DONE, held.output
     assert [verb for _, verb, _ in well.seen] == ["preempt"]
     assert "\x1b[2J" not in shown.output + held.output

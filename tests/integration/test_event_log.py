@@ -180,9 +180,9 @@ async def test_explain_reads_what_workers_wrote(
     assert found.exit_code == Exit.DONE, found.output
     assert "went first while it waited" in found.stdout
     for arguments, code, words in (
-        (("explain",), Exit.USAGE, "name a request"),
-        (("explain", mine.request, "--tenant", "a"), Exit.USAGE, "one of them"),
-        (("explain", "nobody"), Exit.NOT_FOUND, "says nothing of request nobody"),
+        (("explain",), Exit.USAGE, "name either a request"),
+        (("explain", mine.request, "--tenant", "a"), Exit.USAGE, "or a tenant"),
+        (("explain", "nobody"), Exit.NOT_FOUND, "has nothing on request nobody"),
         (("explain", "--tenant", "nobody"), Exit.NOT_FOUND, "look further back"),
     ):
         refused = await asyncio.to_thread(cox, *arguments)

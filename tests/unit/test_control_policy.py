@@ -67,7 +67,7 @@ def test_every_shipped_policy_says_what_it_is_and_takes(name: str) -> None:
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("", "no attribute 'Odd'"),
         ("class Odd: pass", "no attribute 'Params'"),
-        ("class Odd:\n    Params = dict", "its Params are no msgspec.Struct"),
+        ("class Odd:\n    Params = dict", "its Params is not a msgspec.Struct"),
         (
             "import msgspec\nclass Odd:\n    class Params(msgspec.Struct):\n        x: memoryview | object",
             "not supported",

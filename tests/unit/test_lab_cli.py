@@ -143,15 +143,15 @@ def test_a_result_is_told_before_files_are_written(cox, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run"], "what traffic? --suite NAME"),
+        (["run"], "no traffic: give --suite NAME"),
         (["run", "--suite", "nosuch"], "no suite 'nosuch': one of real"),
         (["run", "--suite", "overload", "--policy", "nosuch"], "no policy 'nosuch'"),
         (["run", "--trace", "none.csv"], "cannot be read"),
         (["run", "--trace", "slos.csv"], "class chat has an slo_s of 1 and of 30: one is allowed"),
         (["run", "--trace", "tiny.csv", "--device", "toaster"], "no device 'toaster'"),
         (["run", "--trace", "tiny.csv", "--admission", "free"], "no admission 'free': one of reserve, vllm"),
-        (["run", "--trace", "tiny.csv", "--loss", "2"], "is no part of a whole"),
-        (["run", "--trace", "tiny.csv", "--outage", "5s"], "is no outage"),
+        (["run", "--trace", "tiny.csv", "--loss", "2"], "is not a share"),
+        (["run", "--trace", "tiny.csv", "--outage", "5s"], "is not an outage"),
         (["run", "--suite", "overload,weighted"], "one suite"),
         (
             ["run", "--suite", "overload", "--requests", "none/each.csv"],

@@ -37,8 +37,8 @@ def test_a_trace_is_read_in_order_of_time(trace):
     ("text", "says"),
     [
         ("arrival_s,tenant\n1,a\n", "prompt_tokens, output_tokens is missing"),
-        (f"{HEAD},colour\n1,a,1,1,red\n", "nobody knows column colour"),
-        (f"{HEAD}\n", "holds no arrival"),
+        (f"{HEAD},colour\n1,a,1,1,red\n", "unknown column colour: allowed are arrival_s"),
+        (f"{HEAD}\n", "has no arrivals"),
         (f"{HEAD}\n1,a,1,1\n1,a,x,1\n", "line 3"),
         (f"{HEAD}\n-1,a,1,1\n", "line 2: a time from 0"),
         (f"{HEAD}\n1,a,0,1\n", "at least one token"),
@@ -107,7 +107,7 @@ def test_a_suite_from_a_file_says_where_it_looks(monkeypatch, tmp_path):
     with pytest.raises(TraceError, match=r"--trace PATH.*COX_TRACES"):
         SUITES["real"].arrivals()
     monkeypatch.setenv(suites.FOLDER_VARIABLE, str(tmp_path))
-    with pytest.raises(TraceError, match=r"vtc_arena\.csv is not there"):
+    with pytest.raises(TraceError, match=r"vtc_arena\.csv does not exist"):
         SUITES["real"].arrivals()
     Path(tmp_path / "vtc_arena.csv").write_text(f"{HEAD}\n1,a,1,1\n")
     assert len(SUITES["real"].arrivals()) == 1

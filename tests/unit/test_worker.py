@@ -157,7 +157,7 @@ def test_environment_is_respected() -> None:
 @pytest.mark.parametrize("argv", [(), ("--port", "1"), ("--dtype", "float32", "m")])
 def test_missing_model_is_refused(argv: tuple[str, ...]) -> None:
     """Without a model in front the launcher asks for one."""
-    with pytest.raises(WorkerRefusedError, match="which model"):
+    with pytest.raises(WorkerRefusedError, match="no model"):
         plan(*argv)
 
 
