@@ -16,6 +16,14 @@ class NatsClient(Client):
     more, which uvloop answers with a RuntimeError: nobody would be told, and its subscriptions never end.
     """
 
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for a server which does not read; nats-py counts those alone that its transport lacks."""
+        writer = getattr(self._transport, "_io_writer", None)
+        return self._pending_data_size + (
+            writer.transport.get_write_buffer_size() if writer is not None else 0
+        )
+
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         if self.options.get("tls") and not info.get("tls_required"):
             raise Error("the server offers no TLS, and COX_NATS_CA or _CERT asks for it")

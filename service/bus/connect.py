@@ -50,7 +50,7 @@ async def connect(
     name: str,
     on_error: Callable[[Exception], None],
     on_closed: Callable[[], None],
-) -> Client:
+) -> NatsClient:
     """A connected client; each address is tried, in random order.
 
     Args:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any, Final
 
-from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.errors import SlowConsumerError
 
 from coxswain.common.logs import get_logger
+from coxswain.common.nats_client import NatsClient
 from coxswain.common.throttle import Throttle
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus.connect import CLOSE_S, Backoff, close, connect
@@ -176,7 +176,7 @@ class Bus:
                 self._say_unreachable(error)
             await backoff.pause()
 
-    async def _serve(self, client: Client, lost: asyncio.Event) -> None:
+    async def _serve(self, client: NatsClient, lost: asyncio.Event) -> None:
         session = Session(
             client,
             self._settings,
@@ -213,7 +213,7 @@ class Bus:
         if error is not None and not isinstance(error, NatsError):
             self._log.error("events.failed", exc_info=error)
 
-    def _say_connected(self, client: Client) -> None:
+    def _say_connected(self, client: NatsClient) -> None:
         url = client.connected_url
         self._reachable = True
         self._log.info(

@@ -12,11 +12,11 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 from nats import micro
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from coxswain import __version__
+from coxswain.common.nats_client import NatsClient
 from coxswain.common.throttle import Throttle
 from coxswain.schemas.commands import encode
 from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
@@ -33,7 +33,8 @@ PENDING_MESSAGES: Final = 8_192
 """Messages of one subscription that wait for us; beyond it nats-py drops and reports them."""
 PENDING_BYTES: Final = 16 * 1024 * 1024
 MAX_UNSENT: Final = 8 * 1024 * 1024
-"""Bytes that wait for a server which does not read; beyond it frames are left out (the next repairs that)."""
+"""Bytes that may wait for a server which does not read. What would be more is left out, if it is a frame (the next
+repairs that), or refused, if it is an answer; one alone that is larger goes out when nothing waits."""
 MARGIN: Final = 1_024
 """Bytes by which a message, headers included, stays below the server's `max_payload`."""
 CHECK_S: Final = 1.0
@@ -71,7 +72,7 @@ class Session:
 
     def __init__(
         self,
-        client: Client,
+        client: NatsClient,
         settings: Settings,
         port: Port,
         frames: Frames,
@@ -147,16 +148,17 @@ class Session:
         if not item.token:
             return
         answer = item.answer
-        if isinstance(answer, Frame):
-            for part in split(self._frames.answer(answer, self._port.unix()), self._room):
-                await self._publish(item.token, part)
-            return
         if not isinstance(answer, RefusedError):
-            payload = encode(answer)
-            if not (too_large := self._too_large(payload)):
-                await self._publish(item.token, payload)
+            parts = self._encoded(answer)
+            if too_large := self._too_large(parts[0]):
+                answer = RefusedError(Code.TOO_LARGE, f"the answer does not fit: {too_large}; ask for less")
+            elif not self._fits(parts):
+                why = "NATS takes less than this worker is asked for: try again later"
+                answer = RefusedError(Code.QUEUE_FULL, why)
+            else:
+                for part in parts:
+                    await self._publish(item.token, part)
                 return
-            answer = RefusedError(Code.TOO_LARGE, f"the answer does not fit: {too_large}; ask for less")
         body = encode({"error": answer.message, "code": int(answer.code)})
         await self._publish(item.token, body, intake.error_headers(answer.code, answer.message))
 
@@ -172,8 +174,18 @@ class Session:
     def _room(self) -> int:
         return int(self._client.max_payload) - MARGIN
 
+    def _encoded(self, answer: Any) -> list[bytes]:
+        if isinstance(answer, Frame):
+            return split(self._frames.answer(answer, self._port.unix()), self._room)
+        return [encode(answer)]
+
+    def _fits(self, parts: list[bytes]) -> bool:
+        """Whether these may wait with what waits already."""
+        unsent = self._client.unsent
+        return not unsent or unsent + sum(map(len, parts)) <= MAX_UNSENT
+
     async def _send_parts(self, parts: list[bytes]) -> None:
-        if self._client.pending_data_size > MAX_UNSENT:
+        if not self._fits(parts):
             return
         for part in parts:
             await self._publish(self._subjects.status(self._worker), part)

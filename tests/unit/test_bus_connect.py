@@ -9,7 +9,16 @@ from typing import Any, Self
 import uvloop
 
 from coxswain.common.connection import Connection
+from coxswain.common.logs import get_logger
+from coxswain.common.nats_client import NatsClient
+from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus.connect import connect
+from coxswain.service.bus.eventlog import EventLog
+from coxswain.service.bus.frames import Frames
+from coxswain.service.bus.session import MAX_UNSENT, Session
+from coxswain.service.config import Settings
+from coxswain.service.port import AnswerOut, Port
+from tests.support.engine import frame
 
 INFO = (
     b"INFO " + json.dumps({"server_id": "x", "version": "2.12.0", "max_payload": 1 << 20}).encode() + b"\r\n"
@@ -69,3 +78,40 @@ def test_a_connection_that_is_reset_with_bytes_unsent_is_over() -> None:
         return failures
 
     assert uvloop.run(run()) == []
+
+
+def test_what_waits_for_a_deaf_server_is_bounded_in_bytes() -> None:
+    """However large frames and answers are: frames are left out, who asks is refused, and what is small still fits."""
+    large, small = frame(tenants=100_000), frame(full=False)
+    port, frames, log = Port(), Frames(), get_logger()
+    bytes_each = sum(map(len, frames.outgoing(large, 0.0, 1 << 20, idle=False)))
+
+    async def fill(client: NatsClient) -> list[int]:
+        """What waits after each large frame, and at last after large answers and small frames."""
+        settings = Settings.from_env({"COX_WORKER": "w1"})
+        events = EventLog(Subjects("main"), "w1", port, log)
+        session = Session(client, settings, port, frames, events, incarnation="01A", hello={}, log=log)
+        waits = [0]
+        while len(waits) < 2 or waits[-1] > waits[-2]:
+            await session.status(large, idle=False)
+            waits.append(client.unsent)
+        for _ in range(4):
+            await session.answer(AnswerOut("me", large))
+            await session.status(small, idle=False)
+        return [*waits, client.unsent]
+
+    async def run() -> list[int]:
+        closed = asyncio.Event()
+        async with Deaf() as server, asyncio.timeout(WITHIN_S):
+            connection = Connection(urls=(server.url,), fleet="main")
+            client = await connect(connection, name="t", on_error=lambda _: None, on_closed=closed.set)
+            try:
+                return await fill(client)
+            finally:
+                server.reset()
+                await closed.wait()
+
+    *waits, full, last = uvloop.run(run())
+    assert len(waits) > 2
+    assert MAX_UNSENT - bytes_each < full <= MAX_UNSENT + 10_000  # NATS's own words come to it
+    assert full + 2_000 < last < full + 20_000
