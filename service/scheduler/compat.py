@@ -8,10 +8,12 @@ are, and a test checks that they still exist.
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import Any, Final
 
 import torch
 import vllm
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequestType, FinishReason
 from vllm.v1.request import RequestStatus
 
@@ -23,6 +25,7 @@ PRIVATE: Final = {
         "_handle_stopped_request", "_handle_blocked_waiting_request", "finish_requests",
         "has_requests", "has_finished_requests", "reset_prefix_cache", "get_request_counts",
         "_request_blocks_can_be_freed", "_reserve_prefill_lookahead", "_handle_invalid_blocks",
+        "_update_after_schedule", "_update_request_with_output",
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager": (
         "allocate_slots", "get_blocks", "get_computed_blocks", "empty_kv_cache_blocks",
@@ -89,6 +92,18 @@ def data_parallel_size(parallel: Any) -> int:
             size = 2
         frame = frame.f_back
     return int(size)
+
+
+def wait_for_tokens(scheduler: Any) -> None:
+    """Without asynchronous scheduling, do as vLLM's plain Scheduler: no next token before the last one is there.
+
+    vLLM takes AsyncScheduler or that, by the setting; a class of one's own is one of the two for good. It matters where
+    several steps are in flight all the same, in a pipeline: its first stage is told the tokens that came out of
+    the last (Scheduler._make_cached_request_data), and the V1 runner dies of one that is not there.
+    """
+    if not scheduler.scheduler_config.async_scheduling:
+        for name in ("_update_after_schedule", "_update_request_with_output"):
+            setattr(scheduler, name, MethodType(getattr(Scheduler, name), scheduler))
 
 
 def wake(engine: Any) -> None:

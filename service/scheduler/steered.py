@@ -58,6 +58,7 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         compat.check_version(os.environ)
         super().__init__(*args, **kwargs)
+        compat.wait_for_tokens(self)
         parallel = self.parallel_config
         self.settings = Settings.from_env(
             os.environ, dp_rank=parallel.data_parallel_index, dp_size=compat.data_parallel_size(parallel)
