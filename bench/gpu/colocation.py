@@ -16,6 +16,9 @@ from bench.gpu.wire import INTERACTIVE, name
 LINGER_S = 0.5
 """How long the batch's step budget outlasts the last interactive request: some ten times their mean distance."""
 
+STAGES = ("to the engine", "until scheduled", "in the step", "to the client")
+"""Of a time to first token. A step that is scheduled waits for the one that runs."""
+
 BLOCK_S = 0.5
 """Batch tokens are counted in blocks of this length."""
 
@@ -91,6 +94,7 @@ async def colocation(
 
 async def _window(llm: Any, sizes: Sizes, *, interactive: bool) -> dict[str, Any]:
     await ask(llm, "meter")
+    await ask(llm, "stages")
     begin = time.perf_counter()
     sent = await arrive(llm, sizes) if interactive else []
     if not interactive:
@@ -105,12 +109,14 @@ async def _window(llm: Any, sizes: Sizes, *, interactive: bool) -> dict[str, Any
         await asyncio.gather(*late, return_exceptions=True)
         for task in done:
             task.result()
+    stages = await ask(llm, "stages")
     measured = steps(lines, begin, end)
     arrived = [at for request in sent for at in request.times]
     theirs = sum(begin <= at <= end for at in arrived)
     return {
         "window_s": end - begin,
         "ttft_s": [request.times[0] - request.began for request in sent if request.times],
+        "stages_s": _stages(sent, stages),
         "inter_token_s": _gaps(sent),
         "unanswered": sum(not request.times for request in sent),
         "batch_tokens_per_s": (measured["output_tokens"] - theirs) / (end - begin),
@@ -129,6 +135,19 @@ def _blocks(lines: list[Line], arrived: list[float], begin: float, end: float) -
         if 0 <= place < len(blocks):
             blocks[place] += count
     return blocks
+
+
+def _stages(sent: list[Request], seen: dict[str, list[float]]) -> dict[str, list[float]]:
+    """What times to first token are made of: the way to the engine, the wait for a step, the step, the way back."""
+    engine = {name.rpartition("-")[0]: times for name, times in seen.items()}
+    passed = [
+        (request.began, *engine[request.name], request.times[0])
+        for request in sent
+        if request.times and len(engine.get(request.name, ())) == len(STAGES) - 1
+    ]
+    return {
+        stage: [times[place + 1] - times[place] for times in passed] for place, stage in enumerate(STAGES)
+    }
 
 
 def _gaps(sent: list[Request]) -> list[float]:

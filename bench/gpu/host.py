@@ -21,6 +21,7 @@ from bench.gpu.plan import STEERED, Mode, Unit
 
 KINDS = {
     "overhead": overhead.overhead,
+    "decoding": overhead.decoding,
     "colocation": colocation.colocation,
     "continuing": continuing.continuing,
     "command": command.command,

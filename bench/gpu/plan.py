@@ -46,13 +46,16 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     interactive: Shape = Shape(256, 48)
     rate: float = 25.0
     """Interactive requests per second, Poisson."""
-    arrivals: int = 310
+    arrivals: int = 500
     ramp_s: tuple[float, float] = (4.0, 7.0)
     """From the first request to the batch in its stride, at the two numbers of slots."""
     drain_s: float = 25.0
     """How long interactive requests are waited for after the last arrival."""
     windows_s: tuple[float, float] = (10.0, 15.0)
     """Of one round of overhead, at the two numbers of slots: many times what a wave of ends and beginnings takes."""
+    decoding: Shape = Shape(64, 2_000)
+    """Of requests that only decode: longer than a window of them lasts."""
+    decoding_s: float = 5.0
     contexts: tuple[int, ...] = (1_024, 4_096, 16_384)
     cycles: int = 8
     beside: int = 64
@@ -70,7 +73,8 @@ FULL: Final = Sizes()
 DRY: Final = Sizes(
     slots=(6, 10), spare=4, batched_tokens=512, max_model_len=4_096, least_kv_tokens=0,
     shapes=(Shape(48, 40), Shape(24, 24)), outstanding=14, interactive=Shape(24, 6), rate=6.0, arrivals=12,
-    ramp_s=(1.0, 1.0), drain_s=8.0, windows_s=(1.5, 1.5), contexts=(256, 1_024), cycles=2, beside=3, commands=20,
+    ramp_s=(1.0, 1.0), drain_s=8.0, windows_s=(1.5, 1.5), decoding=Shape(24, 1_000), decoding_s=1.5,
+    contexts=(256, 1_024), cycles=2, beside=3, commands=20,
     budgets=(64, 128), identity_requests=8, identity_victims=3, identity_tokens=120, identity_spare=2,
     identity_prompt=60,
 )  # fmt: skip
@@ -126,6 +130,12 @@ def units(sizes: Sizes) -> list[Unit]:
             seconds=sizes.ramp_s[slots == many] + sizes.windows_s[slots == many] + 1.5,
         )  # fmt: skip
 
+    def decodes(slots: int, round_: int, side: str) -> Unit:
+        return Unit(
+            name=f"decoding-{slots}-{round_}-{side}", part="decoding", side=side, kind="decoding",
+            fields={"slots": slots}, seconds=sizes.decoding_s + 2.5 + slots / 200,
+        )  # fmt: skip
+
     def path(slots: int) -> Unit:
         return Unit(
             name=f"command-{slots}", part="command", side=STEERED, kind="command", fields={"slots": slots},
@@ -134,6 +144,7 @@ def units(sizes: Sizes) -> list[Unit]:
 
     middle = sizes.budgets[len(sizes.budgets) // 2]
     turns = ((1, STOCK), (1, STEERED), (2, STEERED), (2, STOCK), (3, STOCK), (3, STEERED))
+    more = ((4, STEERED), (4, STOCK), (5, STOCK), (5, STEERED), (6, STEERED), (6, STOCK))
     return [
         mixed("alone", STOCK, batch=False),
         mixed("stock priority", STOCK, policy="priority", extra_s=6.0),
@@ -147,6 +158,7 @@ def units(sizes: Sizes) -> list[Unit]:
         held("steady: hold, aside", None, steady=True, aside=True),
         *(held(f"steady: hold, budget {budget}", budget, steady=True) for budget in sizes.budgets),
         *(held(f"steady: hold, budget {budget}, aside", budget, steady=True, aside=True) for budget in sizes.budgets),
+        *(decodes(few, round_, side) for round_, side in (*turns, *more)),
         *(loop(few, round_, side) for round_, side in turns),
         *(
             Unit(
@@ -158,6 +170,7 @@ def units(sizes: Sizes) -> list[Unit]:
         path(few),
         mixed("fcfs", STOCK, extra_s=22.0),
         mixed("steady: batch alone", STEERED, interactive=False, steady=True),
+        *(decodes(many, round_, side) for round_, side in turns),
         *(loop(many, round_, side) for round_, side in turns),
         path(many),
     ]  # fmt: skip

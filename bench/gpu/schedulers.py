@@ -5,6 +5,7 @@ step on both sides; nothing else of vLLM's or ours is changed. `EngineCore.bench
 scheduler in the other process: vLLM's own utility calls, which run between steps.
 """
 
+import itertools
 import time
 from collections import deque
 from typing import Any
@@ -18,11 +19,28 @@ from coxswain.service.scheduler import SteeredScheduler
 
 
 class Metered:
-    """A line per step: when it was done (`perf_counter`), requests, scheduled and delivered tokens, held requests."""
+    """A line per step: when it was done (`perf_counter`), requests, scheduled and delivered tokens, held requests.
+
+    And of each request when it came to the engine, was first scheduled, and said its first token.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.meter: deque[tuple[float, int, int, int, int]] = deque(maxlen=200_000)
+        self.stages: dict[str, list[float]] = {}
+        self._silent: dict[str, list[float]] = {}
+
+    def add_request(self, request: Any) -> None:
+        """As the class behind this one, and note when."""
+        self._silent[request.request_id] = [time.perf_counter()]
+        super().add_request(request)  # type: ignore[misc]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class behind this one, and note who is new."""
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        for new in output.scheduled_new_reqs:
+            self._silent[new.req_id].append(time.perf_counter())
+        return output
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """As the class behind this one, and note the step."""
@@ -32,7 +50,15 @@ class Metered:
             time.perf_counter(), len(scheduler_output.num_scheduled_tokens),
             scheduler_output.total_num_scheduled_tokens, delivered, self.held_requests(),
         ))  # fmt: skip
+        if self._silent:
+            self._note_first_tokens(outputs)
         return outputs
+
+    def _note_first_tokens(self, outputs: Any) -> None:
+        now = time.perf_counter()
+        for item in itertools.chain.from_iterable(part.outputs for part in outputs.values()):
+            if item.new_token_ids and (stages := self._silent.pop(item.request_id, None)):
+                self.stages[item.request_id] = [*stages, now]
 
     def held_requests(self) -> int:
         """How many requests are held."""
@@ -61,6 +87,13 @@ def meter(scheduler: Any, _: Any) -> list[tuple[float, int, int, int, int]]:
     lines = list(scheduler.meter)
     scheduler.meter.clear()
     return lines
+
+
+def stages(scheduler: Any, _: Any) -> dict[str, list[float]]:
+    """By engine's id of each request that began since the last call: when it came, was scheduled, spoke."""
+    found = dict(scheduler.stages)
+    scheduler.stages.clear()
+    return found
 
 
 def requests(scheduler: Any, _: Any) -> int:
@@ -104,6 +137,7 @@ def connected(scheduler: Any, _: Any) -> bool:
 
 OPERATIONS = {
     "meter": meter,
+    "stages": stages,
     "requests": requests,
     "resize": resize,
     "connect": connect,

@@ -131,6 +131,31 @@ def overhead(part: Parts) -> str:
     return table("slots | overhead | stock | steered | ratio | by round", rows)
 
 
+def decoding(part: Parts) -> str:
+    """The same where all requests only decode; the interval is of the mean over rounds."""
+    rows = []
+    for slots in sorted({result["slots"] for result in part.values()}):
+        stem = f"decoding-{slots}-"
+        rounds = sorted({name.split("-")[2] for name in part if name.startswith(stem)})
+        pairs = [(part.get(f"{stem}{turn}-stock"), part.get(f"{stem}{turn}-steered")) for turn in rounds]
+        whole = [(stock, steered) for stock, steered in pairs if stock and steered]
+        for what, digits, of in DECODED if whole else ():
+            ratios = [of(steered) / of(stock) for stock, steered in whole]
+            stock, steered = (statistics.fmean(of(pair[side]) for pair in whole) for side in (0, 1))
+            rows.append((
+                slots, what, f"{stock:,.{digits}f}", f"{steered:,.{digits}f}",
+                bootstrap(ratios, statistics.fmean).text(1, 3), ", ".join(f"{ratio:.3f}" for ratio in ratios),
+            ))  # fmt: skip
+    return table("slots | all decode | stock | steered | ratio | by round", rows)
+
+
+DECODED: tuple[tuple[str, int, Callable[[dict[str, Any]], float]], ...] = (
+    ("output tokens/s", 0, lambda result: float(result["output_tokens_per_s"])),
+    ("inter-token ms", 2, lambda result: float(result["inter_token_ms"])),
+    ("step ms", 2, lambda result: float(result["steps"]["decode_step_ms"])),
+)
+
+
 def colocation(part: Parts) -> str:
     """Time to first token and the batch's rate, by variant."""
     rows = []
@@ -154,7 +179,21 @@ def colocation(part: Parts) -> str:
         "co-location | TTFT p50 ms | TTFT p99 ms | batch tokens/s | step p50 / p99 ms"
         " | held at most | recomputed | unanswered"
     )
-    return table(head, rows) + note
+    return table(head, rows) + note + stages(part)
+
+
+def stages(part: Parts) -> str:
+    """What times to first token are made of, medians; those of one request add up, medians need not."""
+    known = {
+        name: result["stages_s"] for name, result in part.items() if any(result.get("stages_s", {}).values())
+    }
+    if not known:
+        return ""
+    rows = [
+        (name, *(f"{statistics.median(times) * 1e3:.1f}" for times in passed.values()))
+        for name, passed in known.items()
+    ]
+    return "\n\n" + table(" | ".join(("first token: median ms", *next(iter(known.values())))), rows)
 
 
 def continuing(part: Parts) -> str:
@@ -204,8 +243,8 @@ def modes(part: Parts) -> str:
 
 
 PARTS: dict[str, Callable[[Parts], str]] = {
-    "identity": identity, "overhead": overhead, "colocation": colocation, "continue": continuing, "command": command,
-    "modes": modes,
+    "identity": identity, "overhead": overhead, "decoding": decoding, "colocation": colocation,
+    "continue": continuing, "command": command, "modes": modes,
 }  # fmt: skip
 
 

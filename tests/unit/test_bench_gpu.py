@@ -82,15 +82,25 @@ def test_the_table_pairs_rounds_and_says_what_was_not_acted_on(tmp_path: Path) -
         "hold": {
             "ttft_s": [0.020, 0.030, 0.040], "unanswered": 0, "batch_tokens_per_s": 900.0, "steps": {"step_ms": 9.0},
             "batch_tokens_by_block": [440, 460], "recomputed_tokens": 0, "ignored": ["classes.interactive.cut_in"],
+            "stages_s": {"to the engine": [0.004, 0.006, 0.005], "in the step": [0.008]},
         }
     }  # fmt: skip
+    decoding = {
+        f"decoding-128-{turn}-{side}": {
+            "slots": 128, "output_tokens_per_s": 1_000.0, "inter_token_ms": gap, "steps": {"decode_step_ms": 8.0},
+        }
+        for turn, side, gap in ((1, STOCK, 10), (1, STEERED, 10.1), (2, STEERED, 9.9), (2, STOCK, 10), (3, STOCK, 1))
+    }  # fmt: skip
     (tmp_path / "overhead.json").write_bytes(msgspec.json.encode(overhead))
+    (tmp_path / "decoding.json").write_bytes(msgspec.json.encode(decoding))
     (tmp_path / "colocation.json").write_bytes(msgspec.json.encode(mixed))
     text = summary(tmp_path)
     assert "| 990 " in text
     assert "| 0.990 | 0.990 " in text
     assert "| 30 [20 40]" in text
     assert "| 900 [880 920]" in text
+    assert "| 1.000 [0.990 1.010] | 1.010, 0.990 " in text
+    assert "| hold                   | 5.0           | 8.0 " in text
     assert "prove nothing: classes.interactive.cut_in" in text
 
 
