@@ -15,69 +15,81 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="ev
     """The envelope of every event. Events that concern no request have null request fields."""
 
     id: str
-    """`worker:incarnation:seq`: nobody else has it."""
+    """`worker:incarnation:seq`: unique."""
     worker: str
+    """The worker's name."""
     incarnation: str
-    """One life of the worker, a ULID: of two, the later started is the greater."""
+    """One run of the worker, a ULID: of two, the one that started later is the greater."""
     seq: int
     """Counts every event of the incarnation, from 1."""
     at: float
     """When it happened: Unix s by the worker's clock, which never jumps."""
     step: int
-    """The engine's last step by then."""
+    """The engine's last step at that time."""
     request: str | None = None
     """The request's public id."""
     child: int | None = None
     """Which of its completions, from 0."""
     tenant: str | None = None
+    """The request's tenant."""
     class_: str | None = msgspec.field(default=None, name="class")
+    """Its class at that time."""
     priority: int | None = None
-    """As they are now; null where no request is concerned."""
+    """Its priority at that time; lower runs first."""
 
 
 class Queued(Event, frozen=True, kw_only=True, tag="queued"):
-    """The request joined the queue. What it met there tells later why it waited."""
+    """The request joined the queue. The fields describe what it met there, which explains why it waited."""
 
     prompt_tokens: int
+    """Tokens of its prompt."""
     waiting: int = 0
-    """Requests that waited here already, its own tenant's among them."""
+    """Requests that already waited on this worker, of all tenants."""
     tenant_waiting: int = 0
-    """Of these: its own tenant's."""
+    """Those of them that are its own tenant's."""
     running: int = 0
-    """Requests that ran here."""
+    """Requests that ran on this worker."""
     virtual_time: float | None = None
-    """Its tenant's; in a `fair` class the lowest goes next."""
+    """Its tenant's virtual time; in a `fair` class the lowest goes next."""
     next_request: str | None = None
-    """The request that was to run next; null: nothing waited."""
+    """The request whose turn it was; null if nothing waited."""
     next_tenant: str | None = None
+    """That request's tenant."""
     next_class: str | None = None
+    """That request's class."""
     next_priority: int | None = None
+    """That request's priority."""
     next_virtual_time: float | None = None
-    """Of that request: its tenant, class and priority, and its tenant's virtual time."""
+    """The virtual time of that request's tenant."""
 
 
 class Admitted(Event, frozen=True, kw_only=True, tag="admitted"):
-    """The request runs from this step on: first admission, or again after a drop.
+    """The request runs from this step on, for the first time or again after it lost its KV.
 
-    Resumed, its "input" is all that it had computed: what of it must be computed again, and what is there.
+    In the second case (`resumed`), everything that it had computed counts as input.
     """
 
     uncached_input_tokens: int
+    """Input that must be computed."""
     cached_input_tokens: int
+    """Input that need not be."""
     external_input_tokens: int = 0
-    """Of the cached ones: loaded by a KV connector; the others were in the prefix cache, or had been kept."""
+    """The part of the cached input that a KV connector loaded; the rest was in the prefix cache, or had been kept."""
     queued_s: float
+    """How long it waited in the queue."""
     resumed: bool = False
+    """Whether it ran before, and lost its KV."""
     virtual_time: float | None = None
-    """Its tenant's, this input charged."""
+    """Its tenant's virtual time, with this input charged."""
     waiting: int = 0
-    """Requests that go on waiting."""
+    """Requests that still wait on this worker."""
 
 
 class FirstToken(Event, frozen=True, kw_only=True, tag="first_token"):
     """The first output token was delivered."""
 
     ttft_s: float
+    """Time since the request arrived."""
 
 
 class Held(Event, frozen=True, kw_only=True, tag="held"):
@@ -86,57 +98,75 @@ class Held(Event, frozen=True, kw_only=True, tag="held"):
     by: str
     """The role: `operator`, `controller`, or `engine` where the scheduler itself made room."""
     kv: str
+    """`kept`, `parked`, `dropped`, or `none` if it had computed nothing."""
     reason: str
+    """The command's issuer, or why the engine needed the room."""
     lease_s: float | None
+    """Time after which the hold ends by itself; null: no lease."""
     in_flight_tokens: int = 0
+    """Tokens of steps in flight, which still reach the client."""
     output_tokens: int = 0
+    """Tokens delivered so far."""
 
 
 class Parked(Event, frozen=True, kw_only=True, tag="parked"):
     """A held request gave back its slot and kept its KV."""
 
     reason: str = ""
+    """What the slot was needed for."""
 
 
 class Dropped(Event, frozen=True, kw_only=True, tag="dropped"):
     """A held request's KV was freed."""
 
     reason: str
+    """What the KV blocks were needed for, or the issuer of the command that dropped them."""
     computed_tokens: int
-    """Positions that continue must recompute, unless a cache has them."""
+    """Positions that must be recomputed on continue, unless a cache has them."""
 
 
 class Continued(Event, frozen=True, kw_only=True, tag="continued"):
     """The last hold ended."""
 
     by: str
+    """The role that ended it."""
     reason: str
     """`command`, `lease`, `failover`, `drain` or `room`."""
     held_s: float
+    """How long it was held."""
     output_tokens: int = 0
+    """Tokens delivered so far."""
 
 
 class Preempted(Event, frozen=True, kw_only=True, tag="preempted"):
     """Its KV was freed and it waits again: vLLM wanted KV blocks, a cut-in did, or the prefix cache was reset."""
 
     reason: str
+    """Which of these it was."""
 
 
 class Reprioritized(Event, frozen=True, kw_only=True, tag="reprioritized"):
     """Priority or class changed."""
 
     from_priority: int
+    """The priority before."""
     to_priority: int
+    """The priority now."""
     from_class: str
+    """The class before."""
     to_class: str
+    """The class now."""
     by: str
+    """The role that changed it."""
 
 
 class Limited(Event, frozen=True, kw_only=True, tag="limited"):
     """A cap changed."""
 
     by: str
+    """The role whose cap it is."""
     detail: str
+    """The cap, as in `tenant acme: max_running=4`; or `failover: …` where a controller's caps ended."""
 
 
 class Finished(Event, frozen=True, kw_only=True, tag="finished"):
@@ -147,16 +177,20 @@ class Finished(Event, frozen=True, kw_only=True, tag="finished"):
     """
 
     reason: str
+    """vLLM's: `stop`, `length`, `abort` and so on."""
     uncached_input_tokens: int
+    """Input that was to be computed when it was admitted."""
     cached_input_tokens: int
+    """Input that was in the prefix cache, or with a KV connector."""
     external_input_tokens: int = 0
-    """Of the cached input: loaded by a KV connector."""
+    """The part of the cached input that a KV connector loaded."""
     uncomputed_input_tokens: int = 0
-    """Of the uncached input: never computed, because the request ended before, or lost its KV and found more in a
-    cache when it went on."""
+    """The part of the uncached input that was never computed: the request ended first, or lost its KV and found more
+    in a cache when it went on."""
     output_tokens: int
+    """Tokens delivered."""
     generations: int = 1
-    """0 without any output; in a streaming session, one for every turn that said anything."""
+    """0 without any output, else 1; in a streaming session, the number of turns that produced output."""
     recomputed_tokens: int
     """Positions computed again after their KV was lost."""
     restored_tokens: int = 0
@@ -164,24 +198,36 @@ class Finished(Event, frozen=True, kw_only=True, tag="finished"):
     reloaded_tokens: int = 0
     """Positions loaded by a KV connector after their KV was lost."""
     discarded_tokens: int = 0
-    """Positions computed for nothing: in flight when the request ended, or drafts that were rejected."""
+    """Positions computed in vain: in flight when the request ended, or rejected drafts."""
     queued_s: float
+    """Time spent in the queue."""
     ttft_s: float | None
+    """Time from arrival to the first token; null without one."""
     held_s: float
+    """Time spent held."""
     run_s: float
+    """Time spent running."""
 
 
 class CommandSeen(Event, frozen=True, kw_only=True, tag="command"):
     """A command was applied or refused."""
 
     command: str
+    """The command's id."""
     verb: str
+    """What it asked for: `preempt`, `continue` and so on; never `rank`."""
     role: str
+    """The sender's role, proved by its subject."""
     issuer: str
+    """What the sender calls itself."""
     outcome: str
+    """`applied`, `partial` or `rejected`."""
     counts: dict[str, int] = {}
+    """Targets by outcome."""
     code: int | None = None
+    """Code of the refusal."""
     error: str | None = None
+    """Its text."""
     reason: str = ""
     """Of an `abort`: why, in the issuer's words."""
 
@@ -190,7 +236,9 @@ class LeaderChanged(Event, frozen=True, kw_only=True, tag="leader_changed"):
     """A new leader was accepted, or the leader fell silent (null epoch)."""
 
     epoch: Epoch | None
+    """The new leader's epoch."""
     reason: str
+    """`silent`, or how the new leader became known."""
 
 
 KINDS: Final[dict[str, type[Event]]] = {

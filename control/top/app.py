@@ -54,14 +54,14 @@ class TopApp(App[None]):
         Binding("slash", "filter", "Filter", key_display="/"),
         Binding("a", "all", "All"),
         Binding("w", "upper", "Workers/classes", show=False),
-        Binding("space", "pause", "Stop", key_display="␣"),
+        Binding("space", "pause", "Pause", key_display="␣"),
         Binding("left", "jump(-1)", "Back", show=False),
         Binding("right", "jump(1)", "On", show=False),
         Binding("plus,equals_sign", "speed(2.0)", "Faster", show=False),
         Binding("minus", "speed(0.5)", "Slower", show=False),
         Binding("escape", "clear", "Clear", show=False),
         Binding("question_mark", "help", "Help", key_display="?"),
-        Binding("q", "quit", "Leave"),
+        Binding("q", "quit", "Quit"),
     ]
 
     def __init__(self, source: Source, *, every_s: float = 0.5, timeout_s: float = 2.0) -> None:

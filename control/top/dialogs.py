@@ -26,22 +26,22 @@ HELP: Final = """\
  ↑ ↓  g G        move; also PgUp, PgDn and the mouse
  Enter           a tenant's or worker's requests, a request's story
  a               requests of all tenants, or of the one under the cursor
- s  S            sort by the next column; turn the order round
+ s  S            sort by the next column; reverse the order
  /               filter this table; Esc shows all again
  w               workers or classes, where there is no room for both
 
  h               hold        the tenant, class or request that the cursor
- c               continue    is on. You are asked first; what became of it
- p               prioritize  is said below and under "What happened"
+ c               continue    is on. You are asked first; the outcome
+ p               prioritize  appears below and under "What happened"
 
- Space           stop the picture (a replay: its clock)
+ Space           pause (a replay: its clock)
  ← →  + -        a replay: 10 s back, 10 s on; faster, slower
- q               leave
+ q               quit
 
  SHARE  part of all service of the last 30 s (priced tokens, as charged)
  DUE    what its weight is worth: its part, among the tenants of its
         class that want anything, of what the class got; ┃ in the bar
- TTFT   median of the requests seen to begin speaking in that time
+ TTFT   median of the requests whose first token came in that time
  CAPS   in force: running/queued
  DUE    of a request: time left until its class's deadline
 """

@@ -83,7 +83,7 @@ class Commands:
 
     def failed(self, now: float, command: c.Command) -> c.Reply:
         """The answer to a command that this worker broke on."""
-        text = "this worker failed on it, and perhaps half way: its log says how; ask for the request's state"
+        text = "this worker failed while applying it, perhaps half way: see its log, and query the request"
         return self._rejection(now, command, RefusedError(Code.NOT_POSSIBLE, text), ())
 
     def stats(self, queue_depth: int) -> CommandStats:
