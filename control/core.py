@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from coxswain.control import requests
+from coxswain.control.accounts import Row
 from coxswain.control.failures import Failures, Stage
 from coxswain.control.fleet import Fleet, WorkerView
 from coxswain.control.policy import Directives, Policy, Tables, weight_of
@@ -32,7 +33,7 @@ from coxswain.schemas.policy import (
     digest,
     plain,
 )
-from coxswain.schemas.status import Frame, RequestStatus, TenantStatus
+from coxswain.schemas.status import Frame, RequestStatus
 
 BEAT_S: Final = 0.5
 """Between two heartbeats of the leader; workers give it up after 5 s."""
@@ -146,7 +147,7 @@ class ControlCore:
         self.policy = policy
         self.controller = controller
         self.cadence_s = cadence_s
-        self.fleet = Fleet()
+        self.fleet = Fleet(rows=policy.sees != "tenants")
         self.disowned_by: dict[str, Epoch] = {}
         """Workers that obey a later epoch than ours, by their own word, and which: the shell must look whether the
         lease is still ours. That alone decides: a worker may lie, or have been lied to."""
@@ -326,7 +327,7 @@ class ControlCore:
         """
         rows: dict[str, TenantRank] = {}
         for tenant, rank in wanted.items():
-            has: TenantRank | TenantStatus | None = None
+            has: TenantRank | Row | None = None
             said = told.ranks.get(tenant)
             if said is None or now - said.at >= ECHO_S:
                 has = view.tenants.get(tenant)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from sys import intern
 from typing import Final, Literal
 
-import msgspec
+from msgspec.structs import replace
 
+from coxswain.control.accounts import Accounts, Row, Rows, admitted
 from coxswain.control.presence import Presence
 from coxswain.schemas.parts import Assembler
 from coxswain.schemas.status import ClassStatus, Frame, RequestStatus, TenantStatus
@@ -30,8 +31,8 @@ MAX_LEFT: Final = 4_096
 
 RequestKey = tuple[str, int]
 """A request and its child."""
-Changed = dict[str, TenantStatus | None]
-"""Tenants to whom more happened than being served, and their row before that."""
+Changed = dict[str, Row | None]
+"""Tenants to whom more happened than being served, and what was kept of them before that."""
 Charges = defaultdict[str, float]
 """Per tenant, the weighted cost that it was charged."""
 Seen = Callable[[str, TenantStatus, TenantStatus], None]
@@ -40,7 +41,17 @@ Liveness = Literal["live", "stale", "gone"]
 
 
 class WorkerView:
-    """One worker as last heard: `frame` for everything but rows, which are merged here."""
+    """One worker as last heard: `frame` for everything but rows, which are merged here.
+
+    Args:
+        frame: the first of an incarnation.
+        now: when it came.
+        presence: keeps where tenants are.
+        served: to which what tenants are charged is added, once the worker was heard in full.
+        seen: is told of every row that replaces another, from then on. Needs rows.
+        returned: whether the incarnation had its turn before.
+        places: makes that only accounts of tenants are kept: see `Accounts`.
+    """
 
     def __init__(
         self,
@@ -51,6 +62,7 @@ class WorkerView:
         seen: Seen | None = None,
         *,
         returned: bool = False,
+        places: dict[str, int] | None = None,
     ) -> None:
         self.worker = frame.worker
         self.incarnation = frame.incarnation
@@ -61,7 +73,10 @@ class WorkerView:
         """Whether it lost its turn to another incarnation and has it again: what it charged meanwhile nobody counts."""
         self.complete = False
         """Whether a full frame was merged: until then tenants may be missing."""
-        self.tenants: dict[str, TenantStatus] = {}
+        self.rows = Rows(None if seen is None else self._saw)
+        """Tenants' rows, where they are kept whole; none where only accounts are."""
+        self.tenants: Rows | Accounts = self.rows if places is None else Accounts(places)
+        """What is kept of tenants."""
         self.classes: dict[str, ClassStatus] = {}
         self.requests: dict[RequestKey, RequestStatus] = {}
         self.beyond: dict[RequestKey, RequestStatus] = {}
@@ -92,7 +107,8 @@ class WorkerView:
         self._parts.add(frame.part)
         changed = {} if changed is None else changed
         self.heard_at = now
-        self.frame = frame
+        # Rows are let go of while they are still at hand: a turn later, to find their memory would be to wait for it.
+        self.frame = replace(frame, tenants=(), requests=(), gone=())
         if not frame.full:
             self._merge_delta(frame, changed)
         elif whole := self._assembler.add(frame):
@@ -119,15 +135,10 @@ class WorkerView:
         self._tidy(frame)
 
     def _merge_full(self, frame: Frame, changed: Changed) -> None:
-        old = self.tenants
-        news = [row for row in frame.tenants if old.get(row.tenant) != row]
         # A tenant that a worker stops listing keeps what it was served.
-        listed = {row.tenant for row in frame.tenants}
-        news += [
-            msgspec.structs.replace(old[name], queued=0, running=0, held=0)
-            for name in sorted(self.busy - listed)
-        ]
-        self._put(news, changed)
+        gone = self.busy - {row.tenant for row in frame.tenants}
+        self._put(self.tenants.differing(frame.tenants, self.busy), changed)
+        self._put(map(self.tenants.idle, sorted(gone)), changed)
         self._put_classes(frame)
         requests = {(row.request, row.child): row for row in frame.requests}
         for key, row in self.requests.items():
@@ -143,36 +154,23 @@ class WorkerView:
                     self._served[name] += known.charged
 
     def _put(self, rows: Iterable[TenantStatus], changed: Changed) -> None:
-        # Thousands of rows in every step of a large fleet, most of tenants that wait, and were served a little.
-        tenants = self.tenants
-        served, seen = (self._served, self._seen) if self.complete else (Charges(float), None)
-        for row in rows:
-            name = row.tenant
-            old = tenants.get(name)
-            if old is None:
-                # All workers share one string, which every look-up compares: so it stays in the processor's cache.
-                name = intern(name)
-                tenants[name] = row
-                served[name] += row.charged
-                self._happened(name, row, None, changed)
-                continue
-            tenants[name] = row
-            served[name] += row.charged - old.charged
-            if seen is not None:
-                seen(self.worker, row, old)
-            if not (old.queued and row.queued) or row.lift != old.lift or row.class_ != old.class_:
-                self._happened(intern(name), row, old, changed)
+        served = self._served if self.complete else Charges(float)
+        for row, old in self.tenants.put(rows, served):
+            self._happened(row, old, changed)
 
-    def _happened(self, name: str, row: TenantStatus, old: TenantStatus | None, changed: Changed) -> None:
+    def _saw(self, row: TenantStatus, old: TenantStatus) -> None:
+        if self.complete and self._seen is not None:
+            self._seen(self.worker, row, old)
+
+    def _happened(self, row: TenantStatus, old: Row | None, changed: Changed) -> None:
         """A row says perhaps more than that its tenant was served."""
-        presence = self._presence
-        before = old is not None and old.queued > 0
-        if old is None or row.class_ != old.class_:
-            presence.meet(row.class_)
-        if came_or_left := (row.queued > 0) != before:
-            self._toggle(self.waiting, presence.waiting, name)
-        if busied := _busy(row) != _busy(old):
-            self._toggle(self.busy, presence.busy, name)
+        presence, name = self._presence, intern(row.tenant)
+        presence.meet(row.class_)
+        waits, busy = row.queued > 0, bool(row.queued or row.running or row.held)
+        if came_or_left := waits != (name in self.waiting):
+            self._note(self.waiting, presence.waiting, name, here=waits)
+        if busied := busy != (name in self.busy):
+            self._note(self.busy, presence.busy, name, here=busy)
         if came_or_left or busied or old is None or row.lift != old.lift or admitted(row, old):
             changed.setdefault(name, old)
 
@@ -203,30 +201,16 @@ class WorkerView:
             self.classes[row.class_] = row
             self._presence.meet(row.class_)
 
-    def _toggle(self, mine: set[str], where: dict[str, set[str]], name: str) -> None:
-        here = name not in mine
-        mine ^= {name}
+    def _note(self, mine: set[str], where: dict[str, set[str]], name: str, *, here: bool) -> None:
+        (mine.add if here else mine.remove)(name)
         if self.counted:
             self._presence.note(where, name, self.worker, here=here)
 
     def _gone(self, row: RequestStatus | None, tokens: int = 0) -> None:
         if row is not None and row.state != "queued" and len(self.left) < MAX_LEFT:
             if tokens > row.output_tokens:
-                row = msgspec.structs.replace(row, output_tokens=tokens)
+                row = replace(row, output_tokens=tokens)
             self.left.append(row)
-
-
-def admitted(row: TenantStatus, old: TenantStatus | None) -> bool:
-    """Whether any request of the tenant was admitted between two rows of it, or before the only one."""
-    return _input(row) > (_input(old) if old is not None else 0)
-
-
-def _input(row: TenantStatus) -> int:
-    return row.uncached_input_tokens_total + row.cached_input_tokens_total
-
-
-def _busy(row: TenantStatus | None) -> bool:
-    return row is not None and bool(row.queued or row.running or row.held)
 
 
 class Fleet:
@@ -234,9 +218,10 @@ class Fleet:
 
     Args:
         seen: is told of every row of a worker that was heard in full and that replaces another.
+        rows: whether tenants' rows are kept whole, and not only accounts of them.
     """
 
-    def __init__(self, seen: Seen | None = None) -> None:
+    def __init__(self, seen: Seen | None = None, *, rows: bool = True) -> None:
         self.now = 0.0
         """The time of the last `merge` or `age` (Unix s)."""
         self.workers: dict[str, WorkerView] = {}
@@ -250,6 +235,7 @@ class Fleet:
         self.rivals: dict[str, str] = {}
         """Workers of which a second incarnation is alive under the same name, and that incarnation."""
         self._seen = seen
+        self._places: dict[str, int] | None = None if rows else {}
         self._retired: dict[str, deque[str]] = {}
         self._liveness: dict[str, Liveness] = {}
 
@@ -334,7 +320,9 @@ class Fleet:
         retired = self._retired.get(frame.worker)
         if returned := retired is not None and frame.incarnation in retired:
             retired.remove(frame.incarnation)
-        view = WorkerView(frame, now, self.presence, self.served, self._seen, returned=returned)
+        view = WorkerView(
+            frame, now, self.presence, self.served, self._seen, returned=returned, places=self._places
+        )
         self.workers[frame.worker] = view
         return view
 
@@ -356,7 +344,7 @@ class Fleet:
             assert view.incarnation not in self._retired.get(worker, ())
             assert all(name == row.tenant for name, row in view.tenants.items())
             assert view.heard_at <= self.now
-            assert view.waiting == {name for name, row in view.tenants.items() if row.queued}
+            assert view.waiting == view.tenants.waiting()
             assert view.waiting <= view.busy <= view.tenants.keys()
         for where, of in ((self.presence.waiting, "waiting"), (self.presence.busy, "busy")):
             counted = {view.worker: getattr(view, of) for view in self.workers.values() if view.counted}

@@ -158,7 +158,7 @@ async def _level(scene: Scene) -> None:
 
 
 def _rows(scene: Scene) -> dict[str, TenantStatus]:
-    return dict(scene.watch.view.tenants) if scene.watch.view is not None else {}
+    return dict(scene.watch.view.rows) if scene.watch.view is not None else {}
 
 
 def _output(scene: Scene) -> dict[str, int]:

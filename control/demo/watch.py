@@ -80,7 +80,7 @@ class Watch:
                 if self.view is None or self.view.incarnation != frame.incarnation:
                     self.view = WorkerView(frame, now)
                 self.view.merge(frame, now)
-                self.samples.append(sample(frame.sent_at, self.view.tenants.values()))
+                self.samples.append(sample(frame.sent_at, self.view.rows.values()))
                 self._news.set()
 
     async def _follow_events(self) -> None:

@@ -37,7 +37,7 @@ class Rates:
         worker, before = view.worker, self._marks.get(view.worker)
         if before is not None and before.at == view.heard_at:
             return
-        tokens = sum(row.output_tokens_total for row in view.tenants.values())
+        tokens = sum(row.output_tokens_total for row in view.rows.values())
         self._marks[worker] = Mark(view.incarnation, view.heard_at, tokens)
         if before is None or before.incarnation != view.incarnation or not view.waiting:
             return

@@ -37,14 +37,14 @@ from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
 
+from coxswain.control.accounts import Row, admitted
 from coxswain.control.estimates.crowd import Crowd
 from coxswain.control.estimates.predict import MovingAverage
 from coxswain.control.estimates.victims import Victims
-from coxswain.control.fleet import Fleet, RequestKey, WorkerView, admitted
+from coxswain.control.fleet import Fleet, RequestKey, WorkerView
 from coxswain.control.policy import Cap, Directives, Group, Kv, Sees, Tables, weight_of
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import Prices, TenantRank
-from coxswain.schemas.status import TenantStatus
 
 Price = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Part = Annotated[float, msgspec.Meta(gt=0, le=10)]
@@ -192,7 +192,7 @@ class Vtc:
                 row = view.tenants.get(tenant)
                 if row is None or (old is not None and row.lift == old.lift and tenant in active):
                     continue
-                change = _change(worker, row, old)
+                change = _change(view, row, old)
                 changes[tenant] = changes[tenant].join(change) if tenant in changes else change
         for view in strangers:
             self._adopt(view)
@@ -312,13 +312,11 @@ class Vtc:
         turn = self._turn.get(view.worker, 0) if len(above) > ABSENT_ROWS else 0
         chosen = [*above[turn : turn + ABSENT_ROWS], *above[: max(0, turn + ABSENT_ROWS - len(above))]]
         self._turn[view.worker] = (turn + ABSENT_ROWS) % max(1, len(above))
-        virtual, rows, table, lengths = self.virtual, view.tenants, self._tables.tenants, self.lengths
+        virtual, spent, table, lengths = self.virtual, view.tenants.spent, self._tables.tenants, self.lengths
         usual, near = weight_of(table, DEFAULT), self._near(view)
         ranks = {}
         for tenant in {**dict.fromkeys(sorted(view.waiting)), **dict.fromkeys(chosen)}:
-            row, base = rows.get(tenant), virtual.get(tenant, 0.0)
-            if row is not None:
-                base -= row.charged + row.lift
+            base = virtual.get(tenant, 0.0) - spent(tenant)
             weight = table[tenant].weight if tenant in table else usual
             expected = min(near, lengths.expect(tenant)) if lengths is not None else 0.0
             ranks[tenant] = TenantRank(base=base, weight=weight, expected_output=expected)
@@ -352,14 +350,14 @@ class _Ranks(Mapping[str, Mapping[str, TenantRank]]):
         return len(self._workers)
 
 
-def _change(worker: str, row: TenantStatus, old: TenantStatus | None) -> Change:
+def _change(view: WorkerView, row: Row, old: Row | None) -> Change:
     """What a row says beside what it was charged."""
     lifted = row.lift > (old.lift if old else 0.0)
     charged = row.charged - (old.charged if old else 0.0)
     return Change(
-        row.queued > 0 or lifted or admitted(row, old),
+        row.tenant in view.waiting or lifted or admitted(row, old),
         row.virtual_time - charged if lifted else None,
-        frozenset({worker} if lifted else ()),
+        frozenset({view.worker} if lifted else ()),
         charged,
     )
 

@@ -151,7 +151,7 @@ class Overview:
     def _tenants(self, live: Iterable[WorkerView], service: float, span_s: float) -> tuple[TenantRow, ...]:
         rows: dict[str, list[TenantStatus]] = defaultdict(list)
         for view in live:
-            for name, row in view.tenants.items():
+            for name, row in view.rows.items():
                 rows[name].append(row)
         of_class: defaultdict[str, float] = defaultdict(float)
         weights: defaultdict[str, float] = defaultdict(float)

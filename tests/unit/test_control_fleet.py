@@ -20,8 +20,8 @@ TENANTS = ("a", "b", "c")
 class Counting(Fleet):
     """A fleet, and all that it ever said about what tenants were charged."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, rows: bool = True) -> None:
+        super().__init__(rows=rows)
         self.charged = dict.fromkeys(TENANTS, 0.0)
 
     def settle(self) -> None:
@@ -55,10 +55,10 @@ charges = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50).map(float)), 
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(charges, min_size=1, max_size=3), st.randoms(use_true_random=False))
-def test_totals_survive_a_hostile_transport(lives: list[list[tuple[int, float]]], random) -> None:
+@given(st.lists(charges, min_size=1, max_size=3), st.randoms(use_true_random=False), st.booleans())
+def test_totals_survive_a_hostile_transport(lives: list[list[tuple[int, float]]], random, rows: bool) -> None:
     """Whatever is lost, repeated, late or reordered, all that was charged is told once each last full frame arrived."""
-    fleet = Counting()
+    fleet = Counting(rows=rows)
     expected = dict.fromkeys(TENANTS, 0.0)
     late: list[Frame] = []
     now = 0.0

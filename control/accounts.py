@@ -1,0 +1,244 @@
+"""What one worker says of its tenants, as it is kept: whole rows, or of each the numbers that order it. Pure.
+
+A policy that looks at tenants only is asked 20 times a second about thousands of rows of which each is replaced as
+often. A row is a dozen objects all over the memory, and to wait for them is most of what merging costs; so for such
+a policy they are let go of at once, and a few numbers are kept in arrays. Called by `fleet`; policies read them.
+"""
+
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from math import isnan, nan
+from sys import intern
+from typing import Final, NamedTuple
+
+import msgspec
+
+from coxswain.schemas.status import TenantStatus
+
+MAX_SHARED: Final = 65_536
+"""Places that the workers of a fleet share; one that knows a tenant beyond has places of its own."""
+_EXACT: Final = 2**53
+"""Whole numbers up to this one are the same as floats."""
+
+
+class Account(msgspec.Struct, frozen=True, gc=False):
+    """What orders a tenant on one worker: so much of its `TenantStatus`."""
+
+    tenant: str
+    base: float
+    charged: float
+    lift: float
+    input_tokens: float
+    """Of admitted requests, cached or not. Of a tenant that waits as of when it began to, or was last lifted."""
+    weight: float
+    expected_output: float
+    max_running: int | None
+    max_queued: int | None
+
+    @property
+    def virtual_time(self) -> float:
+        """What orders it."""
+        return self.base + self.charged + self.lift
+
+
+class Terms(NamedTuple):
+    """What a tenant was given on a worker, by its row of the table and by commands."""
+
+    weight: float
+    expected_output: float
+    max_running: int | None
+    max_queued: int | None
+
+
+USUAL: Final = Terms(1.0, 0.0, None, None)
+
+Row = TenantStatus | Account
+"""Of a tenant on one worker, what is kept of it."""
+News = Iterator[tuple[TenantStatus, Row | None]]
+"""Rows of tenants to whom perhaps more happened than that they waited and were served, with those before."""
+
+
+class Rows(dict[str, TenantStatus]):
+    """The latest row of each tenant, whole.
+
+    Args:
+        seen: is told of every row that replaces another.
+    """
+
+    def __init__(self, seen: Callable[[TenantStatus, TenantStatus], None] | None = None) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def put(self, rows: Iterable[TenantStatus], served: MutableMapping[str, float]) -> News:
+        """Take rows, and add to `served`, per tenant, what was charged since those before."""
+        for row in rows:
+            name = row.tenant
+            old = self.get(name)
+            # All workers share one string, which every look-up compares: so it stays in the processor's cache.
+            self[intern(name) if old is None else name] = row
+            served[name] += row.charged - (0.0 if old is None else old.charged)
+            if old is not None and self._seen is not None:
+                self._seen(row, old)
+            if old is None or not (old.queued and row.queued) or row.lift != old.lift:
+                yield row, old
+
+    def differing(self, rows: Iterable[TenantStatus], busy: Collection[str]) -> list[TenantStatus]:  # noqa: ARG002
+        """Those that are other than the ones before."""
+        return [row for row in rows if self.get(row.tenant) != row]
+
+    def idle(self, tenant: str) -> TenantStatus:
+        """The row of a tenant that is known, if it had nothing queued, running or held."""
+        return msgspec.structs.replace(self[tenant], queued=0, running=0, held=0)
+
+    def spent(self, tenant: str) -> float:
+        """What its virtual time is over its base."""
+        row = self.get(tenant)
+        return 0.0 if row is None else row.charged + row.lift
+
+    def waiting(self) -> set[str]:
+        """Tenants with anything queued."""
+        return {name for name, row in self.items() if row.queued}
+
+
+class Accounts(Mapping[str, Account]):
+    """The account of each tenant, a column for each number. Methods as those of `Rows`.
+
+    Args:
+        places: where in the columns a tenant is. Workers share it, so that it stays in the processor's cache.
+    """
+
+    def __init__(self, places: dict[str, int]) -> None:
+        self._places = places
+        self._shared = True
+        self._known: dict[str, None] = {}
+        """Tenants of this worker; others' places are empty."""
+        self._base, self._charged, self._lift, self._input = array("d"), array("d"), array("d"), array("d")
+        self._steady = array("d")
+        """The lift of a tenant that waits. Of others it is not a number, and so unequal to every lift."""
+        self._columns = (self._base, self._charged, self._lift, self._input, self._steady)
+        self._terms: dict[str, Terms] = {}
+        """Of tenants that have others than `USUAL`."""
+
+    def put(self, rows: Iterable[TenantStatus], served: MutableMapping[str, float]) -> News:
+        """Take rows, and add to `served`, per tenant, what was charged since those before."""
+        # Thousands of rows in every step of a large fleet, most of tenants that wait, and were served a little.
+        places, size, terms = self._places, len(self._charged), self._terms
+        bases, charges, steady = self._base, self._charged, self._steady
+        for row in rows:
+            name = row.tenant
+            at = places.get(name)
+            if at is None or at >= size:
+                at = self._place(name)
+                places, size = self._places, len(charges)
+            if row.lift != steady[at] or not row.queued:
+                old = self.get(name)
+                self._note(row, at)
+                yield row, old
+            if (
+                row.weight != 1.0
+                or row.expected_output
+                or row.max_running is not None
+                or row.max_queued is not None
+                or name in terms
+            ):
+                self._agree(row)
+            charged = row.charged
+            served[name] += charged - charges[at]
+            charges[at] = charged
+            bases[at] = row.base
+
+    def differing(self, rows: Iterable[TenantStatus], busy: Collection[str]) -> list[TenantStatus]:
+        """Those that say anything else than the ones before, or might."""
+        return [
+            row
+            for row in rows
+            if row.queued
+            or row.running
+            or row.held
+            or row.tenant in busy
+            or _account(row) != self.get(row.tenant)
+        ]
+
+    def idle(self, tenant: str) -> TenantStatus:
+        """A row of a tenant that is known, if it had nothing queued, running or held."""
+        account = self[tenant]
+        return TenantStatus(
+            tenant=tenant, virtual_time=account.virtual_time, base=account.base, charged=account.charged,
+            lift=account.lift, weight=account.weight, uncached_input_tokens_total=int(account.input_tokens),
+            max_running=account.max_running, max_queued=account.max_queued,
+            expected_output=account.expected_output,
+        )  # fmt: skip
+
+    def spent(self, tenant: str) -> float:
+        """What its virtual time is over its base."""
+        at = self._places.get(tenant)
+        return 0.0 if at is None or at >= len(self._charged) else self._charged[at] + self._lift[at]
+
+    def waiting(self) -> set[str]:
+        """Tenants with anything queued."""
+        return {name for name in self._known if not isnan(self._steady[self._places[name]])}
+
+    def __getitem__(self, tenant: str) -> Account:
+        if tenant not in self._known:
+            raise KeyError(tenant)
+        at = self._places[tenant]
+        return Account(
+            tenant, self._base[at], self._charged[at], self._lift[at], self._input[at],
+            *self._terms.get(tenant, USUAL),
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def _note(self, row: TenantStatus, at: int) -> None:
+        """What stays as it is while a tenant waits."""
+        self._known[intern(row.tenant)] = None
+        self._lift[at], self._input[at] = row.lift, _input(row)
+        self._steady[at] = row.lift if row.queued else nan
+
+    def _agree(self, row: TenantStatus) -> None:
+        terms = Terms(row.weight, row.expected_output, row.max_running, row.max_queued)
+        if terms != USUAL:
+            self._terms[intern(row.tenant)] = terms
+        else:
+            self._terms.pop(row.tenant, None)
+
+    def _place(self, tenant: str) -> int:
+        """Where a tenant is; columns are as long as all places that there are, since others' tenants come here too."""
+        if tenant not in self._places and self._shared and len(self._places) >= MAX_SHARED:
+            self._move()
+        at = self._places.setdefault(intern(tenant), len(self._places))
+        more = len(self._places) - len(self._charged)
+        for column in self._columns:
+            column.extend([nan if column is self._steady else 0.0] * more)
+        return at
+
+    def _move(self) -> None:
+        """To places of one's own: shared ones, of which each worker uses few, would take too much memory."""
+        old = [self._places[tenant] for tenant in self._known]
+        for column in self._columns:
+            column[:] = array("d", [column[at] for at in old])
+        self._places = {tenant: at for at, tenant in enumerate(self._known)}
+        self._shared = False
+
+
+def admitted(row: Row, old: Row | None) -> bool:
+    """Whether any request of the tenant was admitted between two rows of it, or before the only one."""
+    return _input(row) > (0.0 if old is None else _input(old))
+
+
+def _input(row: Row) -> float:
+    if isinstance(row, Account):
+        return row.input_tokens
+    return float(min(row.uncached_input_tokens_total + row.cached_input_tokens_total, _EXACT))
+
+
+def _account(row: TenantStatus) -> Account:
+    """So much of a row."""
+    return Account(
+        row.tenant, row.base, row.charged, row.lift, _input(row),
+        row.weight, row.expected_output, row.max_running, row.max_queued,
+    )  # fmt: skip

@@ -1,0 +1,145 @@
+"""Accounts of tenants: they say of the order of tenants what whole rows say, and nothing of it is lost on the way."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coxswain.control import accounts as module
+from coxswain.control.accounts import Accounts
+from coxswain.control.fleet import Fleet
+from coxswain.schemas.status import Frame, TenantStatus
+from tests.support.frames import frame, row
+
+TENANTS = ("a", "b", "c")
+NUMBERS = (
+    "base", "charged", "lift", "virtual_time", "weight", "expected_output", "max_running", "max_queued",
+)  # fmt: skip
+
+rows = st.builds(
+    row,
+    st.sampled_from(TENANTS),
+    queued=st.integers(0, 2),
+    running=st.integers(0, 1),
+    base=st.integers(-3, 3).map(float),
+    charged=st.integers(0, 3).map(float),
+    lift=st.integers(0, 1).map(float),
+    weight=st.sampled_from([1.0, 1.0, 4.0]),
+    expected_output=st.sampled_from([0.0, 0.0, 7.0]),
+    uncached_input_tokens_total=st.integers(0, 2),
+    cached_input_tokens_total=st.sampled_from([0, 1, 2**63]),
+    max_running=st.sampled_from([None, None, 0, 3]),
+    max_queued=st.sampled_from([None, None, 5]),
+)
+frames = st.lists(
+    st.tuples(
+        st.sampled_from(["w1", "w1", "w2"]),
+        st.sampled_from([0, 0, 0, 1]),
+        st.lists(rows, max_size=3, unique_by=lambda each: each.tenant),
+        st.booleans(),
+        st.booleans(),
+    ),
+    max_size=20,
+)
+
+
+def _numbers(each: Any) -> tuple[Any, ...]:
+    return tuple(getattr(each, name) for name in NUMBERS)
+
+
+def _same(kept: Fleet, whole: Fleet) -> None:
+    """Whatever a policy that looks at tenants can ask."""
+    assert {name: cost for name, cost in kept.served.items() if cost} == {
+        name: cost for name, cost in whole.served.items() if cost
+    }
+    assert kept.presence.waiting == whole.presence.waiting
+    assert kept.presence.busy == whole.presence.busy
+    assert list(kept.presence.moved) == list(whole.presence.moved)
+    assert kept.presence.classes == whole.presence.classes
+    for worker, view in whole.workers.items():
+        tenants = kept.workers[worker].tenants
+        assert {name: _numbers(each) for name, each in tenants.items()} == {
+            name: _numbers(each) for name, each in view.rows.items()
+        }
+        assert all(tenants.spent(name) == view.tenants.spent(name) for name in TENANTS)
+        theirs = kept.changed.get(worker, {})
+        assert list(theirs) == list(whole.changed.get(worker, {}))
+        for name, old in whole.changed.get(worker, {}).items():
+            now, before = tenants.get(name), theirs[name]
+            assert (before is None) == (old is None)
+            if now is None:  # of an incarnation that ended
+                continue
+            if old is not None:
+                assert _numbers(before) == _numbers(old)
+            if name not in kept.workers[worker].waiting:
+                # That a tenant which waits had something admitted is told when it waits no more.
+                assert module.admitted(now, before) >= module.admitted(view.rows[name], old)
+
+
+@pytest.mark.parametrize("places", [module.MAX_SHARED, 2])
+@settings(max_examples=100, deadline=None)
+@given(frames)
+def test_accounts_say_what_rows_say(places: int, said: list[Any]) -> None:
+    """Frames in any order, full or not, of workers that restart: who keeps numbers only knows the same of the order."""
+    kept, whole = Fleet(rows=False), Fleet()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MAX_SHARED", places)
+        for seq, (worker, life, news, full, settle) in enumerate(said):
+            each = frame(worker, f"01{life}", seq, *news, full=full)
+            assert kept.merge(each, seq * 0.1) == whole.merge(each, seq * 0.1)
+            for fleet in (kept, whole):
+                fleet.age(seq * 0.1)
+                fleet.validate()
+            _same(kept, whole)
+            if settle:
+                kept.settle()
+                whole.settle()
+
+
+def _accounts(places: dict[str, int], *said: TenantStatus) -> Accounts:
+    accounts = Accounts(places)
+    for _ in accounts.put(said, dict.fromkeys(TENANTS, 0.0)):
+        pass
+    return accounts
+
+
+def test_what_other_workers_know_is_not_known_here() -> None:
+    """Workers share places, and neither tenants nor numbers."""
+    places: dict[str, int] = {}
+    mine = _accounts(places, row("a", charged=5.0))
+    other = _accounts(places, row("b", charged=7.0))
+    assert (list(mine), list(other), list(places)) == (["a"], ["b"], ["a", "b"])
+    assert "a" not in other
+    assert (mine.spent("b"), other.spent("a"), other.spent("b")) == (0.0, 0.0, 7.0)
+
+
+def test_terms_that_a_tenant_has_no_more_are_forgotten() -> None:
+    """Few tenants have a weight, a cap or an expectation, so they are kept apart; who loses them is as the others."""
+    places: dict[str, int] = {}
+    said = [row("a", queued=1, weight=4.0, max_running=2), row("a", queued=1)]
+    assert _accounts(places, said[0])["a"].weight == 4.0
+    after = _accounts(places, *said)["a"]
+    assert (after.weight, after.max_running) == (1.0, None)
+
+
+def test_places_are_not_shared_beyond_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hundred workers with ten thousand tenants each of their own, each has room for its own."""
+    monkeypatch.setattr(module, "MAX_SHARED", 10)
+    places = {f"elsewhere-{number}": number for number in range(9)}
+    accounts = _accounts(places, *(row(name, charged=float(ord(name)), queued=1) for name in TENANTS))
+    assert len(places) == 10
+    assert {name: each.charged for name, each in accounts.items()} == {
+        name: float(ord(name)) for name in TENANTS
+    }
+    assert accounts.waiting() == set(TENANTS)
+    assert len(accounts._charged) == len(TENANTS)
+
+
+def test_a_frame_is_kept_without_its_rows() -> None:
+    """What a worker says of itself stays until the next frame; rows would be looked for in memory once more then."""
+    fleet = Fleet(rows=False)
+    said: Frame = frame("w1", "01A", 1, row("a"), queued=3)
+    fleet.merge(said, 0.0)
+    kept = fleet.workers["w1"]
+    assert (kept.frame.queued, kept.frame.tenants, list(kept.tenants), len(kept.rows)) == (3, (), ["a"], 0)
