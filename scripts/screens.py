@@ -41,8 +41,8 @@ HEAD: Final = """\
 # Screens
 
 What `cox` shows of a small fleet: two workers on the [simulated device](simulated.md) that run three requests at a
-time, two controllers with `vtc`. `acme` (weight 2) chats, in a class that may cut in; `globex` asks for longer answers;
-`night` is a batch. The terminal was a real one. `python -m scripts.screens` makes this page anew; it needs tmux.
+time, and two controllers with `vtc`. `acme` (weight 2) chats, in a class that may cut in; `globex` asks for longer
+answers; `night` is a batch. Recorded from a real terminal by `python -m scripts.screens`, which needs tmux.
 """
 
 

@@ -252,14 +252,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m coxswain.service.keys", description="Manage a worker's API keys."
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    adding = verbs.add_parser("add", help="make a key and print it, once")
-    adding.add_argument("--tenant", required=True)
+    adding = verbs.add_parser("add", help="create a key and print it, once")
+    adding.add_argument("--tenant", required=True, help="the tenant that the key stands for")
     adding.add_argument("--class", dest="class_", default="", help="class of requests that ask for none")
     adding.add_argument(
-        "--classes", help="classes that may be asked for, a,b (empty: none; absent: no bound here)"
+        "--classes",
+        help="classes that it may ask for, as in a,b (empty: none; absent: those of the tenant's row)",
     )
-    adding.add_argument("--priority-min", type=int, default=INT32_MIN)
-    adding.add_argument("--priority-max", type=int, default=INT32_MAX)
+    adding.add_argument(
+        "--priority-min", type=int, default=INT32_MIN, help="priorities are clamped to at least this"
+    )
+    adding.add_argument("--priority-max", type=int, default=INT32_MAX, help="and to at most this")
     adding.add_argument("--admin", action="store_true", help="open vLLM's administrative endpoints too")
     adding.add_argument(
         "--metrics", action="store_true", help="let it see tenants on /metrics, for Prometheus"
@@ -267,8 +270,8 @@ def _parser() -> argparse.ArgumentParser:
     listing = verbs.add_parser("list", help="show the keys, without hashes")
     revoking = verbs.add_parser("revoke", help="remove a key")
     for verb in (adding, listing, revoking):
-        verb.add_argument("file", type=Path)
-    revoking.add_argument("id")
+        verb.add_argument("file", type=Path, help="the keys file (COX_KEYS)")
+    revoking.add_argument("id", help="the key's id, as `list` shows it")
     return parser
 
 
