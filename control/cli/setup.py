@@ -103,7 +103,7 @@ def _users(cox: Cox, out: Path, wanted: list[str], revoked: list[str]) -> Exit:
         f"wrote    {done.config}: include it in nats-server's configuration, then `nats-server --signal reload`"
     )
     if done.made:
-        cox.say("Bring each key to where it is used, as COX_NATS_NKEY=FILE; who has the file has the role.")
+        cox.say("Move each key to where it is used (COX_NATS_NKEY=FILE). Whoever has the file has the role.")
     return Exit.DONE
 
 

@@ -199,7 +199,7 @@ def _missing(events: int) -> list[Text]:
         return []
     return [
         Text(
-            f"  {plural(events, 'event')} are missing from the log: it may have been otherwise",
+            f"  {plural(events, 'event')} are missing from the log: this account may be incomplete",
             style="yellow",
         )
     ]

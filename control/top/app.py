@@ -296,7 +296,7 @@ class TopApp(App[None]):
             except (NoAnswerError, ControlError) as error:
                 note = str(error)
         else:
-            note = "as the recorded frames tell it; what came and went between two of them is not there"
+            note = "from the recorded frames: what came and went between two of them is missing"
         if told is None:
             told = self._as_frames_told(row)
         text = story([told], self.source.now())

@@ -79,7 +79,7 @@ class Question(ModalScreen[tuple[str, Targeted] | None]):
                 yield Label(ASKS[verb])
                 yield Input(FIRST[verb], select_on_focus=True)
             yield Static("", classes="error")
-            yield Label(Text("Enter: do it   Esc: leave it", style="dim"))
+            yield Label(Text("Enter: yes   Esc: cancel", style="dim"))
 
     def on_input_submitted(self) -> None:
         """Enter in the field is a yes."""

@@ -40,7 +40,7 @@ def head(picture: Picture, source: Source, troubles: Sequence[str], *, stopped: 
 
 def _clock(source: Source, at: str, *, stopped: bool) -> Text:
     if not isinstance(source, Replay):
-        return Text(f"{at} stopped" if stopped else at, style="reverse" if stopped else "")
+        return Text(f"{at} paused" if stopped else at, style="reverse" if stopped else "")
     start, end = source.recording.start, source.recording.end
     where = f"{span(source.now() - start)} of {span(end - start)}"
     sign = "■" if source.ended else "‖" if source.paused else "▶"

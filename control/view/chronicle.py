@@ -64,7 +64,7 @@ class Chronicle:
                 self._say(now, worker, words, "warning")
             else:
                 slots = f"{view.frame.slots.active} of {view.frame.slots.total} slots"
-                words = "back" if old else f"is there: {view.frame.model}, {slots}"
+                words = "back" if old else f"joined: {view.frame.model}, {slots}"
                 self._say(now, worker, words)
         for worker, incarnation in fleet.rivals.items():
             if self._rivals.get(worker) != incarnation:
@@ -174,7 +174,7 @@ def _by_hand(old: RequestStatus, new: RequestStatus) -> list[str]:
     came = [role for role in new.held_by if role not in old.held_by and role != "engine"]
     went = [role for role in old.held_by if role not in new.held_by and role != "engine"]
     done += [f"held by {role}" for role in came]
-    done += [f"continued, were held by {role}" for role in went]
+    done += [f"continued (held by {role})" for role in went]
     if (old.priority, old.class_) != (new.priority, new.class_):
         done.append("reprioritized")
     return done

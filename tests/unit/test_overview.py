@@ -146,7 +146,7 @@ def test_a_request_leaves_a_trail() -> None:
         (5, "reprioritized"), (6, "admitted"),
     ]  # fmt: skip
     assert said(overview)[1:] == [
-        "w1: 1 request held by operator", "w1: 1 request continued, were held by operator",
+        "w1: 1 request held by operator", "w1: 1 request continued (held by operator)",
         "w1: 1 request reprioritized",
     ]  # fmt: skip
 
@@ -164,8 +164,8 @@ def test_what_a_policy_does_again_and_again_is_one_line() -> None:
         *((NOW + at, shown(seq, *of)) for seq, (at, of) in enumerate(zip(times, roles, strict=True)))
     )
     assert said(overview)[1:] == [
-        "w1: 1 request held by operator", "w1: 1 request continued, were held by operator",
-        "w1: 2 requests held by controller within 4 s", "w1: 2 requests continued, were held by controller within 4 s",
+        "w1: 1 request held by operator", "w1: 1 request continued (held by operator)",
+        "w1: 2 requests held by controller within 4 s", "w1: 2 requests continued (held by controller) within 4 s",
         "w1: 1 request held by controller",
     ]  # fmt: skip
 

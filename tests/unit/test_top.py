@@ -122,11 +122,11 @@ async def test_a_fleet_fits_the_terminal(size: tuple[int, int], wide: bool) -> N
     app = TopApp(Given(*fleet()))
     async with app.run_test(size=size) as pilot:
         await shown(pilot, app, "globex")
-        screen = await shown(pilot, app, "w1: is there")
+        screen = await shown(pilot, app, "w1: joined")
     assert all(cell_len(line) <= size[0] for line in screen.split("\n"))
     for words in (
         "2 queued  3 running  1 held", "vtc #7", "w1      serving", "w2      serving", "3/8+1", "40% (10%)", "20ms",
-        "Tenants 3 · share ↓", "globex", "Requests of acme 4", "queued #0", "What happened", "w1: is there", "h Hold",
+        "Tenants 3 · share ↓", "globex", "Requests of acme 4", "queued #0", "What happened", "w1: joined", "h Hold",
     ):  # fmt: skip
         assert words in screen, screen
     for words in ("Classes 1", "9/-", "MODEL", "RECOMPUTED", "FINISHED"):
@@ -251,7 +251,7 @@ async def test_a_stopped_picture_stays_as_it_is() -> None:
         app.overview.feed(frame("w3"), NOW)
         app.draw()
         await pilot.pause()
-        assert "stopped" in text(app)
+        assert "paused" in text(app)
         assert "w3" not in text(app)
         await pilot.press("space")
         await shown(pilot, app, "w3")
