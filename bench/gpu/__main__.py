@@ -38,6 +38,13 @@ def main() -> int:
     run.add_argument(
         "--only", default="", metavar="TEXT,…", help="parts or units whose name begins with one of these"
     )
+    run.add_argument(
+        "--graphs",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="CUDA graphs for steps of up to so many tokens",
+    )
     run.add_argument("--list", action="store_true", help="say what would be run, and for how long")
 
     for word, text in (("summary", "one table from the JSON"), ("plot", "the frontier as a PNG")):
@@ -47,6 +54,7 @@ def main() -> int:
     host.add_argument("side", choices=["stock", "steered"])
     host.add_argument("--model", type=Path, required=True)
     host.add_argument("--kv-bytes", type=int, default=0)
+    host.add_argument("--graphs", type=int, default=0)
     host.add_argument("--mode", type=Mode, default=Mode.GPU)
 
     identity = words.add_parser("identity", help="held requests say the same; alone or inside a run")
@@ -80,7 +88,8 @@ def _do(chosen: argparse.Namespace) -> int:
             if chosen.list:
                 print(listing(chosen.mode, only))
                 return 0
-            return asyncio.run(run(chosen.out, mode=chosen.mode, deadline_s=chosen.deadline, only=only))
+            todo = {"mode": chosen.mode, "deadline_s": chosen.deadline, "only": only, "graphs": chosen.graphs}
+            return asyncio.run(run(chosen.out, **todo))
         case "summary":
             from bench.gpu.summary import summary
 
@@ -92,7 +101,7 @@ def _do(chosen: argparse.Namespace) -> int:
         case "host":
             from bench.gpu.host import host
 
-            asyncio.run(host(chosen.side, chosen.model, chosen.kv_bytes, chosen.mode))
+            asyncio.run(host(chosen.side, chosen.model, chosen.kv_bytes, chosen.mode, chosen.graphs))
         case "identity":
             from bench.gpu.identity import identity
 

@@ -52,8 +52,11 @@ async def steered(
             llm.shutdown()
 
 
-def make_8b(model: Path, side: str, *, kv_bytes: int, mode: Mode) -> Any:
-    """The engine of one side: 8B shape on the GPU, or on the simulated device."""
+def make_8b(model: Path, side: str, *, kv_bytes: int, mode: Mode, graphs: int = 0) -> Any:
+    """The engine of one side: 8B shape on the GPU, or on the simulated device.
+
+    `graphs`: CUDA graphs for steps of up to so many tokens; 0 leaves it to vLLM, which stops at 512.
+    """
     sizes = mode.sizes
     options: dict[str, Any] = {
         "load_format": "dummy", "max_model_len": sizes.max_model_len, "max_num_batched_tokens": sizes.batched_tokens,
@@ -65,6 +68,10 @@ def make_8b(model: Path, side: str, *, kv_bytes: int, mode: Mode) -> Any:
         # Given, not measured: other engines of this run take and free memory at the same time. The share
         # that vLLM checks at start is then only a lower bound on what must be free.
         options |= {"kv_cache_memory_bytes": kv_bytes, "gpu_memory_utilization": 0.3}
+        if graphs:
+            usual = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+            captured = [*usual, *range(640, graphs + 1, 128)]
+            options["compilation_config"] = {"cudagraph_capture_sizes": captured}
     scheduler = f"bench.gpu.schedulers.{'Steered' if side == STEERED else 'Stock'}"
     return make(model, scheduler=scheduler, mode=mode, **options)
 

@@ -221,8 +221,11 @@ def machine() -> dict[str, Any]:
     return {**found, "gpu": name, "gpus": len(lines), "memory_mib": int(memory), "driver": driver}
 
 
-async def run(out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...]) -> int:
-    """Measure what is not measured yet, print the table; 0 if something is saved and nothing failed to load."""
+async def run(out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...], graphs: int) -> int:
+    """Measure what is not measured yet, print the table; 0 if something is saved and nothing failed to load.
+
+    `graphs`: see `make_8b`.
+    """
     end_at = time.monotonic() + deadline_s
     saved = Saved(out)
     todo = [unit for unit in wanted(mode.sizes, only) if not saved.has(unit)]
@@ -230,6 +233,8 @@ async def run(out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...]
     if mode is Mode.GPU and "memory_mib" not in found:
         print("nvidia-smi names no GPU: this needs one. `--dry` runs the same code without.", file=sys.stderr)
         return 2
+    if graphs:
+        found["cuda_graphs_up_to"] = graphs
     (out / "machine.json").write_text(json.dumps(found, indent=1) + "\n")
     waves, kv_bytes = (((STOCK, STEERED),), 0)
     if mode is Mode.GPU:
@@ -245,7 +250,8 @@ async def run(out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...]
                 if (not only or "identity".startswith(only)) and not saved.part("identity").get("passed"):
                     await state.start("identity", "identity", "--json", str(out / "identity.json"),
                                       "--deadline", str(max(1.0, state.left_s())))  # fmt: skip
-                await _waves(state, link, waves, todo, ["--model", str(model), "--kv-bytes", str(kv_bytes)])
+                how = ["--model", str(model), "--kv-bytes", str(kv_bytes), "--graphs", str(graphs)]
+                await _waves(state, link, waves, todo, how)
                 await state.identity()
                 await state.modes(wanted_modes(only), found.get("gpus", 0))
             finally:
