@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import re
 import sys
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def _do(chosen: argparse.Namespace) -> int:
         case "run":
             from bench.gpu.run import listing, run
 
-            only = tuple(filter(None, chosen.only.split(",")))
+            only = tuple(filter(None, re.split(",(?! )", chosen.only)))  # names have ", " in them
             if chosen.list:
                 print(listing(chosen.mode, only))
                 return 0
