@@ -86,6 +86,10 @@ class Rows(dict[str, TenantStatus]):
         """Those that are other than the ones before."""
         return [row for row in rows if self.get(row.tenant) != row]
 
+    def find(self, tenant: str) -> TenantStatus | None:
+        """The row of a tenant, if it is known."""
+        return self.get(tenant)
+
     def idle(self, tenant: str) -> TenantStatus:
         """The row of a tenant that is known, if it had nothing queued, running or held."""
         return msgspec.structs.replace(self[tenant], queued=0, running=0, held=0)
@@ -131,7 +135,7 @@ class Accounts(Mapping[str, Account]):
                 at = self._place(name)
                 places, size = self._places, len(charges)
             if row.lift != steady[at] or not row.queued:
-                old = self.get(name)
+                old = self.find(name)
                 self._note(row, at)
                 yield row, old
             if (
@@ -159,6 +163,16 @@ class Accounts(Mapping[str, Account]):
             or _account(row) != self.get(row.tenant)
         ]
 
+    def find(self, tenant: str) -> Account | None:
+        """The account of a tenant, if it is known."""
+        if tenant not in self._known:
+            return None
+        at = self._places[tenant]
+        return Account(
+            tenant, self._base[at], self._charged[at], self._lift[at], self._input[at],
+            *self._terms.get(tenant, USUAL),
+        )  # fmt: skip
+
     def idle(self, tenant: str) -> TenantStatus:
         """A row of a tenant that is known, if it had nothing queued, running or held."""
         account = self[tenant]
@@ -179,13 +193,9 @@ class Accounts(Mapping[str, Account]):
         return {name for name in self._known if not isnan(self._steady[self._places[name]])}
 
     def __getitem__(self, tenant: str) -> Account:
-        if tenant not in self._known:
+        if (account := self.find(tenant)) is None:
             raise KeyError(tenant)
-        at = self._places[tenant]
-        return Account(
-            tenant, self._base[at], self._charged[at], self._lift[at], self._input[at],
-            *self._terms.get(tenant, USUAL),
-        )  # fmt: skip
+        return account
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._known)

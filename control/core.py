@@ -18,7 +18,7 @@ from coxswain.control.accounts import Row
 from coxswain.control.failures import Failures, Stage
 from coxswain.control.fleet import Fleet, WorkerView
 from coxswain.control.policy import Directives, Policy, Tables, weight_of
-from coxswain.control.told import ECHO_S, Said, Told
+from coxswain.control.told import ECHO_S, Told
 from coxswain.schemas.commands import COMMANDS, Command
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import (
@@ -312,8 +312,7 @@ class ControlCore:
             if not rows and prices is None:
                 continue
             told.prices = directives.prices
-            for tenant, rank in rows.items():
-                told.ranks[tenant] = Said(rank, now)
+            told.rank(rows, now)
             fields = {"incarnation": view.incarnation, "tenants": rows, "prices": prices}
             sends.append(self._send(now, view, told, "rank", fields))
         return sends
@@ -326,13 +325,14 @@ class ControlCore:
         None that it could not take: what it is to pay is made of what others say, and it would refuse all for one.
         """
         rows: dict[str, TenantRank] = {}
+        ranks, told_at, find = told.ranks, told.ranks_at, view.tenants.find
         for tenant, rank in wanted.items():
-            has: TenantRank | Row | None = None
-            said = told.ranks.get(tenant)
-            if said is None or now - said.at >= ECHO_S:
-                has = view.tenants.get(tenant)
-            if has is None:
-                has = said.rank if said else TenantRank(weight=weight_of(tables.tenants, tenant))
+            said = ranks.get(tenant)
+            has: TenantRank | Row
+            if said is not None and now - told_at[tenant] < ECHO_S:
+                has = said
+            else:
+                has = find(tenant) or said or TenantRank(weight=weight_of(tables.tenants, tenant))
             expected = rank.expected_output
             if not (-MAX_BASE <= rank.base <= MAX_BASE and expected <= MAX_QUANTITY):
                 continue

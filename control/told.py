@@ -5,6 +5,7 @@ could show it, what was told counts as there.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -44,18 +45,13 @@ class Retry(msgspec.Struct):
         self.wait_s = FIRST_RETRY_S if ok else min(MAX_RETRY_S, self.wait_s * 2)
 
 
-class Said(msgspec.Struct, frozen=True, gc=False):
-    """A rank, and when it was told."""
-
-    rank: TenantRank
-    at: float
-
-
 class Told(msgspec.Struct):
     """What one incarnation of a worker was told by this leader; each with the time when."""
 
     incarnation: str
-    ranks: dict[str, Said] = {}
+    ranks: dict[str, TenantRank] = {}
+    ranks_at: dict[str, float] = {}
+    """When each was told."""
     prices: Prices | None = None
     config: tuple[str, float] = ("", 0.0)
     """Digest of the tables."""
@@ -74,8 +70,12 @@ class Told(msgspec.Struct):
 
     def told_at(self, tenant: str) -> float:
         """When its rank was told last."""
-        said = self.ranks.get(tenant)
-        return float("-inf") if said is None else said.at
+        return self.ranks_at.get(tenant, float("-inf"))
+
+    def rank(self, rows: Mapping[str, TenantRank], now: float) -> None:
+        """These ranks are told."""
+        self.ranks.update(rows)
+        self.ranks_at.update(dict.fromkeys(rows, now))
 
     def ready(self, verb: str, now: float) -> bool:
         """Whether more commands of the verb may go out; those that nobody answers for too long have failed."""
@@ -110,6 +110,7 @@ class Told(msgspec.Struct):
                 self.config = ("", 0.0)
             case "rank":
                 self.ranks.clear()
+                self.ranks_at.clear()
                 self.prices = None
             case "prioritize":
                 self.places.clear()
@@ -122,5 +123,6 @@ class Told(msgspec.Struct):
     def validate(self) -> None:
         """Check every invariant; raises AssertionError."""
         assert self.incarnation
+        assert self.ranks.keys() == self.ranks_at.keys()
         for retry in self.retries.values():
             assert FIRST_RETRY_S <= retry.wait_s <= MAX_RETRY_S

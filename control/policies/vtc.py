@@ -189,7 +189,7 @@ class Vtc:
                 strangers.append(view)
                 continue
             for tenant, old in tenants.items():
-                row = view.tenants.get(tenant)
+                row = view.tenants.find(tenant)
                 if row is None or (old is not None and row.lift == old.lift and tenant in active):
                     continue
                 change = _change(view, row, old)
