@@ -37,16 +37,19 @@ _FLEET: Final = ("fleet",)
 # A worker, as its last full status frame has it.
 
 WORKER_INFO: Final = Metric(
-    "coxswain_worker_info", "gauge", "1, with what the worker runs.", (*_WORKER, "model", "vllm_version")
+    "coxswain_worker_info",
+    "gauge",
+    "1; the labels say what the worker runs.",
+    (*_WORKER, "model", "vllm_version"),
 )
 WORKER_STATUS_AGE: Final = Metric(
     "coxswain_worker_status_age_seconds",
     "gauge",
-    "Since its last status frame; one comes each second at the least.",
+    "Time since its last status frame; one comes at least every second.",
     _WORKER,
 )
 WORKER_STATE: Final = Metric(
-    "coxswain_worker_state", "gauge", "1 for the state that it is in, 0 for the others.", (*_WORKER, "state")
+    "coxswain_worker_state", "gauge", "1 for its current state, 0 for the others.", (*_WORKER, "state")
 )
 WORKER_RESTARTS: Final = Metric(
     "coxswain_worker_restarts_total", "counter", "New incarnations seen under this name.", _WORKER
@@ -70,7 +73,7 @@ WORKER_USED_SLOTS: Final = Metric(
     "Slots taken, by running and by held requests.",
     (*_WORKER, "state"),
 )
-WORKER_KV_BLOCKS: Final = Metric("coxswain_worker_kv_blocks", "gauge", "KV cache blocks there are.", _WORKER)
+WORKER_KV_BLOCKS: Final = Metric("coxswain_worker_kv_blocks", "gauge", "KV cache blocks in total.", _WORKER)
 WORKER_USED_KV_BLOCKS: Final = Metric(
     "coxswain_worker_used_kv_blocks", "gauge", "KV cache blocks in use.", _WORKER
 )
@@ -99,7 +102,10 @@ WORKER_QUEUED_COMMANDS: Final = Metric(
     "coxswain_worker_queued_commands", "gauge", "Commands that wait for the next step.", _WORKER
 )
 WORKER_EVENTS_DROPPED: Final = Metric(
-    "coxswain_worker_events_dropped_total", "counter", "Events that the log will never have.", _WORKER
+    "coxswain_worker_events_dropped_total",
+    "counter",
+    "Events that were dropped and are missing from the log.",
+    _WORKER,
 )
 WORKER_WAITING_EVENTS: Final = Metric(
     "coxswain_worker_waiting_events", "gauge", "Events that the log has not stored yet.", _WORKER
@@ -110,7 +116,7 @@ WORKER_OLDEST_EVENT: Final = Metric(
 WORKER_LEADER_AGE: Final = Metric(
     "coxswain_worker_leader_age_seconds",
     "gauge",
-    "Since it heard its leader; absent while it never did.",
+    "Time since it heard its leader; absent until it has heard one.",
     _WORKER,
 )
 
@@ -141,7 +147,7 @@ TENANT_OLDEST_QUEUED: Final = Metric(
     _TENANT,
 )
 TENANT_WEIGHT: Final = Metric(
-    "coxswain_tenant_weight", "gauge", "Its weight in force; not of those in `other`.", _TENANT
+    "coxswain_tenant_weight", "gauge", "Its weight in force; not given for `other`.", _TENANT
 )
 TENANT_CHARGED: Final = Metric(
     "coxswain_tenant_charged_tokens_total",
@@ -161,20 +167,20 @@ TENANT_OUTPUT: Final = Metric(
 TENANT_RECOMPUTED: Final = Metric(
     "coxswain_tenant_recomputed_tokens_total",
     "counter",
-    "Tokens computed again, their KV lost to make room.",
+    "Tokens computed again after their KV was lost.",
     _TENANT,
 )
 TENANT_DISCARDED: Final = Metric(
-    "coxswain_tenant_discarded_tokens_total", "counter", "Positions computed for nothing.", _TENANT
+    "coxswain_tenant_discarded_tokens_total", "counter", "Positions computed in vain.", _TENANT
 )
 TENANT_FINISHED: Final = Metric(
-    "coxswain_tenant_finished_requests_total", "counter", "Requests that ended, however they did.", _TENANT
+    "coxswain_tenant_finished_requests_total", "counter", "Requests that ended, for any reason.", _TENANT
 )
 
 # The HTTP edge, which exports all of the above.
 
 EDGE_CONNECTED: Final = Metric(
-    "coxswain_edge_nats_connected", "gauge", "1 while the server's front hears NATS, else 0.", _WORKER
+    "coxswain_edge_nats_connected", "gauge", "1 while the API server hears NATS, else 0.", _WORKER
 )
 EDGE_REFUSALS: Final = Metric(
     "coxswain_edge_refusals_total",
@@ -186,7 +192,10 @@ EDGE_REFUSALS: Final = Metric(
 # A controller: its own port, `cox controller --metrics`.
 
 CONTROLLER_INFO: Final = Metric(
-    "coxswain_controller_info", "gauge", "1, with who it is.", (*_FLEET, "controller", "policy", "version")
+    "coxswain_controller_info",
+    "gauge",
+    "1; the labels identify the controller.",
+    (*_FLEET, "controller", "policy", "version"),
 )
 CONTROLLER_CONNECTED: Final = Metric(
     "coxswain_controller_nats_connected", "gauge", "1 while NATS can be reached, else 0.", _FLEET
@@ -195,7 +204,7 @@ CONTROLLER_LEADING: Final = Metric(
     "coxswain_controller_leading", "gauge", "1 while it holds the lease, else 0.", _FLEET
 )
 CONTROLLER_LEADING_SECONDS: Final = Metric(
-    "coxswain_controller_leading_seconds", "gauge", "For how long it has led; 0 while it does not.", _FLEET
+    "coxswain_controller_leading_seconds", "gauge", "How long it has led; 0 while it does not lead.", _FLEET
 )
 CONTROLLER_TERMS: Final = Metric(
     "coxswain_controller_terms_total", "counter", "How often it began to lead.", _FLEET
@@ -203,7 +212,7 @@ CONTROLLER_TERMS: Final = Metric(
 CONTROLLER_WORKERS: Final = Metric(
     "coxswain_controller_workers",
     "gauge",
-    "Workers it knows, by whether they were heard lately.",
+    "Known workers, by whether they were heard recently.",
     (*_FLEET, "liveness"),
 )
 CONTROLLER_REQUESTS: Final = Metric(
@@ -221,7 +230,7 @@ CONTROLLER_STEP: Final = Metric(
 CONTROLLER_FRAME_LAG: Final = Metric(
     "coxswain_controller_frame_lag_seconds",
     "histogram",
-    "From a frame's making to its being read, the difference of the clocks with it.",
+    "Time from making a frame to reading it, with the difference of the clocks.",
     _FLEET,
 )
 CONTROLLER_FRAMES: Final = Metric(
@@ -230,7 +239,7 @@ CONTROLLER_FRAMES: Final = Metric(
 CONTROLLER_FRAMES_LOST: Final = Metric(
     "coxswain_controller_frames_lost_total",
     "counter",
-    "Status frames that were not taken: `unreadable`, or of an `impostor`.",
+    "Status frames that were not used: `unreadable`, or of an `impostor`.",
     (*_FLEET, "reason"),
 )
 CONTROLLER_COMMANDS: Final = Metric(
@@ -239,7 +248,7 @@ CONTROLLER_COMMANDS: Final = Metric(
 CONTROLLER_REFUSED: Final = Metric(
     "coxswain_controller_commands_refused_total",
     "counter",
-    "Commands that were not accepted; code `none` where nobody answered.",
+    "Commands that were refused; code `none` if no answer came.",
     (*_FLEET, "verb", "code"),
 )
 CONTROLLER_RANKS: Final = Metric(
@@ -251,11 +260,11 @@ CONTROLLER_POLICY_FAILURES: Final = Metric(
 CONTROLLER_TABLE_ROWS: Final = Metric(
     "coxswain_controller_table_rows",
     "gauge",
-    "Rows in force of the tables of tenants and classes.",
+    "Rows in force in the tenant and class tables.",
     (*_FLEET, "table"),
 )
 CONTROLLER_TABLE_REFUSED: Final = Metric(
-    "coxswain_controller_table_refused_rows", "gauge", "Rows that are not in force: they say nothing allowed.",
+    "coxswain_controller_table_refused_rows", "gauge", "Rows that are not in force, because of what they say.",
     (*_FLEET, "table"),
 )  # fmt: skip
 

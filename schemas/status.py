@@ -89,7 +89,7 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_def
     reloaded_tokens_total: int = 0
     """Positions whose KV was lost and found again: in the prefix cache; by a KV connector."""
     discarded_tokens_total: int = 0
-    """Positions computed for nothing."""
+    """Positions computed in vain."""
     max_running: int | None = None
     max_queued: int | None = None
     """Caps in force, the strictest of the table's and every role's `limit`; null: none."""
