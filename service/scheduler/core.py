@@ -28,7 +28,7 @@ from coxswain.service.scheduler.record import Progress, Record
 from coxswain.service.scheduler.room import Room
 from coxswain.service.scheduler.roster import Roster
 from coxswain.service.scheduler.states import HELD, State, Transition
-from coxswain.service.scheduler.tenants import MAX_TENANTS, Tenants
+from coxswain.service.scheduler.tenants import Tenants
 
 BUILT_IN_CLASSES: Final = {DEFAULT: ClassPolicy()}
 
@@ -351,7 +351,7 @@ class SteeringCore:
         for account in self.tenants.accounts.values():
             self.limits.put_in_force(account)
         for name, row in rows.items():  # those with caps are listed before they first come
-            if (row.max_running, row.max_queued) != (None, None) and len(self.tenants.accounts) < MAX_TENANTS:
+            if (row.max_running, row.max_queued) != (None, None) and self.tenants.room_for(name):
                 self.tenants.account(name).seen = True
 
     def _group_of(self, record: Record) -> ClassGroup:

@@ -16,7 +16,7 @@ from coxswain.service.scheduler.groups import NO_CAPS, Caps, ClassGroup, Group
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import State
-from coxswain.service.scheduler.tenants import MAX_TENANTS, Account, Tenants
+from coxswain.service.scheduler.tenants import Account, Tenants
 
 MAX_LIMITS: Final = MAX_TARGETS
 """Tenants and classes on which one role may have limits at a time."""
@@ -76,10 +76,6 @@ class Limits:
         new = [target for target in targets if target not in self._stored[role]]
         if len(self._stored[role]) + len(new) > MAX_LIMITS:
             return f"a worker keeps limits on at most {MAX_LIMITS} tenants and classes per role: lift some"
-        accounts = self._tenants.accounts
-        unknown = sum(target.kind == "tenant" and target.name not in accounts for target in new)
-        if len(accounts) + unknown > MAX_TENANTS:
-            return f"{unknown} new tenants: a worker keeps at most {MAX_TENANTS}"
         return None
 
     def limit(self, now: float, role: str, target: Target, caps: Caps) -> bool:

@@ -170,12 +170,16 @@ class Tenants:
         """The tenant's account, made on first sight; past `MAX_TENANTS` a shared one."""
         found = self.accounts.get(name)
         if found is None:
-            if len(self.accounts) >= MAX_TENANTS and name != OVERFLOW:
+            if not self.room_for(name):
                 return self.account(OVERFLOW)
             found = self.accounts[name] = Account(name, self.policy_of(name), self)
             if self.on_new is not None:
                 self.on_new(found)
         return found
+
+    def room_for(self, name: str) -> bool:
+        """Whether the tenant has an account of its own, or can get one."""
+        return name in self.accounts or len(self.accounts) < MAX_TENANTS or name == OVERFLOW
 
     def arriving(self, account: Account) -> None:
         """Lift a tenant that returns from idle; call before its request is queued."""

@@ -6,6 +6,7 @@ unchanged; the same id within its horizon is applied once and answered again.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from typing import Final
 
 from msgspec import UNSET
 
@@ -21,13 +22,17 @@ from coxswain.service.scheduler.groups import NO_CAPS, Caps
 from coxswain.service.scheduler.limits import Target
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import State
-from coxswain.service.scheduler.tenants import MAX_TENANTS
+from coxswain.service.scheduler.tenants import MAX_TENANTS, OVERFLOW
 
 Outcome = tuple[c.Outcome, str, int]
 """(outcome, detail, tokens in flight) of one target."""
 
 Results = list[tuple[Record | str, Outcome]]
 """What became of each target: a request that is here, or the name of what was not found."""
+FAILED: Final = ("not_found", "not_possible")
+NO_ACCOUNT: Final[Outcome] = (
+    "not_possible", f"a worker keeps {MAX_TENANTS:,} tenants: later ones share `{OVERFLOW}`", 0
+)  # fmt: skip
 
 
 class Commands:
@@ -154,7 +159,7 @@ class Commands:
     ) -> Results:
         records, results = self._resolve(command.targets)
         results.extend((record, act(record)) for record in records)
-        failed = [outcome for _, outcome in results if outcome[0] in ("not_found", "not_possible")]
+        failed = [outcome for _, outcome in results if outcome[0] in FAILED]
         if failed and len(failed) == len(results):
             code = Code.NOT_FOUND if all(kind == "not_found" for kind, _, _ in failed) else Code.NOT_POSSIBLE
             names = ", ".join(
@@ -234,15 +239,16 @@ class Commands:
     def _rank(self, _now: float, _role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Rank)
         core = self.core
-        new = sum(name not in core.tenants.accounts for name in command.tenants)
-        if len(core.tenants.accounts) + new > MAX_TENANTS:
-            raise RefusedError(Code.TOO_LARGE, f"{new} new tenants: a worker keeps at most {MAX_TENANTS}")
         core.ledger.settle_all()
         if command.prices is not None:
             core.tenants.prices = command.prices
+        results: Results = []
         for name, rank in command.tenants.items():
-            core.rank(name, rank)
-        return []
+            if core.tenants.room_for(name):
+                core.rank(name, rank)
+            else:  # the ranks of those that are here count all the same
+                results.append((name, NO_ACCOUNT))
+        return results
 
     def _configure(self, _now: float, _role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Configure)
@@ -288,8 +294,13 @@ class Commands:
             raise RefusedError(Code.TOO_LARGE, obstacle)
         results: Results = [(name, ("not_found", "no such class", 0)) for name in missing]
         for target, asked in caps.items():
+            if asked != NO_CAPS and target.kind == "tenant" and not self.core.tenants.room_for(target.name):
+                results.append((target.name, NO_ACCOUNT))
+                continue
             done = self.core.limits.limit(now, role, target, asked)
             results.append((target.name, ("applied" if done else "unchanged", str(target), 0)))
+        if results and all(outcome[0] in FAILED for _, outcome in results):
+            raise RefusedError(Code.TOO_LARGE, NO_ACCOUNT[1])
         return results
 
     def _drain(self, now: float, role: str, command: c.Command) -> Results:
@@ -326,7 +337,7 @@ class Commands:
                         in_flight_tokens=in_flight,
                     ),
                 )
-        failing = counts.get("not_found", 0) + counts.get("not_possible", 0)
+        failing = sum(counts.get(kind, 0) for kind in FAILED)
         return c.Reply(
             id=command.id, worker=self.worker, incarnation=self.incarnation, worker_now=now,
             step=self.core.step + 1, outcome="partial" if failing else "applied", counts=counts, ignored=ignored,

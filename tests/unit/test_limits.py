@@ -12,7 +12,7 @@ from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Targets
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.subjects import CONTROLLER
-from coxswain.service.scheduler import limits
+from coxswain.service.scheduler import limits, tenants
 from coxswain.service.scheduler.groups import Caps
 from coxswain.service.scheduler.limits import Target
 from coxswain.service.scheduler.room import STUCK_S
@@ -166,18 +166,46 @@ def test_some_classes_missing_is_partial(steered: Steered) -> None:
     }
 
 
-def test_stored_limits_and_tenants_are_bounded(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More targets than a role may have limits on, or more tenants than a worker keeps, are refused whole."""
+def test_stored_limits_are_bounded(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More targets than a role may have limits on are refused whole."""
     monkeypatch.setattr(limits, "MAX_LIMITS", 2)
     before = picture(steered.engine.core)
     many = Targets(tenants=("x", "y", "z"))
     assert steered("limit", to=many, max_running=1).code == 413
     assert steered("limit", to=many, max_running=None).counts == {"unchanged": 3}
-    monkeypatch.setattr(limits, "MAX_LIMITS", 9)
-    monkeypatch.setattr(limits, "MAX_TENANTS", 2)
-    reply = steered("limit", to=many, max_running=1)
-    assert (reply.code, "at most 2" in str(reply.error)) == (413, True)
     assert picture(steered.engine.core)["limits"] == before["limits"]
+
+
+def test_a_worker_that_keeps_as_many_tenants_as_it_can_is_limited_and_freed(
+    steered: Steered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a cap on a tenant without an account is not possible; what is known, and lifting, always is."""
+    monkeypatch.setattr(tenants, "MAX_TENANTS", 2)
+    core = steered.engine.core
+    reply = steered("limit", to=Targets(tenants=("a", "b", "c"), classes=("gold",)), max_running=1)
+    assert (reply.outcome, reply.counts) == ("partial", {"applied": 3, "not_possible": 1})
+    assert core.tenants.accounts.keys() == {"a", "b"}
+    steered.engine.submit("c")
+    assert tenants.OVERFLOW in core.tenants.accounts
+    reply = steered("limit", to=Targets(tenants=("c",)), max_running=1)
+    assert (reply.code, "later ones share" in str(reply.error)) == (413, True)
+    assert steered("limit", to=A, max_running=2).counts == {"applied": 1}
+    assert steered("limit", to=GOLD, max_running=None).counts == {"applied": 1}
+    assert core.roster.classes["gold"].max_running is None
+    assert steered("limit", to=Targets(tenants=("a", "b", "c")), max_running=None).counts == {
+        "applied": 2, "unchanged": 1,
+    }  # fmt: skip
+    steered.engine.check()
+
+
+def test_a_row_with_a_cap_gets_no_account_where_none_is_left(
+    steered: Steered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table with more capped tenants than a worker keeps is put in force; the shared account is not theirs."""
+    monkeypatch.setattr(tenants, "MAX_TENANTS", 2)
+    steered("configure", tenants={name: TenantPolicy(max_running=1) for name in "abc"})
+    accounts = steered.engine.core.tenants.accounts
+    assert {name: account.max_running for name, account in accounts.items()} == {"a": 1, "b": 1}
 
 
 # Who may run

@@ -13,7 +13,7 @@ from coxswain.schemas.commands import COMMANDS, Reply, Targets
 from coxswain.schemas.errors import Code
 from coxswain.schemas.policy import ClassPolicy, Prices, TenantPolicy, TenantRank
 from coxswain.schemas.subjects import CONTROLLER, OPERATOR
-from coxswain.service.scheduler import answered, verbs
+from coxswain.service.scheduler import answered, tenants
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.verbs import Commands
@@ -281,13 +281,26 @@ def test_refusal_says_why_and_changes_nothing(steered: Steered, name: str) -> No
     assert [each["code"] for each in told] == ([] if "incarnation" in text else [code])
 
 
-def test_too_many_tenants_in_a_rank(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that would name more tenants than a worker keeps is refused whole."""
-    monkeypatch.setattr(verbs, "MAX_TENANTS", 2)
-    before = picture(steered.engine.core)
-    reply = steered("rank", incarnation=INCARNATION, tenants={name: TenantRank() for name in "abc"})
-    assert reply.code == Code.TOO_LARGE
-    assert picture(steered.engine.core) == before
+def test_a_rank_leaves_out_tenants_for_which_no_account_is_left(
+    steered: Steered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others count, as do prices, before and after the shared account exists; the reply names who was left out."""
+    monkeypatch.setattr(tenants, "MAX_TENANTS", 2)
+    core = steered.engine.core
+    rows = {name: TenantRank(base=5.0) for name in "abc"}
+    for prices in (Prices(output=3.0), Prices(output=4.0)):
+        reply = steered("rank", incarnation=INCARNATION, tenants=rows, prices=prices)
+        assert (reply.outcome, reply.counts) == ("partial", {"not_possible": 1})
+        assert [(row.request, row.outcome) for row in reply.results] == [("c", "not_possible")]
+        assert core.tenants.prices == prices
+        assert {name: account.base for name, account in core.tenants.accounts.items() if account.base} == {
+            "a": 5.0, "b": 5.0,
+        }  # fmt: skip
+        steered.engine.submit("c")
+    reply = steered("rank", incarnation=INCARNATION, tenants={"a": TenantRank(base=6.0)})
+    assert (reply.outcome, core.tenants.accounts["a"].base) == ("applied", 6.0)
+    assert set(core.tenants.accounts) == {"a", "b", tenants.OVERFLOW}
+    steered.engine.check()
 
 
 def test_no_controller_is_obeyed_before_a_leader_was_heard() -> None:
