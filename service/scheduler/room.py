@@ -216,7 +216,7 @@ class Room:
     def _cut_in(self, record: Record, needs_slot: bool, short: int) -> bool:
         """Take what is missing from held requests and, worst first, from running ones; or nothing, and False."""
         mode = record.group.policy.cut_in
-        if mode not in CUTS and not self._limits.exceeded:
+        if mode not in CUTS and not self._limits.lent:
             return False
         dropped, short = self._enough(self._giving_way(record), short)
         victims = self._victims(record)
