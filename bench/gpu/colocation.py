@@ -12,7 +12,6 @@ from bench.gpu.engine import ask
 from bench.gpu.load import Line, Request, backlog, prompt, steps
 from bench.gpu.plan import STEERED, Sizes
 from bench.gpu.wire import INTERACTIVE, name
-from coxswain.schemas.commands import Targets
 
 LINGER_S = 0.5
 """How long the batch's step budget outlasts the last interactive request: some ten times their mean distance."""
@@ -49,7 +48,7 @@ async def arrive(llm: Any, sizes: Sizes) -> list[Request]:
 async def colocation(
     llm: Any, wire: Any, sizes: Sizes, *, variant: str, batch: bool = True, interactive: bool = True,
     policy: str = "fcfs", cut_in: str = "off", spare: int = 0, budget: int | None = None,
-    steady: bool = False, aside: bool = False, own: int | None = None,
+    steady: bool = False, aside: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """One variant: time to first token of every interactive request, batch tokens/s while they arrive.
 
@@ -64,7 +63,6 @@ async def colocation(
         cut_in: of the interactive class, ours.
         spare: slots for holds, ours.
         budget: the batch's prefill tokens per step, ours.
-        own: prompt tokens that interactive requests compute in a step, together, ours.
         aside: whether the batch leaves the step in which an interactive request begins to it, ours.
         steady: whether the batch's ends are spread evenly, as after a long time; else it begins at once and
             goes on in waves, and slots become free together.
@@ -75,7 +73,6 @@ async def colocation(
     if wire is not None:
         wire.ignored.clear()
         await wire.classes(cut_in=cut_in, budget=budget, linger_s=LINGER_S, aside=aside)
-        await wire("limit", targets=Targets(classes=(INTERACTIVE,)), max_prefill_tokens_per_step=own)
         before = await wire.status()
     count = sizes.outstanding if batch else 0
     # Lower runs first; under fcfs nobody looks at it.
@@ -92,7 +89,7 @@ async def colocation(
     if batch and found["batch_tokens_per_s"] < 1:
         raise RuntimeError(f"the batch stood still: {found['steps']}")
     return {"variant": variant, "side": STEERED if wire is not None else "stock", "cut_in": cut_in, "spare": spare,
-            "budget": budget, "policy": policy, "steady": steady, "aside": aside, "own": own, **found}  # fmt: skip
+            "budget": budget, "policy": policy, "steady": steady, "aside": aside, **found}  # fmt: skip
 
 
 async def _window(llm: Any, sizes: Sizes, *, interactive: bool) -> dict[str, Any]:

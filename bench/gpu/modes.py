@@ -158,7 +158,6 @@ MODES: Final = (
     ),
     # vLLM 0.32.0 on a CPU does not survive its first request with a pipeline.
     EngineMode(name="pipeline parallel 2 on V2 async", parts=BOTH, gpus=2, dry="", options=PIPELINE),
-    EngineMode(name="pipeline parallel 2 on V1 sync", parts=BOTH, gpus=2, **(_V1_SYNC | {"dry": ""}), options=PIPELINE),
     EngineMode(name="data parallel 2 on V2 async", parts=BOTH, gpus=2, ranks=2),
 )  # fmt: skip
 

@@ -61,8 +61,6 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     beside: int = 64
     commands: int = 300
     budgets: tuple[int, ...] = (256, 512, 1_024)
-    own: int = 256
-    """Prompt tokens of interactive requests in one step: one of them."""
     identity_requests: int = 128
     identity_victims: int = 16
     identity_tokens: int = 120
@@ -77,7 +75,7 @@ DRY: Final = Sizes(
     shapes=(Shape(48, 40), Shape(24, 24)), outstanding=14, interactive=Shape(24, 6), rate=6.0, arrivals=12,
     ramp_s=(1.0, 1.0), drain_s=8.0, windows_s=(1.5, 1.5), decoding=Shape(24, 1_000), decoding_s=1.5,
     contexts=(256, 1_024), cycles=2, beside=3, commands=20,
-    budgets=(64, 128), own=24, identity_requests=8, identity_victims=3, identity_tokens=120, identity_spare=2,
+    budgets=(64, 128), identity_requests=8, identity_victims=3, identity_tokens=120, identity_spare=2,
     identity_prompt=60,
 )  # fmt: skip
 """Every line of the same code on a laptop: the simulated device, and a tiny model on the CPU."""
@@ -121,18 +119,9 @@ def units(sizes: Sizes) -> list[Unit]:
         return Unit(name=name, part="colocation", side=side, kind="colocation", fields={"variant": name, **fields},
                     seconds=sizes.ramp_s[0] * fields.get("batch", True) + window_s + extra_s)  # fmt: skip
 
-    def held(
-        name: str, budget: int | None, *, steady: bool = False, aside: bool = False, **fields: Any
-    ) -> Unit:
+    def held(name: str, budget: int | None, *, steady: bool = False, aside: bool = False) -> Unit:
         return mixed(
-            name,
-            STEERED,
-            cut_in="slots",
-            spare=sizes.spare,
-            budget=budget,
-            steady=steady,
-            aside=aside,
-            **fields,
+            name, STEERED, cut_in="slots", spare=sizes.spare, budget=budget, steady=steady, aside=aside
         )
 
     def loop(slots: int, round_: int, side: str) -> Unit:
@@ -169,7 +158,6 @@ def units(sizes: Sizes) -> list[Unit]:
         held("steady: hold, aside", None, steady=True, aside=True),
         *(held(f"steady: hold, budget {budget}", budget, steady=True) for budget in sizes.budgets),
         *(held(f"steady: hold, budget {budget}, aside", budget, steady=True, aside=True) for budget in sizes.budgets),
-        held(f"steady: hold, budget {middle}, aside, one prompt", middle, steady=True, aside=True, own=sizes.own),
         *(decodes(few, round_, side) for round_, side in (*turns, *more)),
         *(loop(few, round_, side) for round_, side in turns),
         *(

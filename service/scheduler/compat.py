@@ -8,14 +8,14 @@ are, and a test checks that they still exist.
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from types import MethodType
 from typing import Any, Final
 
 import torch
 import vllm
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequestType, FinishReason
 from vllm.v1.request import RequestStatus
+
+from coxswain.service.config import SettingRefusedError
 
 TESTED: Final = ("0.32.0",)
 
@@ -25,7 +25,6 @@ PRIVATE: Final = {
         "_handle_stopped_request", "_handle_blocked_waiting_request", "finish_requests",
         "has_requests", "has_finished_requests", "reset_prefix_cache", "get_request_counts",
         "_request_blocks_can_be_freed", "_reserve_prefill_lookahead", "_handle_invalid_blocks",
-        "_update_after_schedule", "_update_request_with_output",
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager": (
         "allocate_slots", "get_blocks", "get_computed_blocks", "empty_kv_cache_blocks",
@@ -63,6 +62,23 @@ def check_version(env: Mapping[str, str]) -> None:
         )
 
 
+def check_mode(config: Any) -> None:
+    """Refuse a mode of vLLM in which steering has been seen to fail.
+
+    A pipeline on the V1 runner has several steps in flight without asynchronous scheduling. vLLM schedules it with
+    its plain Scheduler, not with AsyncScheduler, which ours extends: the first stage dies of a token that has not
+    come out of the last. With that mended, other tokens came out on two H200s once requests had lost their KV.
+
+    Raises:
+        SettingRefusedError: for a pipeline without asynchronous scheduling.
+    """
+    if config.parallel_config.pipeline_parallel_size > 1 and not config.scheduler_config.async_scheduling:
+        raise SettingRefusedError(
+            "pipeline parallelism is steered with asynchronous scheduling only: leave vLLM its V2 model runner"
+            " (VLLM_USE_V2_MODEL_RUNNER) and --async-scheduling, or use tensor parallelism"
+        )
+
+
 def find_engine() -> Any | None:
     """The EngineCore process object that is constructing the scheduler, or None (offline, in-process engine).
 
@@ -92,18 +108,6 @@ def data_parallel_size(parallel: Any) -> int:
             size = 2
         frame = frame.f_back
     return int(size)
-
-
-def wait_for_tokens(scheduler: Any) -> None:
-    """Without asynchronous scheduling, do as vLLM's plain Scheduler: no next token before the last one is there.
-
-    vLLM takes AsyncScheduler or that, by the setting; a class of one's own is one of the two for good. It matters where
-    several steps are in flight all the same, in a pipeline: its first stage is told the tokens that came out of
-    the last (Scheduler._make_cached_request_data), and the V1 runner dies of one that is not there.
-    """
-    if not scheduler.scheduler_config.async_scheduling:
-        for name in ("_update_after_schedule", "_update_request_with_output"):
-            setattr(scheduler, name, MethodType(getattr(Scheduler, name), scheduler))
 
 
 def wake(engine: Any) -> None:

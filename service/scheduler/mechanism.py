@@ -170,13 +170,7 @@ class Mechanism:
 
     def in_flight(self, record: Record) -> int:
         """Output tokens of steps that were scheduled and whose output has not come back."""
-        request = record.payload
-        if record.state is not State.RUNNING:
-            return 0
-        # Without asynchronous scheduling vLLM counts none; in a pipeline there is one.
-        return int(
-            request.num_output_placeholders or (request.num_in_flight_tokens and not request.is_prefill_chunk)
-        )
+        return int(record.payload.num_output_placeholders) if record.state is State.RUNNING else 0
 
     def ready(self, record: Record) -> bool:
         """Whether vLLM would not skip this waiting request: nothing it waits for, nothing stale."""

@@ -52,13 +52,13 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
 
     Raises:
         UnknownVllmError: for a vLLM that was not tested (`COX_ALLOW_VLLM` overrides).
-        SettingRefusedError: for a setting with a bad value.
+        SettingRefusedError: for a setting with a bad value, or a mode of vLLM that cannot be steered.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         compat.check_version(os.environ)
         super().__init__(*args, **kwargs)
-        compat.wait_for_tokens(self)
+        compat.check_mode(self.vllm_config)
         parallel = self.parallel_config
         self.settings = Settings.from_env(
             os.environ, dp_rank=parallel.data_parallel_index, dp_size=compat.data_parallel_size(parallel)

@@ -25,17 +25,14 @@ URGENT = {"chat": TenantPolicy(class_="urgent")}
 
 
 @contextmanager
-def rig(
-    classes: dict[str, ClassPolicy], *, depth: int = 1, async_scheduling: bool | None = None, **options: Any
-) -> Iterator[Rig]:
+def rig(classes: dict[str, ClassPolicy], *, depth: int = 1, **options: Any) -> Iterator[Rig]:
     """A steered scheduler with two active slots of three, not joined to NATS; tenant `chat` is in class `urgent`."""
     from coxswain.service.scheduler import SteeredScheduler
 
     options = {"max_num_seqs": 3, "max_num_active_seqs": 2, **options}
     with patch.dict(os.environ, {"COX_IDENTITY_KEY": KEY}):
         os.environ.pop("COX_NATS_URL", None)
-        ahead = depth > 1 if async_scheduling is None else async_scheduling
-        made = Rig(SteeredScheduler, vllm_config(async_scheduling=ahead, **options), depth=depth)
+        made = Rig(SteeredScheduler, vllm_config(async_scheduling=depth > 1, **options), depth=depth)
     made.scheduler.core.configure(classes, URGENT)
     try:
         yield made
