@@ -45,7 +45,7 @@ class Engine(Protocol):
     # Questions about one request
 
     def obstacle(self, record: Record, kv: str) -> str | None:
-        """Why this request cannot be held with this `kv` now, or None."""
+        """Why this request cannot be held with this `kv` now, or None; nothing stands against `drop` but not `keep`."""
 
     def in_flight(self, record: Record) -> int:
         """Tokens scheduled whose output has not been processed yet."""

@@ -133,16 +133,18 @@ class Room:
         """Hold what runs beyond its caps and may not borrow, the worst first; it goes on when there is room.
 
         Who cannot be held (a streaming session) is passed over: the others are as many fewer. Where there are no others
-        they run on, maybe for hours, and not every step looks through all that run for them.
+        they run on, maybe for hours, and not every step looks through all that run for them. Whose KV cannot be kept
+        loses it: a cap is exact.
         """
         engine = self._engine
 
         def able() -> Iterator[Record]:
             running = chain(engine.released(), engine.worst_running())
-            return (record for record in running if engine.obstacle(record, "keep") is None)
+            return (record for record in running if engine.obstacle(record, "drop") is None)
 
         for record, group in self._limits.to_stop(able):
-            self._holds.hold(now, record, ENGINE, "keep", None, f"over the cap of {group.name}")
+            kv = "keep" if engine.obstacle(record, "keep") is None else "drop"
+            self._holds.hold(now, record, ENGINE, kv, None, f"over the cap of {group.name}")
         self._stuck = self._excess()
         if any(excess > borrowed for _, excess, borrowed in self._stuck[1]):
             self._stuck_until = now + STUCK_S

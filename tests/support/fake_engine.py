@@ -70,6 +70,8 @@ class FakeEngine:
         """Parked."""
         self.by_admission: set[Record] = set()
         """Kept ones that can only go on through admission."""
+        self.unkeepable: set[Record] = set()
+        """Those that lose their KV when they are held."""
         self.flying: Counter[Record] = Counter()
         self.told: list[str] = []
         """Ids of requests whose clients were told of an abort."""
@@ -189,7 +191,9 @@ class FakeEngine:
 
     def obstacle(self, record: Record, kv: str) -> str | None:
         """Why the request cannot be held: what the test said."""
-        return record.payload.obstacle
+        return record.payload.obstacle or (
+            "only drop" if kv == "keep" and record in self.unkeepable else None
+        )
 
     def hold(self, record: Record) -> None:
         """Stop running it; its KV stays. One that was released from a park, and not admitted since, has no slot."""

@@ -273,6 +273,19 @@ def test_others_stop_in_place_of_what_cannot_be_held(steered: Steered) -> None:
     engine.check()
 
 
+def test_what_cannot_be_kept_is_dropped_for_a_cap(steered: Steered) -> None:
+    """With LoRA and a KV connector no hold keeps any KV: the cap is exact all the same, from the next step on."""
+    engine = steered.engine
+    first, second, third = (engine.submit("a", tokens=50) for _ in range(3))
+    engine.step()
+    engine.unkeepable.update((first, third))
+    steered("limit", to=A, max_running=1)
+    engine.step()
+    assert (first.state, second.state, third.state) == (State.RUNNING, State.HELD_KEPT, State.QUEUED)
+    assert [held["kv"] for held in engine.seen(ev.Held)] == ["dropped", "kept"]
+    engine.check()
+
+
 def test_not_every_step_looks_for_whom_to_stop_where_nobody_can_be(
     steered: Steered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
