@@ -10,27 +10,32 @@ each time, and so is the file, whatever the machine. `real` needs a trace file (
 
 `--devices 5` runs `real` on five devices, evenly between 2 % faster and 2 % slower: its figures move with small causes.
 `--pace 0.9` runs on a device on which each step takes nine tenths of the time: what a side that serves more is to be
-held against. Such rows are in the file, and not in the tables.
+held against. `--workers 4` runs on so many workers with as much traffic for each: suites are made with as many seeds.
+Such rows are in the file, and not in the tables.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from unittest.mock import patch
 
 import msgspec
 
-from coxswain.lab.bound import gap
+from coxswain.lab.bound import Gap, gap
 from coxswain.lab.command import seeded
 from coxswain.lab.devices import DEVICES, Device
 from coxswain.lab.experiment import run
+from coxswain.lab.life import Life
 from coxswain.lab.metrics import measure
 from coxswain.lab.published import peer
 from coxswain.lab.report import between
 from coxswain.lab.setup import Admission, Setup
-from coxswain.lab.suites import SUITES, Suite
-from coxswain.lab.trace import Arrival, tenants
+from coxswain.lab.suites import SEED, SUITES, Suite
+from coxswain.lab.trace import Arrival, ordered, tenants
+from coxswain.service.scheduler.victims import Victims
 
 DIGITS: Final = 3
 
@@ -41,6 +46,8 @@ class Side(NamedTuple):
     policy: str
     admission: Admission | None = None
     """None: the suite's own, which is `reserve` in all of VTC's."""
+    latest: bool = False
+    """Whether vLLM preempts who arrived last, as it does without us, and not of the tenant that has had most."""
 
 
 SIDES: Final = {
@@ -49,14 +56,16 @@ SIDES: Final = {
     "oracle": Side("vtc-oracle"),
     "fcfs": Side("fcfs"),
     "bucket": Side("bucket20"),
+    "latest": Side("vtc", "vllm", latest=True),
     "vllm": Side("vtc", "vllm"),
     "vllm-predict": Side("vtc:predict=average", "vllm"),
     "vllm-oracle": Side("vtc-oracle", "vllm"),
     "fill": Side("vtc:fill=0.95", "vllm"),
-    "both": Side("vtc:predict=average:fill=0.95", "vllm"),
+    "fill90": Side("vtc:fill=0.9", "vllm"),
+    "fill97": Side("vtc:fill=0.97", "vllm"),
     "preempt": Side("vtc:preempt_gap=2000", "vllm"),
 }
-SEEDED: Final = ("vtc", "predict", "vllm", "vllm-predict", "fill", "both", "preempt")
+SEEDED: Final = tuple(name for name in SIDES if name not in ("oracle", "fcfs", "bucket", "vllm-oracle"))
 """What `--devices` repeats."""
 OF_FCFS: Final = ("overload-fcfs", "poisson_short_long_2-fcfs")
 """Longer or shorter only because FCFS was published so: nothing else is run on them."""
@@ -81,25 +90,41 @@ def device_of(suite: Suite, number: int, devices: int, pace: float) -> Device:
     return msgspec.structs.replace(device, pace=device.pace * pace)
 
 
-def measured(suite: Suite, arrivals: Sequence[Arrival], name: str, device: Device) -> Row:
+def traffic(suite: Suite, workers: int) -> tuple[Arrival, ...]:
+    """The suite's; for several workers that of as many seeds, together."""
+    return ordered([each for more in range(workers) for each in suite.arrivals(seed=SEED + more)])
+
+
+def measured(suite: Suite, name: str, device: Device, workers: int = 1) -> Row:
     """One run."""
+    arrivals = traffic(suite, workers)
     side = SIDES[name]
     policy, *settings = side.policy.split(":")
     setup = Setup(
         policy=policy, settings=tuple(settings), device=device, tables=suite.tables,
-        admission=side.admission or suite.admission,
+        admission=side.admission or suite.admission, workers=workers, route="random",
     )  # fmt: skip
-    outcome = run(arrivals, setup)
+    with patch.object(Victims, "mark", lambda _: None) if side.latest else nullcontext():
+        outcome = run(arrivals, setup)
     metrics, apart = measure(outcome.lives), gap(outcome.lives, setup)
-    theirs = peer(suite.name, side.policy) if side.admission is None else None
+    theirs = peer(suite.name, side.policy) if side.admission is None and workers == 1 else None
     row = {
         "suite": suite.name, "side": name, "policy": side.policy, "admission": setup.admission,
-        "device": suite.device, "pace": setup.device.pace, "tenants": len(tenants(arrivals)),
-        "metrics": metrics, "gap": apart, "commands": outcome.commands, "rejected": outcome.rejected,
+        "device": suite.device, "pace": setup.device.pace, "workers": workers,
+        "tenants": len(tenants(arrivals)), "metrics": metrics, "gap": apart,
+        "alone": _alone(outcome.lives, setup) if workers > 1 else None,
+        "commands": outcome.commands, "rejected": outcome.rejected,
         "published": theirs and {"name": theirs[0], **theirs[1]._asdict()},
     }  # fmt: skip
     plain: Row = _rounded(msgspec.to_builtins(row))
     return plain
+
+
+def _alone(lives: Sequence[Life], setup: Setup) -> Gap:
+    """How far tenants came apart on one worker, beside that worker's own bound: where they did most."""
+    setup = msgspec.structs.replace(setup, workers=1)
+    on = {life.worker: [each for each in lives if each.worker == life.worker] for life in lives}
+    return max((gap(some, setup) for some in on.values()), key=lambda found: found.most)
 
 
 def _rounded(value: Any) -> Any:
@@ -110,9 +135,9 @@ def _rounded(value: Any) -> Any:
     return round(value, DIGITS) if isinstance(value, float) else value
 
 
-def key(row: Row) -> tuple[str, str, float]:
+def key(row: Row) -> tuple[str, str, float, int]:
     """What makes a row another one."""
-    return row["suite"], row["side"], row["pace"]
+    return row["suite"], row["side"], row["pace"], row["workers"]
 
 
 def wanted(suites: Iterable[str], sides: Sequence[str], devices: int) -> Iterable[tuple[Suite, str, int]]:
@@ -127,6 +152,7 @@ def wanted(suites: Iterable[str], sides: Sequence[str], devices: int) -> Iterabl
 
 def tables(rows: Sequence[Row]) -> str:
     """Markdown: a line per suite and a column per side, for each figure; then `real` over devices."""
+    rows = [row for row in rows if row["workers"] == 1]
     plain = [row for row in rows if row["pace"] == 1.0]
     parts = [
         ("service difference, maximum / average (published), weighted tokens/s", _differences),
@@ -188,6 +214,7 @@ def main() -> None:
     parser.add_argument("--side", nargs="*", choices=SIDES, default=list(SIDES))
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--pace", type=float, default=1.0, help="how much longer each step takes than usual")
+    parser.add_argument("--workers", type=int, default=1, help="so many, with as many times the traffic")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []
@@ -197,9 +224,9 @@ def main() -> None:
     order = {name: place for place, name in enumerate([*SUITES, *SIDES])}
     for suite, side, number in wanted(options.suite, options.side, options.devices):
         device = device_of(suite, number, options.devices, options.pace)
-        if (suite.name, side, round(device.pace, DIGITS)) in map(key, rows):
+        if (suite.name, side, round(device.pace, DIGITS), options.workers) in map(key, rows):
             continue
-        row = measured(suite, suite.arrivals(), side, device)
+        row = measured(suite, side, device, options.workers)
         rows.append(row)
         rows.sort(key=lambda each: (order[each["suite"]], order[each["side"]], abs(each["pace"] - 1.0)))
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
