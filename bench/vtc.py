@@ -8,7 +8,7 @@ they published; and how far backlogged tenants came apart, beside the 2U of thei
 run and is written after each; what is in it is not run again, so a run that was cut short goes on. Runs are the same
 each time, and so is the file, whatever the machine. `real` needs a trace file (docs/lab.md).
 
-`--devices 5` runs `real` on five devices, evenly between 2 % faster and 2 % slower: its figures move with small causes.
+`--devices 5` runs on five devices, evenly between 2 % faster and 2 % slower: figures of `real` move with small causes.
 `--pace 0.9` runs on a device on which each step takes nine tenths of the time: what a side that serves more is to be
 held against. `--workers 4` runs on so many workers with as much traffic for each: suites are made with as many seeds.
 Such rows are in the file, and not in the tables.
@@ -56,13 +56,11 @@ SIDES: Final = {
     "oracle": Side("vtc-oracle"),
     "fcfs": Side("fcfs"),
     "bucket": Side("bucket20"),
-    "latest": Side("vtc", "vllm", latest=True),
+    "latest": Side("vtc:fill=none", "vllm", latest=True),
+    "share": Side("vtc:fill=none", "vllm"),
     "vllm": Side("vtc", "vllm"),
     "vllm-predict": Side("vtc:predict=average", "vllm"),
     "vllm-oracle": Side("vtc-oracle", "vllm"),
-    "fill": Side("vtc:fill=0.95", "vllm"),
-    "fill90": Side("vtc:fill=0.9", "vllm"),
-    "fill97": Side("vtc:fill=0.97", "vllm"),
     "preempt": Side("vtc:preempt_gap=2000", "vllm"),
 }
 SEEDED: Final = tuple(name for name in SIDES if name not in ("oracle", "fcfs", "bucket", "vllm-oracle"))
@@ -145,8 +143,7 @@ def wanted(suites: Iterable[str], sides: Sequence[str], devices: int) -> Iterabl
     for name in suites:
         suite = SUITES[name]
         for side in sides_of(suite, sides):
-            again = devices if name == "real" and side in SEEDED else 1
-            for number in range(again):
+            for number in range(devices if side in SEEDED else 1):
                 yield suite, side, number
 
 

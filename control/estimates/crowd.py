@@ -1,9 +1,10 @@
 """How many requests may run so that their KV lasts: what keeps vLLM from preempting what it has just admitted. Pure.
 
 vLLM lets a request in when its prompt fits. Output comes later: with a queue that never ends the pool is always full,
-and every request that grows throws another one out, whose work is done again. Here as many may run as the pool holds
-of what a request has over its life: its prompt and, on average, half of its output, where those that say much are there
-for longer. By requests that ended lately. Called by `policies.vtc`.
+and every request that grows throws another one out, whose work is done again. Here as many may run as have a part of
+the pool together, by what one of those that run has had on average lately. A worker is bounded once it loses KV, until
+its queue has ended. What that takes is the head of its frames: nobody looks at single requests for it. Called by
+`policies.vtc`.
 
 Workers bound classes, not the sum of them, so what may run is divided between classes. A share changes only when
 somebody waits at it: at each look half of what others leave unused goes there, so that they keep some for who comes;
@@ -14,18 +15,45 @@ from collections.abc import Sequence
 from typing import Final
 
 from coxswain.control.fleet import WorkerView
-from coxswain.schemas.status import RequestStatus
 
-KEPT: Final = 0.98
-"""What of the mean is left after one more request ended: it is that of the last fifty or so."""
-ENOUGH: Final = 20
-"""Requests that must have ended before their mean says anything."""
+SPAN_S: Final = 30.0
+"""Over which time what a request has is averaged: requests that came together have little, later much."""
+CALM_S: Final = 60.0
+"""A worker on which nobody has waited for so long is bounded no more."""
 STEADY: Final = 1.0
 """A cap moves when what it should be is further off than this: it does not follow every request that ends."""
 
 
+class _Worker:
+    """What is known of one incarnation of a worker."""
+
+    __slots__ = ("at", "blocks", "cap", "crowded_at", "incarnation", "lost_total", "running", "since")
+
+    def __init__(self, view: WorkerView, now: float) -> None:
+        self.incarnation = view.incarnation
+        self.since = self.at = now
+        self.blocks = self.running = 0.0
+        """Means over the last `SPAN_S` in which anything ran: blocks of those that run, and how many they are."""
+        self.lost_total = view.frame.preempted_total
+        self.crowded_at: float | None = None
+        """When somebody last waited, since it lost KV; None: it has lost none."""
+        self.cap: int | None = None
+
+    def look(self, view: WorkerView, now: float) -> None:
+        frame, passed, self.at = view.frame, now - self.at, now
+        lost, self.lost_total = frame.preempted_total != self.lost_total, frame.preempted_total
+        if lost or (self.crowded_at is not None and frame.queued):
+            self.crowded_at = now
+        elif self.crowded_at is not None and now - self.crowded_at > CALM_S:
+            self.crowded_at = self.cap = None
+        if frame.running and passed > 0:
+            part = passed / max(passed, min(SPAN_S, now - self.since))
+            self.blocks += part * (frame.kv_blocks.used - frame.kv_blocks.held - self.blocks)
+            self.running += part * (frame.running - self.running)
+
+
 class Crowd:
-    """Bounds how many run on each worker.
+    """Bounds how many run on each worker that loses KV, until nobody waits there.
 
     Args:
         fill: the part of the pool that those who run may have together on average; the rest is for when they have more.
@@ -33,40 +61,31 @@ class Crowd:
 
     def __init__(self, fill: float) -> None:
         self.fill = fill
-        self._ended = 0
-        self._output = 0.0
-        """Mean output tokens of requests that ended: one a step, so that is for how long they were there."""
-        self._token_steps = 0.0
-        """Mean tokens that they had, summed over the steps of their lives."""
-        self._caps: dict[str, int] = {}
+        self._workers: dict[str, _Worker] = {}
         self._shares: dict[str, dict[str, int]] = {}
         """Per worker, what of its cap each class has."""
 
-    def learn(self, row: RequestStatus) -> None:
-        """A request ended; `row` is the last that was heard of it."""
-        self._ended += 1
-        part = max(1.0 - KEPT, 1.0 / self._ended)
-        self._output += part * (row.output_tokens - self._output)
-        steps = row.output_tokens * (row.prompt_tokens + row.output_tokens / 2)
-        self._token_steps += part * (steps - self._token_steps)
+    def look(self, view: WorkerView, now: float) -> None:
+        """Take note of what a worker's last frame says of its KV."""
+        known = self._workers.get(view.worker)
+        if known is None or known.incarnation != view.incarnation:
+            known = self._workers[view.worker] = _Worker(view, now)
+        known.look(view, now)
 
     def forget(self, worker: str) -> None:
         """The worker is gone for good."""
-        self._caps.pop(worker, None)
+        self._workers.pop(worker, None)
         self._shares.pop(worker, None)
 
     def cap(self, view: WorkerView) -> int | None:
-        """How many may run on a worker; None while there is no telling."""
-        with_kv = [row for row in view.requests.values() if row.state == "running" or row.kv == "kept"]
-        tokens = sum(row.prompt_tokens + row.output_tokens for row in with_kv)
-        blocks = view.frame.kv_blocks
-        if self._ended < ENOUGH or not tokens or not blocks.used or not self._token_steps:
-            return self._caps.get(view.worker)
-        # Blocks that a token takes are those that it takes now: with a cache and parts of blocks nobody can say.
-        wanted = self.fill * blocks.total / (blocks.used / tokens * self._token_steps / self._output)
-        cap = self._caps.get(view.worker)
+        """How many may run on a worker; None while it is not bounded."""
+        known = self._workers.get(view.worker)
+        if known is None or known.crowded_at is None or known.blocks <= 0:
+            return None
+        wanted = self.fill * view.frame.kv_blocks.total * known.running / known.blocks
+        cap = known.cap
         if cap is None or not cap - STEADY < wanted < cap + 1 + STEADY:
-            self._caps[view.worker] = cap = max(1, int(wanted))
+            known.cap = cap = max(1, int(wanted))
         return cap
 
     def shares(self, view: WorkerView, order: Sequence[str]) -> dict[str, int]:
@@ -77,6 +96,7 @@ class Crowd:
             order: its classes, the best first.
         """
         if (most := self.cap(view)) is None:
+            self._shares.pop(view.worker, None)
             return {}
         running = {name: view.classes[name].running for name in order}
         old = self._shares.get(view.worker, running)

@@ -21,8 +21,8 @@ ahead: others get that from now on, while who returns waits beside them. V of se
 returns waits up to a request longer. Nor is a long output charged ahead whole while others wait whose own are short
 (`NEAR`): as these end, who comes next is decided anew. `preempt_gap` goes beyond the paper, whose engine cannot:
 while the least counter of those that wait on a worker is more than that below a running request's, the request is
-held. `fill` bounds how many run, so that those that do keep their KV (`crowd`): vLLM's preemption strikes whoever
-came last, which with VTC is who waited least because its tenant asks least.
+held. `fill` bounds how many run on a worker that loses KV (`crowd`): what vLLM preempts is computed again, and a
+tenant whose requests are struck falls behind meanwhile.
 
 What a frame shows is up to a frame period old, and a visit may begin and end between two: a tenant that was
 idle and whose lift or input total grew has visited. How far to lift: at least to what the floor was a frame
@@ -102,14 +102,14 @@ class Vtc:
         """Whether expected output is charged at admission, by the tenant's moving average."""
         preempt_gap: Price | None = None
         """Hold running requests of tenants that are this far ahead of one that waits; none: never."""
-        fill: Part | None = None
-        """Let as many run as have this part of the KV on average, say 0.85; none: as many as fit at first."""
+        fill: Part | None = 0.9
+        """Where KV is lost, let as many run as have this part of it on average; none: as many as fit at first."""
 
     def __init__(self, params: Params) -> None:
         self.prices = Prices(input=params.wp, cached=params.cached, output=params.wq)
         self.lengths = MovingAverage() if params.predict == "average" else None
         self._crowd = None if params.fill is None else Crowd(params.fill)
-        whole = self.lengths is not None or params.preempt_gap is not None or self._crowd is not None
+        whole = self.lengths is not None or params.preempt_gap is not None
         self.sees: Sees = "requests" if whole else "tenants"
         self.virtual: dict[str, float] = {}
         """V: each tenant's counter. Without prediction it never falls, but for `_adopt`'s change of its origin."""
@@ -130,12 +130,15 @@ class Vtc:
 
     # Count
 
-    def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:  # noqa: ARG002
+    def observe(self, fleet: Fleet, tables: Tables, now: float) -> None:
         """Count what was charged, and lift tenants that returned from fleet-wide idleness."""
         self._fleet, self._tables = fleet, tables
-        for learns in (each for each in (self.lengths, self._crowd) if each is not None):
+        if self.lengths is not None:
             for row in (row for view in fleet.workers.values() for row in view.left):
-                learns.learn(row)
+                self.lengths.learn(row)
+        if self._crowd is not None:
+            for view in fleet.live():
+                self._crowd.look(view, now)
         charges, changes = self._read(fleet)
         before = self.active
         waiting = fleet.presence.waiting
@@ -286,13 +289,13 @@ class Vtc:
         return Directives(prices=self.prices, ranks=_Ranks(self), holds=holds, caps=self._caps())
 
     def _caps(self) -> dict[str, dict[Group, Cap]]:
-        """Per worker, how many of each class may run."""
+        """Per worker that loses KV, how many of each class may run."""
         if (crowd := self._crowd) is None:
             return {}
         caps: dict[str, dict[Group, Cap]] = {}
         for view in self._fleet.live():
-            shares = crowd.shares(view, self._best_first(view))
-            caps[view.worker] = {("class", name): Cap(max_running=most) for name, most in shares.items()}
+            if shares := crowd.shares(view, self._best_first(view)):
+                caps[view.worker] = {("class", name): Cap(max_running=most) for name, most in shares.items()}
         return caps
 
     def _best_first(self, view: WorkerView) -> list[str]:

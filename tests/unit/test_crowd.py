@@ -3,66 +3,131 @@
 import pytest
 
 from coxswain.control import fleet as fleet_module
-from coxswain.control.estimates.crowd import ENOUGH, Crowd
+from coxswain.control.estimates.crowd import CALM_S, SPAN_S, Crowd
 from coxswain.control.fleet import Fleet
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.policy import Tables
-from coxswain.schemas.status import ClassStatus, Gone, KvBlocks
-from tests.support.frames import frame, request, row
+from coxswain.schemas.status import ClassStatus, KvBlocks
+from tests.support.frames import frame, row
 
 
-def view(used: int, *, total: int = 1_000, running: int = 10, prompt: int = 100, output: int = 60):
-    """A worker where equal requests run and have `used` blocks together."""
-    fleet = Fleet()
-    rows = tuple(
-        request(f"r{n}", "a", state="running", prompt_tokens=prompt, output_tokens=output)
-        for n in range(running)
-    )
-    blocks = KvBlocks(total=total, used=used, held=0)
-    fleet.merge(frame("w1", "01A", 1, requests=rows, running=running, kv_blocks=blocks), 0.0)
-    return fleet.workers["w1"]
+class Seen:
+    """A worker of 1,000 blocks, the crowd that looks at it, and a clock."""
+
+    def __init__(self, fill: float = 1.0) -> None:
+        self.fleet, self.crowd = Fleet(), Crowd(fill)
+        self.now, self.lost, self.seq = 100.0, 7, 0
+        self.incarnation = "01A"
+
+    def look(
+        self,
+        used: int,
+        *,
+        running: int = 10,
+        held: int = 0,
+        queued: int = 1,
+        lost: int = 0,
+        for_s: float = 1.0,
+    ) -> int | None:
+        """The cap when that many blocks were in use for so long, and KV was lost so often at its beginning."""
+        self.lost += lost
+        end = self.now + for_s
+        while self.now < end:
+            self.now += 0.5
+            self.seq += 1
+            blocks = KvBlocks(total=1_000, used=used, held=held)
+            self.fleet.merge(
+                frame(
+                    "w1", self.incarnation, self.seq,
+                    running=running, queued=queued, kv_blocks=blocks,
+                    preempted_total=self.lost,
+                ),
+                self.now,
+            )  # fmt: skip
+            self.crowd.look(self.fleet.workers["w1"], self.now)
+        return self.crowd.cap(self.fleet.workers["w1"])
 
 
-def crowd(fill: float = 1.0, *, ended: int = ENOUGH, prompt: int = 150, output: int = 100) -> Crowd:
-    """One that has seen so many requests of that length end."""
-    made = Crowd(fill)
-    for number in range(ended):
-        made.learn(request(f"e{number}", "a", prompt_tokens=prompt, output_tokens=output))
-    return made
-
-
-@pytest.mark.parametrize(("fill", "cap"), [(1.0, 80), (0.5, 40), (2.0, 160)])
+@pytest.mark.parametrize(("fill", "cap"), [(1.0, 100), (0.5, 50), (2.0, 200)])
 def test_as_many_run_as_fit_with_what_they_have_on_average(fill, cap):
-    """1,600 tokens take 100 of 1,000 blocks, and a request has 150 + 100/2 = 200 of them: 80, or a part of that."""
-    assert crowd(fill).cap(view(100)) == cap
+    """Ten have 100 of 1,000 blocks together: 100 may run, or a part of that."""
+    seen = Seen(fill)
+    seen.look(100)
+    assert seen.look(100, lost=1) == cap
 
 
-def test_who_says_much_counts_for_as_long_as_it_is_there():
-    """Half say 10 tokens and half 190: of those that run at any moment 95 % are of the second kind."""
-    made = Crowd(1.0)
-    for number in range(200):
-        made.learn(request(f"e{number}", "a", prompt_tokens=0, output_tokens=(10, 190)[number % 2]))
-    mean = (10 * 5 + 190 * 95) / 200
-    assert made.cap(view(100)) == pytest.approx(1_000 * 16 / mean, abs=2)
+def test_a_worker_that_loses_no_kv_is_not_bounded():
+    """Nor was it for what was lost before anybody looked."""
+    assert Seen().look(1_000, for_s=2 * SPAN_S) is None
 
 
-def test_there_is_no_cap_before_enough_have_ended():
-    """Nor while nothing runs that shows what a token takes."""
-    assert crowd(ended=ENOUGH - 1).cap(view(100)) is None
-    assert crowd().cap(view(0, running=0)) is None
+def test_a_bound_lasts_until_the_queue_has_ended():
+    """That no KV is lost any more is its own doing and says nothing; that nobody waits for a while does."""
+    seen = Seen()
+    seen.look(1_000)
+    assert seen.look(1_000, lost=1, for_s=5 * CALM_S) == 10
+    assert seen.look(1_000, queued=0, for_s=CALM_S - 2) == 10
+    assert seen.look(1_000, queued=1) == 10
+    assert seen.look(1_000, queued=0, for_s=CALM_S - 2) == 10
+    assert seen.look(1_000, queued=0, for_s=3) is None
+
+
+def test_what_counts_is_the_mean_over_a_while():
+    """Requests that came together have little, and much when they end: neither moment says how many fit."""
+    seen = Seen()
+    for _ in range(50):
+        seen.look(100, for_s=2, lost=1)
+        cap = seen.look(300, for_s=2)
+    assert cap == pytest.approx(1_000 * 10 / 200, abs=3)
+    assert seen.look(400, for_s=5 * SPAN_S) == pytest.approx(1_000 * 10 / 400, abs=1)
+
+
+def test_what_held_requests_keep_is_not_what_those_that_run_have():
+    """Half of what is in use is kept for others."""
+    seen = Seen()
+    seen.look(200, held=100)
+    assert seen.look(200, held=100, lost=1) == 100
 
 
 def test_the_cap_keeps_while_little_changes():
     """A request more or less is no news: a cap that follows every end would hold and continue what runs."""
-    made = crowd()
-    assert made.cap(view(100)) == 80
-    assert made.cap(view(101)) == 80
-    assert made.cap(view(120)) == 66
+    seen = Seen()
+    seen.look(200, for_s=SPAN_S)
+    first = seen.look(200, lost=1)
+    assert first == pytest.approx(50, abs=1)
+    assert {seen.look(used, lost=1, for_s=SPAN_S) for used in (203, 198, 203)} == {first}
+    assert seen.look(250, lost=1, for_s=CALM_S) == pytest.approx(41, abs=1)
 
 
 def test_at_least_one_may_run():
-    """Requests longer than the pool are vLLM's to refuse."""
-    assert crowd(output=10**6).cap(view(100)) == 1
+    """A request that needs the pool twice is vLLM's to refuse."""
+    seen = Seen()
+    seen.look(2_000, running=1)
+    assert seen.look(2_000, running=1, lost=1) == 1
+
+
+def test_a_worker_that_started_again_begins_anew():
+    """Its totals begin at 0, and nothing was lost by that."""
+    seen = Seen()
+    seen.look(100)
+    assert seen.look(100, lost=1) == 100
+    seen.incarnation, seen.lost, seen.seq = "01B", 0, 0
+    assert seen.look(500) is None
+    assert seen.look(500, lost=1) == 20
+
+
+def test_a_worker_on_which_nothing_runs_has_no_cap():
+    """There is nothing to reckon with."""
+    seen = Seen()
+    assert seen.look(0, running=0, lost=1) is None
+
+
+def test_an_idle_hour_changes_nothing_about_what_requests_have():
+    """Those that come after it have little yet, and will have as much as those before it."""
+    seen = Seen()
+    seen.look(300, for_s=SPAN_S)
+    seen.look(0, running=0, queued=0, for_s=3_600)
+    assert seen.look(100, lost=1) == pytest.approx(1_000 * 10 / 300, abs=3)
 
 
 # Several classes
@@ -82,7 +147,7 @@ class Shared:
         self.seen = [self._frame()]
         self.caps: list[dict[str, int]] = [dict.fromkeys(queued, most)]
         self.holds = 0
-        self.crowd = crowd()
+        self.crowd = Crowd(1.0)
         self.crowd.cap = lambda view: self.most  # type: ignore[method-assign]
 
     def _frame(self):
@@ -174,56 +239,56 @@ def test_a_smaller_pool_takes_what_is_unused_first():
 
 def test_vtc_caps_every_class_by_its_share():
     """30 run in one class and 20 in another, and 80 may in all: nobody waits, so the larger has room to grow."""
-    policy, fleet = Vtc(Vtc.Params(fill=1.0)), Fleet()
-    assert policy.sees == "requests"
+    policy, fleet = Vtc(Vtc.Params(fill=0.8)), Fleet()
     classes = tuple(
         ClassStatus(class_=name, queued=0, running=running, held=0, oldest_queued_s=0.0)
         for name, running in (("chat", 30), ("bulk", 20))
     )
-    rows = tuple(
-        request(f"r{n}", "a", state="running", prompt_tokens=100, output_tokens=60) for n in range(50)
-    )
-    ended = tuple(
-        request(f"e{n}", "a", state="running", prompt_tokens=150, output_tokens=100) for n in range(ENOUGH)
-    )
     blocks = KvBlocks(total=1_000, used=500, held=0)
-    shared = {"kv_blocks": blocks, "classes": classes, "running": 50}
-    gone = tuple(Gone(request=row.request, child=0) for row in ended)
-    for each in (
-        frame("w1", "01A", 1, requests=(*rows, *ended), **shared),
-        frame("w1", "01A", 2, full=False, gone=gone, **shared),
-    ):
-        fleet.merge(each, 0.0)
-        fleet.age(0.0)
-        policy.observe(fleet, Tables(), 0.0)
+    for number in range(1, 4):
+        fleet.merge(
+            frame("w1", "01A", number, kv_blocks=blocks, classes=classes, running=50, preempted_total=number),
+            float(number),
+        )
+        fleet.age(float(number))
+        policy.observe(fleet, Tables(), float(number))
         fleet.settle()
-    caps = policy.decide(0.0).caps["w1"]
+    caps = policy.decide(3.0).caps["w1"]
     assert {group: cap.max_running for group, cap in caps.items()} == {
         ("class", "chat"): 60,
         ("class", "bulk"): 20,
     }
+    fleet.age(4.0)
+    policy.observe(fleet, Tables(), 3.0 + CALM_S + 1.0)
+    assert policy.decide(3.0 + CALM_S + 1.0).caps == {}
+
+
+def test_vtc_bounds_without_a_look_at_single_requests():
+    """It does so unless told otherwise, and reading every request would cost a large fleet's controller most."""
+    policy = Vtc(Vtc.Params())
+    assert policy._crowd is not None
+    assert policy.sees == "tenants"
 
 
 def test_workers_that_are_gone_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their names may be new with every start, so what is known by name must not grow with them."""
     monkeypatch.setattr(fleet_module, "MAX_WORKERS", 1)
-    policy, fleet = Vtc(Vtc.Params(fill=0.85)), Fleet()
+    policy, fleet = Vtc(Vtc.Params()), Fleet()
     assert policy._crowd is not None
-    policy._crowd = crowd(0.85)
     blocks = KvBlocks(total=1_000, used=100, held=0)
-    rows = tuple(request(f"r{n}", prompt_tokens=100, output_tokens=60) for n in range(10))
     status = ClassStatus(class_="default", queued=0, running=10, held=0, oldest_queued_s=0.0)
     for number in range(5):
-        now = 100.0 * number
-        fleet.merge(
-            frame(
-                f"w{number}", "01A", 1, row("a", running=10), requests=rows, running=10, kv_blocks=blocks,
-                classes=(status,),
-            ),
-            now,
-        )  # fmt: skip
-        fleet.age(now)
-        policy.observe(fleet, Tables(), now)
-        policy.decide(now)
-        fleet.settle()
-    assert policy._crowd._caps.keys() == policy._crowd._shares.keys() == {"w4"}
+        for lost in range(2):
+            now = 100.0 * number + lost
+            fleet.merge(
+                frame(
+                    f"w{number}", "01A", 1 + lost, row("a", running=10), running=10, kv_blocks=blocks,
+                    classes=(status,), preempted_total=lost,
+                ),
+                now,
+            )  # fmt: skip
+            fleet.age(now)
+            policy.observe(fleet, Tables(), now)
+            policy.decide(now)
+            fleet.settle()
+    assert policy._crowd._workers.keys() == policy._crowd._shares.keys() == {"w4"}

@@ -139,14 +139,14 @@ def test_who_cannot_preempt_shows_what_theorem_4_8_says_and_who_can_does_not():
 
 
 def test_a_bounded_crowd_keeps_its_kv():
-    """Short prompts with long outputs: vLLM lets all in and throws them out again; with `fill` it hardly has to."""
+    """Short prompts with long outputs: vLLM lets all in and throws them out again; bounded, it hardly has to."""
     arrivals = [
         Arrival(at_s=0.3 * n, tenant="ab"[n % 2], prompt_tokens=20, output_tokens=150 + 50 * (n % 5))
         for n in range(80)
     ]
     runs = {
         settings: measure(run(arrivals, Setup(policy="vtc", settings=settings, device=small(4_000))).lives)
-        for settings in ((), ("fill=0.9",))
+        for settings in (("fill=none",), ())
     }
     free, bounded = runs.values()
     assert free.done == bounded.done == 80
@@ -167,7 +167,7 @@ def test_a_bound_on_several_classes_holds_hardly_anybody():
         {name: ClassPolicy(position=place) for place, name in enumerate(names)},
         {name: TenantPolicy(class_=name) for name in names},
     )
-    setup = Setup(policy="vtc", settings=("fill=0.95",), device=DEVICES["vtc-a10g"], tables=tables)
+    setup = Setup(policy="vtc", device=DEVICES["vtc-a10g"], tables=tables)
     outcome = run(arrivals, setup)
     assert all(life.done for life in outcome.lives)
     assert sum(state == "held" for life in outcome.lives for _, _, state in life.spans()) < 10
