@@ -50,7 +50,8 @@ class Directives(msgspec.Struct, frozen=True, kw_only=True):
     """What a policy wants now, whole; the core sends each worker only what it does not have yet.
 
     All but the first two are per worker. A mapping may be lazy: the core asks it only about workers that it is
-    about to send something to.
+    about to send something to. A worker does to all children of a request what it does to one: where they differ,
+    the request gets the least priority and the first class that is named, and is held if all of them are to be.
     """
 
     classes: Mapping[str, ClassPolicy] | None = None

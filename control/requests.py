@@ -2,12 +2,13 @@
 
 Levels, not edges: a hold that a lost command did not put is put by the next step, one that nobody wants any more
 is continued, also if an earlier leader put it. Batches are bounded; what does not fit goes out when these are
-answered. Called by `core`, per live worker and step.
+answered. A command means all children of a request, so what a policy wants of each child is made one wish first.
+Called by `core`, per live worker and step.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, TypeVar
 
 from coxswain.control.fleet import RequestKey, WorkerView
 from coxswain.control.policy import Cap, Group, Kv, Tables
@@ -26,6 +27,7 @@ MAX_COMMANDS: Final = 16
 
 Order = tuple[str, dict[str, Any]]
 """A verb, and the fields of its command beside the envelope."""
+Value = TypeVar("Value")
 
 
 def prioritize(
@@ -36,23 +38,26 @@ def prioritize(
     classes: Mapping[RequestKey, str],
 ) -> list[Order]:
     """`prioritize` for requests whose priority or class is other than wanted, the most urgent first."""
-    differ: defaultdict[tuple[int, str | None], list[RequestKey]] = defaultdict(list)
-    for key in [*priorities, *(key for key in classes if key not in priorities)]:
-        row = view.request(key)
-        if row is None:
-            continue
-        priority, class_, at = told.places.get(key, (0, "", float("-inf")))
-        if now - at >= ECHO_S:
-            priority, class_ = row.priority, row.class_
-        wanted, into = priorities.get(key, priority), classes.get(key, class_)
-        if (wanted, into) != (priority, class_):
-            differ[wanted, into if into != class_ else None].append(key)
+    keys = [key for key in {**priorities, **classes} if view.request(key) is not None]
+    urgent = _of_requests(keys, priorities, min)
+    into = _of_requests(keys, classes, lambda first, _: first)
+    differ: dict[str, tuple[int, str, bool]] = {}
+    for key in keys:
+        request = key[0]
+        priority, class_ = _place(now, view, told, key)
+        wanted, to = urgent.get(request, priority), into.get(request, class_)
+        if (wanted, to) != (priority, class_):
+            differ.setdefault(request, (wanted, to, to != class_))
+    alike: defaultdict[tuple[int, str | None], list[str]] = defaultdict(list)
+    for request, (priority, to, moves) in differ.items():
+        alike[priority, to if moves else None].append(request)
     orders: list[Order] = []
-    for (priority, to), found in sorted(differ.items(), key=lambda each: each[0][0])[:MAX_COMMANDS]:
-        keys = found[:MAX_TARGETS]
-        for key in keys:
-            told.places[key] = (priority, to or _class_of(now, view, told, key), now)
-        orders.append(("prioritize", {"priority": priority, "class_": to, "targets": _requests(keys)}))
+    for (priority, moved_to), found in sorted(alike.items(), key=lambda each: each[0][0])[:MAX_COMMANDS]:
+        chosen = found[:MAX_TARGETS]
+        for request in chosen:
+            told.places[request] = (priority, differ[request][1], now)
+        targets = Targets(requests=tuple(chosen))
+        orders.append(("prioritize", {"priority": priority, "class_": moved_to, "targets": targets}))
     _prune(told.places, view)
     return orders
 
@@ -60,23 +65,28 @@ def prioritize(
 def hold(now: float, view: WorkerView, told: Told, wanted: Mapping[RequestKey, Kv]) -> list[Order]:
     """`continue` for requests that we hold and should not, `preempt` for those that we should and for leases."""
     orders: list[Order] = []
-    ended = [key for key in view.requests if key not in wanted and _held(now, view, told, key)][:MAX_TARGETS]
-    if ended:
-        told.holds.update((key, (None, now)) for key in ended)
-        orders.append(("continue", {"targets": _requests(ended)}))
-    begun: dict[Kv, list[RequestKey]] = {"keep": [], "drop": []}
-    for key, kv in wanted.items():
-        if key not in view.requests:
-            continue
-        said, at = told.holds.get(key, (None, float("-inf")))
+    spared = (
+        {row.request for row in view.known() if (row.request, row.child) not in wanted} if wanted else set()
+    )
+    keys = [key for key in wanted if key in view.requests and key[0] not in spared]
+    kinds = _of_requests(keys, wanted, lambda one, other: one if one == other else "keep")
+    held = (key[0] for key in view.requests if key[0] not in kinds and _held(now, view, told, key))
+    if ended := [*dict.fromkeys(held)][:MAX_TARGETS]:
+        told.holds.update((request, (None, now)) for request in ended)
+        orders.append(("continue", {"targets": Targets(requests=tuple(ended))}))
+    begun: dict[Kv, dict[str, None]] = {"keep": {}, "drop": {}}
+    for key in keys:
+        request = key[0]
+        kv = kinds[request]
+        said, at = told.holds.get(request, (None, float("-inf")))
         harder = kv == "drop" and said != "drop"
         if not _held(now, view, told, key) or harder or now - at > RENEW_S:
-            begun[kv].append(key)
-    for kv, keys in begun.items():
-        if chosen := keys[:MAX_TARGETS]:
-            told.holds.update((key, (kv, now)) for key in chosen)
-            fields = {"kv": kv, "lease_s": HOLD_LEASE_S, "targets": _requests(chosen)}
-            orders.append(("preempt", fields))
+            begun[kv][request] = None
+    for kv, requests in begun.items():
+        if chosen := [*requests][:MAX_TARGETS]:
+            told.holds.update((request, (kv, now)) for request in chosen)
+            targets = Targets(requests=tuple(chosen))
+            orders.append(("preempt", {"kv": kv, "lease_s": HOLD_LEASE_S, "targets": targets}))
     _prune(told.holds, view)
     return orders
 
@@ -111,30 +121,40 @@ def limit(
     return orders
 
 
-def _requests(keys: Iterable[RequestKey]) -> Targets:
-    """All children of a request are one target."""
-    return Targets(requests=tuple(dict.fromkeys(request for request, _ in keys)))
+def _of_requests(
+    keys: Iterable[RequestKey], wanted: Mapping[RequestKey, Value], reduce: Callable[[Value, Value], Value]
+) -> dict[str, Value]:
+    """What is wanted of each request, made of what is wanted of its children: a command means all of them."""
+    found: dict[str, Value] = {}
+    for key in keys:
+        if key in wanted:
+            request, value = key[0], wanted[key]
+            found[request] = reduce(found[request], value) if request in found else value
+    return found
+
+
+def _place(now: float, view: WorkerView, told: Told, key: RequestKey) -> tuple[int, str]:
+    """Its priority and class: as just told, else as its row says."""
+    priority, class_, at = told.places.get(key[0], (0, "", float("-inf")))
+    if now - at < ECHO_S:
+        return priority, class_
+    row = view.request(key)
+    assert row is not None, "asked about requests that we know of only"
+    return row.priority, row.class_
 
 
 def _held(now: float, view: WorkerView, told: Told, key: RequestKey) -> bool:
     """Whether we hold it: as just told, else as its row says."""
-    said, at = told.holds.get(key, (None, float("-inf")))
+    said, at = told.holds.get(key[0], (None, float("-inf")))
     return said is not None if now - at < ECHO_S else CONTROLLER in view.requests[key].held_by
 
 
-def _class_of(now: float, view: WorkerView, told: Told, key: RequestKey) -> str:
-    """The class that it is in: as just told, else as its row says."""
-    _, class_, at = told.places.get(key, (0, "", float("-inf")))
-    row = view.request(key)
-    assert row is not None, "asked about requests that we know of only"
-    return class_ if now - at < ECHO_S else row.class_
-
-
-def _prune(told: dict[RequestKey, Any], view: WorkerView) -> None:
+def _prune(told: dict[str, Any], view: WorkerView) -> None:
     """Forget requests that the worker lists no more."""
     if len(told) > 2 * (len(view.requests) + len(view.beyond)) + 64:
-        for key in [key for key in told if view.request(key) is None]:
-            del told[key]
+        known = {row.request for row in view.known()}
+        for request in [request for request in told if request not in known]:
+            del told[request]
 
 
 def _capped(view: WorkerView, tables: Tables) -> list[Group]:

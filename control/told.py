@@ -10,7 +10,6 @@ from typing import Final
 
 import msgspec
 
-from coxswain.control.fleet import RequestKey
 from coxswain.control.policy import Cap, Group, Kv
 from coxswain.schemas.policy import Prices, TenantRank
 
@@ -56,10 +55,10 @@ class Told(msgspec.Struct):
     config: tuple[str, float] = ("", 0.0)
     """Digest of the tables."""
     ranked_at: float = float("-inf")
-    places: dict[RequestKey, tuple[int, str, float]] = {}
-    """Priority and class."""
-    holds: dict[RequestKey, tuple[Kv | None, float]] = {}
-    """None: it was continued."""
+    places: dict[str, tuple[int, str, float]] = {}
+    """Per request, priority and class."""
+    holds: dict[str, tuple[Kv | None, float]] = {}
+    """Per request. None: it was continued."""
     caps: dict[Group, tuple[Cap, float]] = {}
     inherited: bool = True
     """Whether caps of an earlier leader may still be in force there."""

@@ -5,11 +5,13 @@ VTC's bound holds for engines that cannot preempt: a tenant that arrives waits u
 Called by `policies.vtc`.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Final
 
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
 from coxswain.control.policy import Kv
+from coxswain.schemas.status import RequestStatus
 from coxswain.schemas.subjects import CONTROLLER
 
 CALM: Final = 0.5
@@ -35,21 +37,25 @@ class Victims:
         }
 
     def _on(self, view: WorkerView, virtual: Mapping[str, float]) -> dict[RequestKey, Kv]:
+        """Whole requests: one is held with all its children."""
         least = min(virtual.get(tenant, 0.0) for tenant in view.waiting)
-        ahead = [
-            (virtual.get(row.tenant, 0.0) - least, key, row)
-            for key, row in view.requests.items()
-            if row.state != "queued"
-        ]
-        held: dict[RequestKey, Kv] = {
-            key: "keep" for by, key, row in ahead if CONTROLLER in row.held_by and by > CALM * self.gap
-        }
-        # The one with the least KV: it keeps the least from others, or loses the least if it must give that up.
-        running = [
-            (row.prompt_tokens + row.output_tokens, key)
-            for by, key, row in ahead
-            if row.state == "running" and by > self.gap
-        ]
+        children: defaultdict[str, list[RequestStatus]] = defaultdict(list)
+        for row in view.known():
+            children[row.request].append(row)
+        chosen: list[list[RequestStatus]] = []
+        running: list[list[RequestStatus]] = []
+        for rows in children.values():
+            by = virtual.get(rows[0].tenant, 0.0) - least
+            if by > CALM * self.gap and any(CONTROLLER in row.held_by for row in rows):
+                chosen.append(rows)
+            if by > self.gap and any(row.state == "running" for row in rows):
+                running.append(rows)
         if running:
-            held[min(running)[1]] = "keep"
-        return held
+            chosen.append(min(running, key=_kv))
+        return {(row.request, row.child): "keep" for rows in chosen for row in rows}
+
+
+def _kv(rows: list[RequestStatus]) -> tuple[int, str]:
+    """How much KV a request has: the one with the least keeps the least from others, or loses the least."""
+    tokens = sum(row.prompt_tokens + row.output_tokens for row in rows if row.state == "running")
+    return tokens, rows[0].request

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from coxswain.control.core import Answer, Send
-from coxswain.control.policy import Cap, Directives
+from coxswain.control.policy import Cap, Directives, load
 from coxswain.control.requests import HOLD_LEASE_S, MAX_COMMANDS, MAX_TARGETS, RENEW_S
 from coxswain.control.told import ECHO_S
 from coxswain.schemas.policy import TenantPolicy
-from coxswain.schemas.status import ClassStatus
+from coxswain.schemas.status import ClassStatus, KvBlocks, Slots
 from tests.support.control import EPOCH, Driver, Fixed
 from tests.support.frames import frame, request, row
 
@@ -111,7 +111,74 @@ def test_batches_are_bounded() -> None:
     assert len(names(send)) == MAX_TARGETS
 
 
+def test_children_of_a_request_share_the_most_urgent_of_their_priorities() -> None:
+    """A command means them all: one for each child would undo the other's, at every look, for ever."""
+    core = driver(
+        priorities={"w1": {("r", 0): 1, ("r", 1): 2, ("r", 2): -7}},
+        moves={"w1": {("r", 1): "chat", ("r", 0): "batch"}},
+    )
+    (send,) = core.sends(0.0, frame(requests=children("r")))
+    assert (send.command.priority, send.command.class_, names(send)) == (1, "batch", {"r"}), "2 is not listed"
+    rows = children("r", priority=1, class_="batch")
+    assert core.sends(ECHO_S + 0.1, frame(seq=2, requests=rows), answers=ok([send])) == []
+
+
+def test_andes_does_not_flap_where_one_child_of_a_request_runs_and_another_waits() -> None:
+    """It chooses among children; what comes of it must be the same whichever of them it chose."""
+    core, priority, sent = Driver(load("andes")), 0, 0
+    answers: list[Answer] = []
+    for step in range(200):
+        waits = request("r", child=1, state="queued", priority=priority)
+        others = (request(f"o{n}", state="queued", arrived_at=-9.0) for n in range(8))
+        rows = (request("r", output_tokens=step // 2, priority=priority), waits, *others)
+        slots = Slots(active=2, total=2, running=1, held=0)
+        heard = frame(
+            "w1", "01A", step + 1, row("a", running=1, queued=9), requests=rows, queued=9, slots=slots
+        )
+        sends = core.sends(
+            0.05 * step, replace(heard, kv_blocks=KvBlocks(total=120, used=20, held=0)), answers=answers
+        )
+        answers = ok(sends)
+        for send in sends:
+            if send.verb == "prioritize" and "r" in names(send):
+                priority, sent = send.command.priority, sent + 1
+    assert sent <= 2
+
+
 # Holds
+
+
+def children(name: str, *, states: str = "rr", **fields: Any) -> tuple[Any, ...]:
+    """The children of a request, in order: `r` runs, `q` waits, `h` we hold."""
+    kinds: dict[str, dict[str, Any]] = {
+        "r": {},
+        "q": {"state": "queued"},
+        "h": {"state": "held", "kv": "kept", "held_by": ("controller",)},
+    }
+    return tuple(request(name, child=n, **kinds[state], **fields) for n, state in enumerate(states))
+
+
+@pytest.mark.parametrize(("states", "verbs"), [("rr", []), ("rq", []), ("hh", ["continue"])])
+def test_a_request_is_not_held_for_one_of_its_children(states: str, verbs: list[str]) -> None:
+    """Nor would it be left held: the other child is to run, and both are held or neither is."""
+    core = driver(holds={"w1": {("r", 0): "keep"}})
+    sends = core.sends(0.0, frame(requests=children("r", states=states)))
+    assert [send.verb for send in sends] == verbs
+
+
+def test_a_request_whose_children_are_all_to_be_held_is_held_once() -> None:
+    """One command, and nothing more while it is in force; memory is freed only if nobody wants to keep it."""
+    core = driver(holds={"w1": {("r", 0): "drop", ("r", 1): "keep"}})
+    (send,) = core.sends(0.0, frame(requests=children("r")))
+    assert (send.verb, send.command.kv, send.command.targets.requests) == ("preempt", "keep", ("r",))
+    assert core.sends(0.1, frame(seq=2, requests=children("r", states="hh")), answers=ok([send])) == []
+
+
+def test_a_request_goes_on_being_held_when_one_of_its_children_has_ended() -> None:
+    """Who is not listed any more has no say."""
+    core = driver(holds={"w1": {("r", 0): "keep"}})
+    (send,) = core.sends(0.0, frame(requests=(request("r"),)))
+    assert (send.verb, names(send)) == ("preempt", {"r"})
 
 
 def held(name: str, *roles: str, **fields: Any) -> Any:

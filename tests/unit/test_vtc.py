@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from coxswain.control.core import ControlCore, Inputs, Send
 from coxswain.control.estimates.predict import MovingAverage
+from coxswain.control.estimates.victims import Victims
 from coxswain.control.fleet import Fleet
 from coxswain.control.policies.vtc import KEEP, Vtc
 from coxswain.control.policy import Tables
@@ -355,6 +356,18 @@ def test_who_is_held_goes_on_when_nobody_waits() -> None:
     for _ in range(8):
         loop.turn(20)
     assert not worker.busy
+
+
+def test_of_a_request_with_several_children_all_are_held_or_none() -> None:
+    """The one with the least KV in all of its children is chosen, with all of them: a worker holds them together."""
+    fleet = Fleet()
+    rows = [request("two", "hog", child=n, output_tokens=4) for n in range(2)]
+    rows += [request("one", "hog", output_tokens=30), request("new", "late", state="queued")]
+    tenants = (row("hog", running=2), row("late", queued=1))
+    fleet.merge(frame("w1", "01A", 1, *tenants, requests=tuple(rows)), 0.0)
+    assert Victims(5.0).choose(fleet, {"hog": 9.0, "late": 0.0}) == {
+        "w1": {("two", 0): "keep", ("two", 1): "keep"}
+    }
 
 
 # A fleet
