@@ -28,9 +28,13 @@ class Presence:
         """The tenant is on the worker now, or not any more; `where` is one of the two above."""
         if where is self.waiting:
             self.moved[tenant] = None
-        if here:
-            where.setdefault(tenant, set()).add(worker)
-        elif workers := where.get(tenant):
+        workers = where.get(tenant)
+        if workers is None:
+            if here:
+                where[tenant] = {worker}
+        elif here:
+            workers.add(worker)
+        else:
             workers.discard(worker)
             if not workers:
                 del where[tenant]

@@ -84,6 +84,9 @@ class Change(NamedTuple):
         )
 
 
+NOTHING: Final = Change()
+
+
 class Vtc:
     """Fair shares of service, in weighted tokens, between tenants that want more than there is."""
 
@@ -157,7 +160,7 @@ class Vtc:
 
         virtual = self.virtual
         for tenant, change in changes.items():
-            if change != Change():
+            if change != NOTHING:
                 virtual.setdefault(tenant, 0.0)
         for tenant, charge in charges.items():
             if tenant not in floors and (charge or tenant in virtual):
@@ -371,7 +374,8 @@ def _returned(change: Change, before: frozenset[str], now: frozenset[str] | set[
     On a worker where it waited before, a lift shows that it left and came back meanwhile: that counts if it
     waited nowhere else.
     """
-    return change.visited and (not before or (bool(change.lifted_on) and before | now <= change.lifted_on))
+    lifted_on = change.lifted_on
+    return change.visited and (not before or (bool(lifted_on) and before <= lifted_on and lifted_on >= now))
 
 
 def _return_to(lifted_to: float | None, floor_before: float | None, floor_now: float | None) -> float | None:
