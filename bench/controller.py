@@ -3,6 +3,7 @@
     python -m bench.controller [--json PATH] [--policy vtc] [--steps 150] [--grid | --workers 100 --tenants 1000 ...]
     python -m bench.controller --period 2                      # frames every 100 ms (COX_STATUS_INTERVAL_S=0.1)
     python -m bench.controller --plot PNG --json PATH          # draws what --grid wrote there; needs matplotlib
+    python -m bench.controller --table --json PATH             # writes it as the table of docs/scaling.md
 
 One turn is what a controller does in 50 ms: read and merge each frame as it comes (`hear`), then, at once,
 `ControlCore.step` and encode the commands. Between turns, and not measured, the workers obey and serve
@@ -185,6 +186,23 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Fleets as rows of the table in docs/scaling.md, without those that differ in requests only."""
+    rows = [
+        "| workers | tenants | active on each | CPU of a turn, p50 / p99 | p99 at one pace | of a core | in | out |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {each['workers']} | {each['tenants']:,} | {each['active']} "
+        f"| {each['cpu_ms']['p50']:.1f} / {each['cpu_ms']['p99']:.1f} ms | {each['paced_ms']['p99']:.1f} ms "
+        f"| {each['cpu_share']:.2f} | {each['bytes_in_per_s'] / 1e6:.0f} MB/s "
+        f"| {each['commands_per_s']}/s, {each['bytes_out_per_s'] / 1e6:.1f} MB/s |"
+        for each in results
+        if each["running"] == STANDARD["running"]
+    ]
+    return "\n".join(rows)
+
+
 def line(result: dict[str, Any]) -> str:
     """One result for people."""
     loop, cpu, beat = result["loop_ms"], result["cpu_ms"], result["pace_ms"]
@@ -214,16 +232,21 @@ def main() -> None:
         choices=(1, 2, 4, 5, 10),
         help="turns from one frame of a worker to its next",
     )
+    parser.add_argument("--runs", type=int, default=1, help="measure all of it so many times")
     parser.add_argument("--plot", type=Path, help="draw the results in --json instead of measuring")
+    parser.add_argument("--table", action="store_true", help="write them as Markdown instead of measuring")
     for name, value in STANDARD.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     if options.plot:
         plot(json.loads(options.json.read_text())["results"], options.plot)
         return
+    if options.table:
+        print(table(json.loads(options.json.read_text())["results"]))
+        return
     fleets = grid() if options.grid else [{name: getattr(options, name) for name in STANDARD}]
     results = []
-    for fleet in fleets:
+    for fleet in fleets * options.runs:
         result = run(**fleet, period=options.period, steps=options.steps, policy=options.policy)
         results.append(result)
         print(line(result), flush=True)

@@ -163,8 +163,9 @@ class Vtc:
             if change != NOTHING:
                 virtual.setdefault(tenant, 0.0)
         for tenant, charge in charges.items():
-            if tenant not in floors and (charge or tenant in virtual):
-                virtual[tenant] = virtual.get(tenant, 0.0) + charge
+            at = virtual.get(tenant)
+            if (at is not None or charge) and tenant not in floors:
+                virtual[tenant] = (at or 0.0) + charge
         self._lift(fleet, changes, charges, floors)
 
         if left := [*left, *(tenant for tenant in returned if tenant not in self.active)]:
