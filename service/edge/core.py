@@ -96,6 +96,7 @@ class Ticket(NamedTuple):
     """The signed public id."""
     priority_min: int
     priority_max: int
+    """Where the header named a priority, both are that."""
     passage: "Passage | None" = None
     """Told when the engine is given what the request asks for."""
 
@@ -240,9 +241,12 @@ class Edge:
         public = request_id.make(self._key, grant.tenant, class_, ulid)
         kept.append((ID_HEADER, public.encode()))
         priority = _priority(grant, taken.get(PRIORITY_HEADER))
+        least, most = grant.priority_min, grant.priority_max
         if priority is not None:
             kept.append((PRIORITY_HEADER, b"%d" % priority))
-        ticket = Ticket(public, grant.priority_min, grant.priority_max)
+            # For the paths where vLLM does not read the header: batches, scores, tokens in, tokens out.
+            least = most = priority
+        ticket = Ticket(public, least, most)
         return Admitted(ticket, kept, grant.tenant, class_)
 
     def _who(self, headers: Headers, taken: dict[bytes, bytes], peer: str | None) -> Grant:

@@ -62,7 +62,7 @@ def serving(folder: Path) -> Iterator[tuple[str, Path]]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("COX_")} | {
         "COX_KEYS": str(folder / "keys.json"),
         "RECORD_TO": str(record),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
@@ -250,6 +250,33 @@ def test_body_ids_change_nothing(server: Server, form: str) -> None:
     ):
         before = server.seen()
         check_arrivals(server, server.acme.post(path, json=body), before, 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", completion(priority=4)),
+        ("/v1/completions", completion(use_beam_search=True, n=2)),
+        (f"{CHAT}/batch", chat(messages=[chat()["messages"]] * 2)),
+        ("/v1/messages", chat()),
+        (
+            "/generative_scoring",
+            {"model": "tiny", "query": "a", "items": ["b", "c"], "label_token_ids": [1, 2]},
+        ),
+        (
+            "/inference/v1/generate",
+            {"model": "tiny", "token_ids": [300, 301], "sampling_params": {"max_tokens": 2}},
+        ),
+    ],
+)
+def test_headers_priority_counts_wherever_the_engine_is_asked(
+    server: Server, path: str, body: dict[str, Any]
+) -> None:
+    """vLLM reads the header on some of its paths only; it is as good on the others, and before the body's."""
+    before = server.seen()
+    reply = server.acme.post(path, json=body, headers={"x-vllm-priority": "-3"})
+    lines = check_arrivals(server, reply, before, server.seen() - before)
+    assert {line["priority"] for line in lines} == {-3}
 
 
 @pytest.mark.parametrize(("asked", "given"), [(-100, -5), (100, 5), (3, 3)])

@@ -251,6 +251,10 @@ async def test_priority_is_clamped(file: Path, asked: str, seen: str) -> None:
     await rig.post(key | {"x-vllm-priority": asked})
     assert rig.inside.header("x-vllm-priority") == [seen]
     assert rig.inside.ticket is not None
+    assert rig.inside.ticket[1:3] == (int(seen), int(seen)), (
+        "where vLLM does not read it, our hook sees to it"
+    )
+    await rig.post(key)
     assert rig.inside.ticket[1:3] == (-5, 5)
 
 
