@@ -51,6 +51,8 @@ class FakeEngine:
         self.spare = spare
         self.blocks = blocks
         self.parks = True
+        self.budget = 10**9
+        """Positions that a step may compute, as the core is told; this model's own steps know no bound."""
         self.chunk = chunk
         self.again: dict[Record, None] = {}
         """Released from a park: they run from the next step, before anything that waits."""
@@ -292,8 +294,8 @@ class FakeEngine:
         return self.blocks - sum(self.kv.values())
 
     def step_tokens(self) -> int:
-        """No bound that matters."""
-        return 10**9
+        """What the test said."""
+        return self.budget
 
     @property
     def active(self) -> int:

@@ -252,6 +252,18 @@ def test_lowered_cap_names_the_excess_and_raised_one_lets_in(steered: Steered) -
     engine.check()
 
 
+def test_who_stops_for_one_cap_counts_for_the_other(steered: Steered) -> None:
+    """A tenant and a class are each one over, and the worst is of both: it alone stops."""
+    engine = steered.engine
+    for _ in range(3):
+        engine.submit("a", asked_class="gold", tokens=50)
+    engine.step()
+    steered("limit", to=Targets(tenants=("a",), classes=("gold",)), max_running=2)
+    engine.step()
+    assert (running(engine), len(engine.seen(ev.Held))) == ("aa", 1)
+    engine.check()
+
+
 def test_others_stop_in_place_of_what_cannot_be_held(steered: Steered) -> None:
     """A cap lowered under a streaming session holds those that can be; where all are sessions, they run on."""
     engine = steered.engine

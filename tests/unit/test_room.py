@@ -89,6 +89,15 @@ class TestCutIn:
         engine.step()
         assert len(engine.seen(ev.Held)) == 2
 
+    def test_no_victim_for_a_head_that_the_step_has_no_tokens_for(self) -> None:
+        """The first head's prompt fills the step: the second could not begin, and nobody makes room for it yet."""
+        engine = engine_with()
+        engine.budget = 8
+        for _ in range(2):
+            urgent(engine, prompt=8)
+        engine.core.room.plan(engine.now)
+        assert states(engine) == "running kept"
+
     def test_a_free_slot_is_taken_before_anybody_else_s(self) -> None:
         """Cut-in is for what does not fit."""
         engine = engine_with(slots=3)
@@ -176,14 +185,28 @@ class TestBlocks:
         assert states(engine) == "running running"
 
     def test_a_small_victim_is_spared_when_the_next_one_is_enough_alone(self) -> None:
-        """The worst has one block, the next has all that it takes: only the second goes."""
+        """The worst has one block, the next has just what it takes: only the second goes."""
         engine = engine_with("kv", blocks=60, chunk=20)
         first, second = engine.running
         engine.compute(first, 20)
         engine.kv[second] = second.payload.num_computed_tokens = 1
-        urgent(engine, prompt=50)
+        urgent(engine, prompt=59)
         engine.core.room.plan(engine.now)
         assert (first.state, second.state) == (State.QUEUED, State.RUNNING)
+
+    @pytest.mark.parametrize(
+        ("cut_in", "slots", "left"), [("kv", 4, "queued queued"), ("slots", 2, "running kept")]
+    )
+    def test_blocks_that_do_for_one_head_are_not_given_to_two(
+        self, cut_in: str, slots: int, left: str
+    ) -> None:
+        """The second head of a step takes blocks of its own, if it may, and else nobody's slot for nothing."""
+        engine = engine_with(cut_in, slots=slots, blocks=20)
+        assert engine.free_blocks() == 12
+        for _ in range(2):
+            urgent(engine, prompt=10)
+        engine.core.room.plan(engine.now)
+        assert states(engine) == left
 
     def test_held_kv_goes_first(self) -> None:
         """What an operator holds loses its KV before anything that runs loses anything."""
@@ -276,6 +299,15 @@ class TestSlots:
         assert states(engine) == "kept parked"
         assert waiting.state is State.RUNNING
 
+    def test_the_last_spare_slot_costs_nobody_anything(self) -> None:
+        """Holds that take all spare slots and no other are not parked, however many wait."""
+        engine = engine_with(spare=1)
+        engine.core.holds.hold(engine.now, next(iter(engine.running)), OPERATOR, "keep", None, "")
+        for _ in range(2):
+            engine.submit("z")
+        engine.step()
+        assert states(engine) == "kept running"
+
     def test_where_nobody_parks_it_is_dropped(self) -> None:
         """With a KV connector a hold cannot be parked: its KV goes (and is loaded again)."""
         engine = engine_with(spare=0)
@@ -320,18 +352,19 @@ class TestReturn:
 
     def test_a_victim_is_passed_over_no_longer_than_its_class_s_ageing_bound(self) -> None:
         """Past `ageing_s` it takes the next slot, before any better head, and keeps it."""
-        engine = engine_with(batch=ClassPolicy(ageing_s=0.45), slots=1)
-        victim = engine.core.roster.records["r1"]
+        engine = engine_with(batch=ClassPolicy(ageing_s=0.45))
         for _ in range(20):
             urgent(engine, prompt=2, tokens=2)
         engine.step()
-        assert victim.state is State.HELD_KEPT
+        assert states(engine) == "kept kept"
         began = engine.now
-        while victim.state is not State.RUNNING:
+        while states(engine) != "running running":
             engine.step()
         assert engine.now - began == pytest.approx(0.5, abs=0.15)
-        engine.step()
-        assert victim.state is State.RUNNING
+        for _ in range(5):
+            engine.step()
+        assert states(engine) == "running running"
+        assert len(engine.core.queue) > 2
 
     def test_two_holders(self) -> None:
         """A victim that an operator holds too waits for both."""
@@ -375,6 +408,17 @@ class TestReclaim:
             engine.step()
             engine.check()
         assert second.state is State.HELD_DROPPED
+        assert not engine.seen(ev.Preempted)
+
+    def test_a_victim_s_kv_goes_before_anything_that_runs(self) -> None:
+        """A running request of the victim's own rank grows into its KV; nobody is preempted."""
+        engine = engine_with()
+        urgent(engine, prompt=4, tokens=50)
+        engine.step()
+        assert states(engine) == "running kept"
+        engine.blocks -= engine.free_blocks() - 1  # enough for the urgent one's next token
+        engine.step()
+        assert states(engine) == "running dropped"
         assert not engine.seen(ev.Preempted)
 
     def test_a_victim_that_lost_its_kv_waits_in_the_queue(self) -> None:
