@@ -156,11 +156,7 @@ class Accounts(Mapping[str, Account]):
         return [
             row
             for row in rows
-            if row.queued
-            or row.running
-            or row.held
-            or row.tenant in busy
-            or _account(row) != self.get(row.tenant)
+            if row.queued or row.running or row.held or row.tenant in busy or not self._repeats(row)
         ]
 
     def find(self, tenant: str) -> Account | None:
@@ -203,6 +199,20 @@ class Accounts(Mapping[str, Account]):
     def __len__(self) -> int:
         return len(self._known)
 
+    def _repeats(self, row: TenantStatus) -> bool:
+        name = row.tenant
+        if name not in self._known:
+            return False
+        at = self._places[name]
+        return (
+            row.charged == self._charged[at]
+            and row.base == self._base[at]
+            and row.lift == self._lift[at]
+            and _input(row) == self._input[at]
+            and self._terms.get(name, USUAL)
+            == (row.weight, row.expected_output, row.max_running, row.max_queued)
+        )
+
     def _note(self, row: TenantStatus, at: int) -> None:
         """What stays as it is while a tenant waits."""
         self._known[intern(row.tenant)] = None
@@ -243,12 +253,5 @@ def admitted(row: Row, old: Row | None) -> bool:
 def _input(row: Row) -> float:
     if isinstance(row, Account):
         return row.input_tokens
-    return float(min(row.uncached_input_tokens_total + row.cached_input_tokens_total, _EXACT))
-
-
-def _account(row: TenantStatus) -> Account:
-    """So much of a row."""
-    return Account(
-        row.tenant, row.base, row.charged, row.lift, _input(row),
-        row.weight, row.expected_output, row.max_running, row.max_queued,
-    )  # fmt: skip
+    tokens = row.uncached_input_tokens_total + row.cached_input_tokens_total
+    return tokens if tokens < _EXACT else _EXACT
