@@ -254,4 +254,4 @@ def _input(row: Row) -> float:
     if isinstance(row, Account):
         return row.input_tokens
     tokens = row.uncached_input_tokens_total + row.cached_input_tokens_total
-    return tokens if tokens < _EXACT else _EXACT
+    return min(_EXACT, tokens)
