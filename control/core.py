@@ -7,7 +7,7 @@ difference. So a lost command, a restarted worker and a new leader are all the s
 Called by `daemon`, which carries out what `step` returns.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import nsmallest
 from typing import Any, Final, NamedTuple
 
@@ -15,23 +15,21 @@ import msgspec
 
 from coxswain.control import requests
 from coxswain.control.accounts import Row
+from coxswain.control.errors import PolicyError
 from coxswain.control.failures import Failures, Stage
 from coxswain.control.fleet import Fleet, WorkerView
 from coxswain.control.policy import Directives, Policy, Tables, weight_of
 from coxswain.control.told import ECHO_S, Told
+from coxswain.control.vetting import Config, Vetting
 from coxswain.schemas.commands import COMMANDS, Command
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import (
-    MAX_BASE,
-    MAX_QUANTITY,
     ClassPolicy,
     Epoch,
     Lead,
     Sight,
     TenantPolicy,
     TenantRank,
-    digest,
-    plain,
 )
 from coxswain.schemas.status import Frame, RequestStatus
 
@@ -108,22 +106,6 @@ class Beat(NamedTuple):
 Outgoing = Send | Ask | Beat
 
 
-class _Config(NamedTuple):
-    """Both tables as workers are to have them: what is sent is what was digested, a copy of what others may edit."""
-
-    classes: Mapping[str, ClassPolicy]
-    tenants: Mapping[str, TenantPolicy]
-    tenants_of: Mapping[str, TenantPolicy] | None
-    """Whose copy `tenants` is: the same object is not compared row by row in each step."""
-    digest: str
-
-    @classmethod
-    def of(cls, classes: Mapping[str, ClassPolicy], tenants: Mapping[str, TenantPolicy]) -> "_Config":
-        told = {name: plain(row) for name, row in classes.items()}
-        theirs = {name: plain(row) for name, row in tenants.items()}
-        return cls(told, theirs, tenants, digest(told, theirs))
-
-
 class ControlCore:
     """The controller without its I/O.
 
@@ -159,7 +141,9 @@ class ControlCore:
         self._beat_at = float("-inf")
         self._tables = Tables()
         self._tables_of: tuple[Any, Any, int] = (None, None, 0)
-        self._config = _Config({}, {}, None, "")
+        self._config = Config()
+        self._vetting = Vetting(patient=patient)
+        self._outgoing: list[Outgoing] = []
 
     def hear(self, now: float, frame: Frame) -> None:
         """Take a status frame as it comes; the next step sees what it says."""
@@ -184,45 +168,48 @@ class ControlCore:
             return []
         for answer in inputs.answers:
             self._answered(answer, now)
-        outgoing = self._meet(now)
+        self._outgoing = outgoing = self._meet(now)
         if inputs.classes is None or inputs.tenants is None:
             return outgoing
+        self._vetting.begin()
         if observed:
             try:
                 directives = self.policy.decide(now)
-                # What it said may be lazy, and raise only here.
-                outgoing += self._carry_out(now, directives, inputs.classes, tables)
-            except Exception as error:  # noqa: BLE001 - it is others' code
+                # What it said may be lazy, and raise only here: what was made of it until then goes out.
+                self._carry_out(now, directives, inputs.classes, tables)
+            except BaseException as error:  # noqa: BLE001 - it is others' code, and may even exit
                 self._failed("decide", error)
             else:
-                self.failures.worked(directives)
+                classes = None if directives.classes is None else self._config.classes
+                self.failures.worked(classes, self._vetting.error)
         if self.failures.in_row and (instead := self.failures.instead) is not None:
-            outgoing += self._carry_out(now, instead, inputs.classes, tables)
+            self._carry_out(now, instead, inputs.classes, tables)
         return outgoing
 
     def _observed(self, tables: Tables, now: float) -> bool:
         try:
             self.policy.observe(self.fleet, tables, now)
-        except Exception as error:  # noqa: BLE001 - it is others' code
+        except BaseException as error:  # noqa: BLE001 - it is others' code, and may even exit
             self._failed("observe", error)
             return False
         return True
 
-    def _failed(self, stage: Stage, error: Exception) -> None:
-        if not self._patient:
+    def _failed(self, stage: Stage, error: BaseException) -> None:
+        if not self._patient or isinstance(error, KeyboardInterrupt):
             raise error
         self.failures.failed(stage, error)
 
     def _carry_out(
         self, now: float, directives: Directives, classes: Mapping[str, ClassPolicy], tables: Tables
-    ) -> list[Outgoing]:
-        """Whatever workers do not have of what the policy wants."""
-        outgoing = self._configure(now, directives, classes, tables)
-        outgoing += self._rank(now, directives, tables)
-        outgoing += self._steer(now, directives, tables)
+    ) -> None:
+        """Whatever workers do not have of what the policy wants goes out."""
+        if not isinstance(directives, Directives):
+            raise PolicyError(f"decide returned {type(directives).__name__}, not Directives")
+        self._configure(now, directives, classes, tables)
+        self._rank(now, directives, tables)
+        self._steer(now, directives, tables)
         if self.policy.sees == "queue":
-            outgoing += self._ask(now)
-        return outgoing
+            self._ask(now)
 
     def sight(self) -> Sight:
         """What we see of the fleet."""
@@ -277,13 +264,13 @@ class ControlCore:
 
     def _configure(
         self, now: float, directives: Directives, classes: Mapping[str, ClassPolicy], tables: Tables
-    ) -> list[Outgoing]:
+    ) -> None:
         """`configure` for every worker that does not have the tables in force."""
         wanted = classes if directives.classes is None else directives.classes
-        if (wanted, tables.tenants) != (self._config.classes, self._config.tenants_of):
-            self._config = _Config.of(wanted, tables.tenants)
+        if (wanted, tables.tenants) != self._config.made_of:
+            self._config = Config.of(wanted, tables.tenants, classes, Vetting(patient=self._patient))
         config = self._config
-        sends: list[Outgoing] = []
+        self._vetting.error = self._vetting.error or config.error
         for view in self.fleet.live():
             told = self._told[view.worker]
             echoed = told.config[0] == config.digest and now - told.config[1] < ECHO_S
@@ -291,12 +278,11 @@ class ControlCore:
                 continue
             told.config = (config.digest, now)
             fields = {"classes": dict(config.classes), "tenants": dict(config.tenants)}
-            sends.append(self._send(now, view, told, "configure", fields))
-        return sends
+            self._send(now, view, told, "configure", fields)
 
-    def _rank(self, now: float, directives: Directives, tables: Tables) -> list[Outgoing]:
+    def _rank(self, now: float, directives: Directives, tables: Tables) -> None:
         """`rank` for workers whose bases, weights or prices are materially other than wanted, longest ago first."""
-        sends: list[Outgoing] = []
+        wanted_prices = self._vetting.prices(directives.prices)
         compared = 0
         for view in sorted(self.fleet.live(), key=lambda view: self._told[view.worker].ranked_at):
             told = self._told[view.worker]
@@ -308,71 +294,69 @@ class ControlCore:
             wanted = directives.ranks.get(view.worker, {})
             compared += len(wanted)
             rows = self._differing(now, view, told, wanted, tables)
-            prices = directives.prices if directives.prices != told.prices else None
+            prices = wanted_prices if wanted_prices != told.prices else None
             if not rows and prices is None:
                 continue
-            told.prices = directives.prices
+            told.prices = wanted_prices
             told.rank(rows, now)
             fields = {"incarnation": view.incarnation, "tenants": rows, "prices": prices}
-            sends.append(self._send(now, view, told, "rank", fields))
-        return sends
+            self._send(now, view, told, "rank", fields)
 
     def _differing(
         self, now: float, view: WorkerView, told: Told, wanted: Mapping[str, TenantRank], tables: Tables
     ) -> dict[str, TenantRank]:
-        """The rows that a worker does not have: by what it was just told, else by what it reports.
-
-        None that it could not take: what it is to pay is made of what others say, and it would refuse all for one.
-        """
+        """The rows that a worker does not have: by what it was just told, else by what it reports."""
         rows: dict[str, TenantRank] = {}
         ranks, told_at, find = told.ranks, told.ranks_at, view.tenants.find
         for tenant, rank in wanted.items():
-            said = ranks.get(tenant)
-            has: TenantRank | Row
-            if said is not None and now - told_at[tenant] < ECHO_S:
-                has = said
-            else:
-                has = find(tenant) or said or TenantRank(weight=weight_of(tables.tenants, tenant))
-            expected = rank.expected_output
-            if not (-MAX_BASE <= rank.base <= MAX_BASE and expected <= MAX_QUANTITY):
-                continue
-            if (
-                abs(rank.base - has.base) > TOLERANCE
-                or rank.weight != has.weight
-                or abs(expected - has.expected_output) > CLOSE * expected
-            ):
-                rows[tenant] = rank
+            try:
+                said = ranks.get(tenant)
+                has: TenantRank | Row
+                if said is not None and now - told_at[tenant] < ECHO_S:
+                    has = said
+                else:
+                    has = find(tenant) or said or TenantRank(weight=weight_of(tables.tenants, tenant))
+                expected = rank.expected_output
+                has_it = (  # what is not a number is never close to anything
+                    abs(rank.base - has.base) <= TOLERANCE
+                    and abs(expected - has.expected_output) <= CLOSE * expected
+                    and rank.weight == has.weight
+                )
+            except Exception:  # noqa: BLE001 - what a policy says may be anything: vetting tells what is wrong
+                has_it = False
+            if not has_it and (taken := self._vetting.rank(tenant, rank)) is not None:
+                rows[tenant] = taken
         if len(rows) <= MAX_RANK_ROWS:
             return rows
         return dict(nsmallest(MAX_RANK_ROWS, rows.items(), key=lambda row: told.told_at(row[0])))
 
-    def _steer(self, now: float, directives: Directives, tables: Tables) -> list[Outgoing]:
+    def _steer(self, now: float, directives: Directives, tables: Tables) -> None:
         """Commands about single requests and caps, for every worker that needs any."""
-        sends: list[Outgoing] = []
+        vetting = self._vetting
         for view in self.fleet.live():
-            told, orders, worker = self._told[view.worker], [], view.worker
+            told, worker = self._told[view.worker], view.worker
             wanted, moves = directives.priorities.get(worker, {}), directives.moves.get(worker, {})
             holds, caps = directives.holds.get(worker, {}), directives.caps.get(worker, {})
             if (wanted or moves) and told.ready("prioritize", now):
-                orders += requests.prioritize(now, view, told, wanted, moves)
+                self._order(now, view, told, requests.prioritize(now, view, told, wanted, moves, vetting))
             if (holds or view.requests) and told.ready("preempt", now) and told.ready("continue", now):
-                orders += requests.hold(now, view, told, holds)
+                self._order(now, view, told, requests.hold(now, view, told, holds, vetting))
             if (caps or told.caps or told.inherited) and told.ready("limit", now):
-                orders += requests.limit(now, view, told, caps, tables)
-            sends += [self._send(now, view, told, verb, fields) for verb, fields in orders]
-        return sends
+                self._order(now, view, told, requests.limit(now, view, told, caps, tables, vetting))
 
-    def _ask(self, now: float) -> list[Outgoing]:
+    def _order(self, now: float, view: WorkerView, told: Told, orders: Iterable[requests.Order]) -> None:
+        for verb, fields in orders:
+            self._send(now, view, told, verb, fields)
+
+    def _ask(self, now: float) -> None:
         """`query queue` for workers where more waits than frames list."""
-        asks: list[Outgoing] = []
         for view in self.fleet.live():
             told = self._told[view.worker]
             if view.unlisted and now - told.asked_at >= ASK_S:
                 told.asked_at = now
-                asks.append(Ask(view.worker))
-        return asks
+                self._outgoing.append(Ask(view.worker))
 
-    def _send(self, now: float, view: WorkerView, told: Told, verb: str, fields: Mapping[str, Any]) -> Send:
+    def _send(self, now: float, view: WorkerView, told: Told, verb: str, fields: Mapping[str, Any]) -> None:
         # Deadlines are judged by the worker's clock, so they are told by it: our own may be another.
         worker_now = view.frame.sent_at + (now - view.heard_at)
         command = COMMANDS[verb](
@@ -383,7 +367,7 @@ class ControlCore:
             **fields,
         )
         told.sent(verb, command.id, now)
-        return Send(view.worker, verb, command)
+        self._outgoing.append(Send(view.worker, verb, command))
 
     def validate(self) -> None:
         """Check every invariant; raises AssertionError."""

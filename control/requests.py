@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 from coxswain.control.fleet import RequestKey, WorkerView
 from coxswain.control.policy import Cap, Group, Kv, Tables
 from coxswain.control.told import ECHO_S, Told
+from coxswain.control.vetting import Vetting
 from coxswain.schemas.commands import Targets
 from coxswain.schemas.subjects import CONTROLLER
 
@@ -36,11 +37,12 @@ def prioritize(
     told: Told,
     priorities: Mapping[RequestKey, int],
     classes: Mapping[RequestKey, str],
+    vetting: Vetting,
 ) -> list[Order]:
     """`prioritize` for requests whose priority or class is other than wanted, the most urgent first."""
     keys = [key for key in {**priorities, **classes} if view.request(key) is not None]
-    urgent = _of_requests(keys, priorities, min)
-    into = _of_requests(keys, classes, lambda first, _: first)
+    urgent = _of_requests(keys, priorities, vetting.priority, min)
+    into = _of_requests(keys, classes, vetting.class_, lambda first, _: first)
     differ: dict[str, tuple[int, str, bool]] = {}
     for key in keys:
         request = key[0]
@@ -62,14 +64,16 @@ def prioritize(
     return orders
 
 
-def hold(now: float, view: WorkerView, told: Told, wanted: Mapping[RequestKey, Kv]) -> list[Order]:
+def hold(
+    now: float, view: WorkerView, told: Told, wanted: Mapping[RequestKey, Kv], vetting: Vetting
+) -> list[Order]:
     """`continue` for requests that we hold and should not, `preempt` for those that we should and for leases."""
     orders: list[Order] = []
     spared = (
         {row.request for row in view.known() if (row.request, row.child) not in wanted} if wanted else set()
     )
     keys = [key for key in wanted if key in view.requests and key[0] not in spared]
-    kinds = _of_requests(keys, wanted, lambda one, other: one if one == other else "keep")
+    kinds = _of_requests(keys, wanted, vetting.kv, lambda one, other: one if one == other else "keep")
     held = (key[0] for key in view.requests if key[0] not in kinds and _held(now, view, told, key))
     if ended := [*dict.fromkeys(held)][:MAX_TARGETS]:
         told.holds.update((request, (None, now)) for request in ended)
@@ -77,7 +81,8 @@ def hold(now: float, view: WorkerView, told: Told, wanted: Mapping[RequestKey, K
     begun: dict[Kv, dict[str, None]] = {"keep": {}, "drop": {}}
     for key in keys:
         request = key[0]
-        kv = kinds[request]
+        if (kv := kinds.get(request)) is None:
+            continue
         said, at = told.holds.get(request, (None, float("-inf")))
         harder = kv == "drop" and said != "drop"
         if not _held(now, view, told, key) or harder or now - at > RENEW_S:
@@ -92,7 +97,7 @@ def hold(now: float, view: WorkerView, told: Told, wanted: Mapping[RequestKey, K
 
 
 def limit(
-    now: float, view: WorkerView, told: Told, wanted: Mapping[Group, Cap], tables: Tables
+    now: float, view: WorkerView, told: Told, wanted: Mapping[Group, Cap], tables: Tables, vetting: Vetting
 ) -> list[Order]:
     """`limit` for tenants and classes whose caps by us are other than wanted."""
     unknown: Iterable[Group] = ()
@@ -102,8 +107,9 @@ def limit(
     for group in dict.fromkeys([*wanted, *told.caps, *unknown]):
         cap = wanted.get(group, Cap())
         said, at = told.caps.get(group, (None, 0.0))
-        if said != cap or (now - at > ECHO_S and _looser(view, group, cap)):
-            differ[cap].append(group)
+        stands = said == cap and (now - at <= ECHO_S or not _looser(view, group, cap))
+        if not stands and (taken := vetting.cap(group, cap)) is not None:
+            differ[taken].append(group)
     orders: list[Order] = []
     for cap, groups in list(differ.items())[:MAX_COMMANDS]:
         chosen = groups[:MAX_TARGETS]
@@ -122,13 +128,16 @@ def limit(
 
 
 def _of_requests(
-    keys: Iterable[RequestKey], wanted: Mapping[RequestKey, Value], reduce: Callable[[Value, Value], Value]
+    keys: Iterable[RequestKey],
+    wanted: Mapping[RequestKey, Value],
+    take: Callable[[str, Value], Value | None],
+    reduce: Callable[[Value, Value], Value],
 ) -> dict[str, Value]:
     """What is wanted of each request, made of what is wanted of its children: a command means all of them."""
     found: dict[str, Value] = {}
     for key in keys:
-        if key in wanted:
-            request, value = key[0], wanted[key]
+        request = key[0]
+        if key in wanted and (value := take(request, wanted[key])) is not None:
             found[request] = reduce(found[request], value) if request in found else value
     return found
 

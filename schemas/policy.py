@@ -13,7 +13,8 @@ from coxswain.schemas.names import DEFAULT, Label, TenantName, Token
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
-Weight = Annotated[float, msgspec.Meta(ge=1e-6, le=1e9)]
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e9
+Weight = Annotated[float, msgspec.Meta(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
 """Not only positive: tokens ÷ weight must stay finite, or virtual times could not be ordered."""
 MAX_QUANTITY: Final = 1e12
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=MAX_QUANTITY)]

@@ -311,15 +311,3 @@ def test_who_does_not_lead_is_disowned_by_nobody() -> None:
     driver.epoch = None
     driver.step(0.0, frame(leader=Leader(epoch=(1e9, 2**60))))
     assert driver.core.disowned_by == {}
-
-
-def test_what_no_worker_would_take_spoils_no_rank() -> None:
-    """What one worker's absurd totals lead to is left out of what others are told: it would be refused whole."""
-    absurd = {
-        "a": TenantRank(base=-1e300),
-        "b": TenantRank(base=float("nan")),
-        "c": TenantRank(expected_output=1e300),
-    }
-    driver = Driver(Fixed(ranks={"w1": {**absurd, "d": TenantRank(base=5.0)}}))
-    (send,) = driver.sends(0.0, frame())
-    assert send.command.tenants.keys() == {"d"}
