@@ -242,7 +242,7 @@ class Checker:
         if resumed:
             if cached.new_block_ids[index] is None:
                 self._fail(Rule.RESUMED, name, "is resumed without a block table")
-            request.blocks = []
+            self._disown(request)
             request.live = True
             self._batch.discard(name)
             if outputs < have:  # vLLM dropped output in flight at the preemption; it is sampled again
@@ -251,7 +251,10 @@ class Checker:
         elif not request.live:
             self._fail(Rule.RESUMED, name, "was preempted and is scheduled without being in resumed_req_ids")
         if outputs != have + ahead * (not resumed):
-            self._fail(Rule.TOKENS, name, f"num_output_tokens is {outputs}, the device has sampled {have}")
+            left_out = f"; {ahead} drafts that its last step rejected are to be counted" if ahead else ""
+            self._fail(
+                Rule.TOKENS, name, f"num_output_tokens is {outputs}, the device has sampled {have}{left_out}"
+            )
         if name in self._batch or not outputs:
             return
         sent = cached.all_token_ids.get(name)
@@ -315,6 +318,13 @@ class Checker:
             if block in request.blocks:
                 self._fail(Rule.BLOCKS, name, f"block {block} is in its table already")
             request.blocks.append(block)
+
+    def _disown(self, request: _Request) -> None:
+        """Its table is no longer its own: blocks that it gets back are as good as another's until it writes them."""
+        for block in request.blocks:
+            if block in self._writer and self._writer[block][1] is request:
+                del self._writer[block]
+        request.blocks = []
 
     def _compute(self, scheduled: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> None:
         """Write the KV of all scheduled positions, then read every context: as a layer does for a batch."""

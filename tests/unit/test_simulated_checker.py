@@ -78,6 +78,14 @@ def test_v1_corrects_rejected_drafts_itself() -> None:
     broken(Rule.COMPUTED, observe({"a": 1}, cached("a", 8, 5)), check)
 
 
+def test_v1_says_which_outputs_are_left_out() -> None:
+    """As many outputs as were sampled are too few where rejected drafts are counted: the text names them."""
+    check = begin(checker(v2=False))
+    check.observe(step({"a": 4}, cached("a", 6, 1, [3])), {"a": [12, 90, 91]})
+    check.sampled({"a": [12, 13]})
+    assert "sampled 3; 2 drafts" in broken(Rule.TOKENS, observe({"a": 1}, cached("a", 10, 3)), check)
+
+
 def test_accepts_a_held_request_that_continues(v2: bool) -> None:
     """Steps without a known request change nothing of it; V1 gets its tokens again when it returns."""
     check = begin(checker(v2=v2))
@@ -98,6 +106,18 @@ def test_accepts_a_preempted_request_that_is_recomputed(v2: bool) -> None:
         else cached("a", 0, 1, [3, 4], resumed=True, tokens=tokens)
     )
     check.observe(step({"a": 7}, back))
+
+
+def test_accepts_that_others_write_what_a_preempted_request_had_written(v2: bool) -> None:
+    """After a reset of the prefix cache two share a block that one of them wrote before and the other writes now."""
+    check = begin(checker(v2=v2))
+    tokens = [*PROMPT, 11]
+    back = (
+        new("a", PROMPT, [1, 4], prefill=tokens, computed=4)
+        if v2
+        else cached("a", 4, 1, [1, 4], resumed=True, tokens=tokens)
+    )
+    check.observe(step({"b": 6, "a": 3}, new("b", OTHER, [1, 3]), back, preempted=("a",)))
 
 
 def test_accepts_output_in_flight_that_was_dropped_at_preemption(v2: bool) -> None:
