@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from msgspec.structs import replace
 
-from coxswain.control.core import BEAT_S, EXPIRES_S, MAX_RANK_ROWS, Answer, Beat, Send
+from coxswain.control.core import BEAT_S, EXPIRES_S, MAX_RANK_ROWS, RANK_ROWS_PER_STEP, Answer, Beat, Send
 from coxswain.control.policies.fcfs import Fcfs
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.policy import Directives
@@ -261,6 +261,19 @@ def test_no_tenant_is_passed_over_where_one_rank_has_no_room_for_all() -> None:
         told |= send.command.tenants.keys()
         answers = [Answer(send, ok=True)]
     assert told == set(names)
+
+
+def test_where_there_are_too_many_ranks_for_one_step_workers_take_turns() -> None:
+    """A step's length is bounded: it ends with the worker that fills it, and the next one begins with those left."""
+    fleet = ("w1", "w2", "w3")
+    rows = {f"t{number}": TenantRank(base=9.0) for number in range(RANK_ROWS_PER_STEP * 6 // 10)}
+    driver = Driver(Fixed(ranks=dict.fromkeys(fleet, rows)))
+    first = driver.sends(0.0, *map(frame, fleet))
+    second = driver.sends(
+        0.1, *(frame(worker, seq=2) for worker in fleet), answers=[Answer(send, ok=True) for send in first]
+    )
+    assert [len(first), len(second)] == [2, 1]
+    assert {send.worker for send in (*first, *second)} == set(fleet)
 
 
 def test_ranks_keep_to_their_cadence() -> None:

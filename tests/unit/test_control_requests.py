@@ -273,6 +273,21 @@ def test_caps_of_an_earlier_leader_are_lifted() -> None:
     assert [each.verb for each in later if each.verb == "limit"] == []
 
 
+def test_a_cap_of_an_earlier_leader_that_could_not_be_lifted_is_lifted_later() -> None:
+    """Once is not enough where the worker refused: it is still capped, and nobody else knows."""
+    core = driver()
+    (send,) = core.sends(0.0, frame("w1", "01A", 1, row("acme", max_running=2)))
+    capped = row("acme", max_running=2)
+    refused = [Answer(send, ok=False, code=429)]
+    assert core.sends(0.05, frame("w1", "01A", 2, capped), answers=refused) == []
+    (again,) = core.sends(5.0, frame("w1", "01A", 3, capped))
+    assert (again.verb, again.command.targets.tenants, again.command.max_running) == (
+        "limit",
+        ("acme",),
+        None,
+    )
+
+
 def test_caps_of_an_earlier_leader_are_lifted_though_a_delta_comes_first() -> None:
     """Who starts in between hears what changes before it hears everything; what it hears then counts as well."""
     idle, batch = (

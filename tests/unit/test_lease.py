@@ -1,7 +1,7 @@
 """The lease where NATS answers what it seldom does. With a real server: `tests/integration/test_failover.py`."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -27,6 +27,8 @@ class Bucket:
         self.looks = self.renewals = 0
         self.taken = False
         """Whether the key is another's now."""
+        self.meanwhile: Callable[[], None] | None = None
+        """What happens while a renewal that fails is under way, once: then the key is free."""
 
     async def key_value(self, _: str) -> "Bucket":
         """Itself."""
@@ -52,6 +54,10 @@ class Bucket:
     async def update(self, *_: Any, **__: Any) -> int:
         """The next revision, while the key is ours."""
         self.renewals += 1
+        if self.meanwhile is not None:
+            self.meanwhile()
+            self.meanwhile = None
+            raise nats.js.errors.KeyWrongLastSequenceError
         if self.taken:
             raise nats.js.errors.KeyWrongLastSequenceError
         return 8
@@ -116,6 +122,25 @@ async def test_a_leader_that_was_replaced_notices_when_a_worker_says_so(
         bucket.taken = True
         lease.doubt("w1", LATER)
         await eventually(lambda: lease.epoch is None)
+
+
+async def test_a_doubt_of_a_term_that_was_lost_is_none_of_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The worker was right: another led, or we under an epoch that is past. It is not said to dispute the new one."""
+    bucket = Bucket()
+    async with held(bucket, monkeypatch) as lease:
+        looks = bucket.looks
+        bucket.meanwhile = lambda: lease.doubt("honest", LATER)
+        lease.doubt("first", LATER)
+        await eventually(lambda: bucket.looks > looks and lease.epoch)
+        lease.doubt("liar", LATER)
+        await eventually(lambda: bucket.renewals == 2)
+    told = capsys.readouterr()
+    disputed = [line for line in (told.out + told.err).splitlines() if "lease.disputed" in line]
+    assert len(disputed) == 1
+    assert "liar" in disputed[0]
+    assert "honest" not in disputed[0]
 
 
 async def test_who_steps_down_lets_others_try_first(monkeypatch: pytest.MonkeyPatch) -> None:
