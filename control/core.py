@@ -9,6 +9,7 @@ Called by `daemon`, which carries out what `step` returns.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import nsmallest
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -227,7 +228,8 @@ class ControlCore:
         seen = self.fleet.presence.classes
         if (classes, tenants, len(seen)) != self._tables_of:
             rows = {name: classes.get(name, ClassPolicy()) for name in sorted({DEFAULT, *classes, *seen})}
-            self._tables = Tables(rows, dict(tenants))
+            # Read-only: what a policy put into them would go to every worker as the operators'.
+            self._tables = Tables(MappingProxyType(rows), MappingProxyType(dict(tenants)))
             self._tables_of = (dict(classes), dict(tenants), len(seen))
         return self._tables
 

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, suppress
+from traceback import format_exception_only
 from typing import Any, Final, Generic
 
 import nats.errors
@@ -210,7 +211,8 @@ class Controller:
         self.meter.policy_failures = failures.total
         if (error := failures.error) is not None:
             self._failing = True
-            if self._throttle.allow("policy", failures.stage, type(error).__name__, str(error)) is not None:
+            said = format_exception_only(error)[-1]  # never raises, as others' `__str__` may
+            if self._throttle.allow("policy", failures.stage, said) is not None:
                 log.error("policy.failed", policy=name, asked_to=failures.stage, exc_info=error)
         elif self._failing and failures.works:
             self._failing = False

@@ -7,13 +7,14 @@ the entry point group `coxswain.policies`.
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from inspect import iscoroutinefunction, isgeneratorfunction
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, get_args
 
 import msgspec
 
 from coxswain.control.errors import PolicyError
 from coxswain.control.fleet import Fleet, RequestKey
-from coxswain.schemas.names import DEFAULT
+from coxswain.schemas.names import DEFAULT, MAX_LABEL_CHARS
 from coxswain.schemas.policy import ClassPolicy, Count, Prices, TenantPolicy, TenantRank
 
 GROUP: Final = "coxswain.policies"
@@ -119,17 +120,43 @@ def load(name: str, settings: Iterable[str] = ()) -> Policy:
     """Make the policy `name` with `key=value` settings; a value is JSON, or `none` where it may be null, or text.
 
     Raises:
-        PolicyError: no such policy (lists those that exist), it cannot be imported, is none, or a setting is wrong.
+        PolicyError: no such policy (lists those that exist), it cannot be imported or made, is none, or a setting is
+            wrong.
     """
     found = available()
     if name not in found:
         raise PolicyError(f"no policy {name!r}; installed: {', '.join(found) or 'none'}")
-    policy = _type_of(found[name])
-    return policy(params_of(policy, settings))
+    type_ = _type_of(found[name])
+    params = params_of(type_, settings)
+    where = _where(found[name])
+    try:
+        policy = type_(params)
+        problem = _problem(policy)
+    except Exception as error:  # whatever somebody else's code does
+        raise PolicyError(f"{where} cannot be made: {type(error).__name__}: {error}") from error
+    if problem:
+        raise PolicyError(f"{where} is not a policy: {problem}")
+    return policy
+
+
+def _where(entry: EntryPoint) -> str:
+    return f"policy {entry.name!r} ({entry.value})"
+
+
+def _problem(policy: Policy) -> str | None:
+    """What would not be seen before it leads, or never: a typo in `sees`, a coroutine that nobody awaits."""
+    if not (isinstance(policy.name, str) and 0 < len(policy.name) <= MAX_LABEL_CHARS):
+        return f"its name is {policy.name!r}, not a text of 1 to {MAX_LABEL_CHARS} characters"
+    if policy.sees not in get_args(Sees):
+        return f"it sees {policy.sees!r}, which is none of {', '.join(get_args(Sees))}"
+    for method in (policy.observe, policy.decide):
+        if not callable(method) or iscoroutinefunction(method) or isgeneratorfunction(method):
+            return f"{method.__qualname__} is not a plain function"
+    return None
 
 
 def _type_of(entry: EntryPoint) -> PolicyType:
-    where = f"policy {entry.name!r} ({entry.value})"
+    where = _where(entry)
     try:
         policy: PolicyType = entry.load()
         params = policy.Params

@@ -28,7 +28,8 @@ TenantName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TENANT_BYT
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 """A request, as clients and commands name it."""
-Label = Annotated[str, msgspec.Meta(max_length=128)]
+MAX_LABEL_CHARS = 128
+Label = Annotated[str, msgspec.Meta(max_length=MAX_LABEL_CHARS)]
 """What somebody calls itself, for people to read."""
 
 

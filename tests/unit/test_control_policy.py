@@ -1,11 +1,13 @@
 """Finding a policy by name and giving it parameters."""
 
+import re
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+from coxswain.control import policy
 from coxswain.control.errors import PolicyError
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.policy import GROUP, Parameter, available, describe, load, params_of, weight_of
@@ -15,9 +17,9 @@ from coxswain.schemas.policy import Prices, TenantPolicy
 def test_shipped_policies_are_found_by_name() -> None:
     """Entry points name fcfs and vtc; settings reach the policy as its own types."""
     assert load("fcfs").name == "fcfs"
-    policy = load("vtc", ["wq=3", "cached=0.1"])
-    assert isinstance(policy, Vtc)
-    assert policy.prices == Prices(input=1.0, cached=0.1, output=3.0)
+    vtc = load("vtc", ["wq=3", "cached=0.1"])
+    assert isinstance(vtc, Vtc)
+    assert vtc.prices == Prices(input=1.0, cached=0.1, output=3.0)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,43 @@ def test_a_policy_that_cannot_be_used_is_listed_with_the_reason(
         (tmp_path / "somebodys.py").write_text(module)
     found = describe(EntryPoint(name="odd", value="somebodys:Odd", group=GROUP))
     assert says in found.error
+
+
+ODD = """
+import msgspec
+class Odd:
+    name, sees = "odd", "tenants"
+    class Params(msgspec.Struct): pass
+    def __init__(self, params): pass
+    def observe(self, fleet, tables, now): pass
+    def decide(self, now): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("(self, params): pass", "(self, params): 1 / 0", "cannot be made: ZeroDivisionError"),
+        ("(self, params): pass", "(self): pass", "cannot be made: TypeError"),
+        ('"tenants"', '"tenant"', "'tenant', which is none of tenants, requests, queue"),
+        ('"odd"', "None", "its name is None"),
+        ('"odd"', '"x" * 129', "not a text of 1 to 128 characters"),
+        ("def decide", "async def decide", "Odd.decide is not a plain function"),
+        ("now): pass", "now): yield", "Odd.observe is not a plain function"),
+        ("def decide", "def decides", "no attribute 'decide'"),
+    ],
+)
+def test_a_policy_that_could_not_work_is_refused_before_it_leads(
+    right: str, wrong: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would go wrong in silence, or for the whole fleet, is said at the start."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "somebodys", raising=False)
+    entry = EntryPoint(name="odd", value="somebodys:Odd", group=GROUP)
+    monkeypatch.setattr(policy, "available", lambda: {"odd": entry})
+    (tmp_path / "somebodys.py").write_text(ODD.replace(right, wrong, 1))
+    with pytest.raises(PolicyError, match=re.escape(says)):
+        load("odd")
 
 
 def test_a_parameter_without_a_default_is_listed_without_one(

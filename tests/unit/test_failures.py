@@ -1,5 +1,6 @@
 """A policy that raises: what the control core does without it, and when another controller may try."""
 
+from asyncio import CancelledError
 from collections.abc import Mapping
 from typing import Any
 
@@ -148,3 +149,55 @@ def test_a_standby_that_only_observes_does_not_collect_failures() -> None:
     driver.epoch = EPOCH
     driver.step(20.0, frame(seq=2_000))
     assert driver.core.failures.should_let_go(20.0)
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), CancelledError(), GeneratorExit()])
+def test_a_policy_that_exits_is_one_that_fails(error: BaseException) -> None:
+    """A library that calls `sys.exit` must not end whoever leads, and its successor, and the next one."""
+    policy, driver = driven()
+    policy.decide = lambda _: (_ for _ in ()).throw(error)  # type: ignore[method-assign]
+    assert any(isinstance(each, Beat) for each in steps(driver, 1))
+    assert driver.core.failures.in_row == 1
+
+
+def test_what_was_said_before_it_raised_goes_out() -> None:
+    """It counts as told: operators' tables would never reach the workers while the ranks of a policy raise."""
+    policy, driver = driven()
+    policy.raises_in = "directives"
+    driver.tenants = {"acme": TenantPolicy(weight=2.0)}
+    sent = [each for each in steps(driver, 1) if isinstance(each, Send)]
+    assert [(each.verb, each.command.tenants) for each in sent] == [("configure", driver.tenants)]
+
+
+@pytest.mark.parametrize("table", ["classes", "tenants"])
+def test_no_policy_writes_into_the_operators_tables(table: str) -> None:
+    """It is told so; what it would have put there goes to nobody."""
+    policy, driver = driven()
+    driver.tenants = {"acme": TenantPolicy(weight=2.0)}
+
+    def observe(_fleet: object, tables: Any, _now: float) -> None:
+        getattr(tables, table)["acme"] = TenantPolicy(weight=9.0)
+
+    policy.observe = observe  # type: ignore[method-assign]
+    steps(driver, 1)
+    assert isinstance(driver.core.failures.error, TypeError)
+
+
+@pytest.mark.parametrize("said", [None, {}, "everything"])
+def test_what_is_no_directives_is_said_to_be_none(said: Any) -> None:
+    """Also what an `async def` returns."""
+    policy, driver = driven()
+    policy.directives = said
+    steps(driver, 1)
+    assert f"returned {type(said).__name__}" in str(driver.core.failures.error)
+
+
+def test_classes_that_a_policy_breaks_later_are_those_it_wanted_when_it_worked() -> None:
+    """What rules while it fails is a copy: it may go on changing its own, or raise when that is read."""
+    classes = {"default": ClassPolicy(order="priority")}
+    policy, driver = driven(classes=classes)
+    steps(driver, 1)
+    policy.raises_in = "decide"
+    classes["default"] = None  # type: ignore[assignment]
+    steps(driver, PATIENCE + 5, first=2)
+    assert driver.core.failures.instead == Directives(classes={"default": ClassPolicy(order="priority")})
