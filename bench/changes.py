@@ -167,27 +167,45 @@ def _aborted() -> Any:
 
 
 def frame(running: int, waiting: int, tenants: int, repeats: int) -> dict[str, Any]:
-    """A status frame after a step that changed every running request: ms (median), built and sent, and on the bus."""
+    """A status frame after a step that changed every running request: ms (median), told and sent, and on the bus."""
     from coxswain.schemas.commands import encode
+    from coxswain.service.bus.board import Board
     from coxswain.service.port import FrameOut
 
     side = Side("on", running, waiting, tenants)
     scheduler = side.scheduler
     found: dict[str, Any] = {"running": running, "waiting": waiting, "tenants": tenants}
 
-    def make(*, full: bool) -> None:
-        drafts.append(scheduler._frame(scheduler.now(), full=full))
+    def tell() -> None:
+        drafts.append(scheduler._draft(scheduler.now()))
         scheduler.port.put(FrameOut(drafts[-1], False))
         scheduler.port.flush()
 
+    def hear() -> None:
+        tell()
+        board.take(drafts[-1])
+
     drafts: list[Any] = []
+    board = Board(0.0)
     scheduler.port.connected = False  # no frames but ours
-    make(full=True)
+    scheduler.reporter.anew()
+    while not board.complete:
+        hear()
+    board.full()
     with no_collection():
-        found["engine_ms"] = median_s(lambda: make(full=False), repeats, side.step) * 1e3
-        found["engine_full_ms"] = median_s(lambda: make(full=True), repeats, side.step) * 1e3
-        found["bus_ms"] = median_s(lambda: encode(drafts[-1].complete()), repeats, side.step) * 1e3
-    found["bytes"] = len(encode(drafts[-1].complete()))
+        times = [median_s(tell, 1, side.step) * 1e3 for _ in range(repeats)]
+        found["engine_ms"], found["engine_longest_ms"] = statistics.median(times), max(times)
+        for draft in drafts[-repeats:]:
+            board.take(draft)
+        found["bus_ms"] = median_s(lambda: (hear(), encode(board.delta())), repeats, side.step) * 1e3
+        found["bus_full_ms"] = (
+            median_s(lambda: encode(board.full()), repeats, lambda: (side.step(), hear())) * 1e3
+        )
+        scheduler.reporter.anew()
+        found["anew_longest_ms"] = max(median_s(tell, 1, side.step) * 1e3 for _ in range(8))
+        for draft in drafts[-8:]:
+            board.take(draft)
+    found["bytes"] = len(encode(board.full()))
     side.close()
     return found
 

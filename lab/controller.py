@@ -31,10 +31,13 @@ from coxswain.schemas.commands import Reply, decode, encode
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.status import Frame, QueuePage, QueueQuery, RequestStatus
 from coxswain.schemas.subjects import CONTROLLER
-from coxswain.service.port import AnswerOut, CommandIn, Draft, FrameOut, LeadIn, Outbound, QueryIn, ReplyOut
+from coxswain.service.bus.board import Board
+from coxswain.service.port import AnswerOut, CommandIn, FrameOut, LeadIn, Outbound, QueryIn, ReplyOut
 
 HEARTBEAT_S: Final = 1.0
 """Between two frames of an idle engine."""
+FULL_S: Final = 1.0
+"""Between two full frames of a busy one."""
 NAME: Final = "lab"
 
 
@@ -73,7 +76,7 @@ class Mouth:
     ) -> None:
         self._agenda = agenda
         self._say = say
-        self._requests = requests
+        self._board = Board(FULL_S, requests=requests)
         self._seq = 0
         self._idle: tuple[Frame, float] | None = None
         engine.attach(self._collect)
@@ -81,12 +84,19 @@ class Mouth:
     def _collect(self, items: list[Outbound]) -> None:
         for item in items:
             if isinstance(item, FrameOut):
-                draft = item.draft
-                if not self._requests:
-                    draft = Draft(replace(draft.frame, gone=()), (), draft.tenants)
-                self._number(draft.complete(), idle=item.idle)
+                self._board.take(item.draft)
+                self._show(idle=item.idle)
             elif isinstance(item, ReplyOut | AnswerOut):
                 self._say(item)
+
+    def _show(self, *, idle: bool) -> None:
+        """As `service.bus.loop`, but that nothing costs time here."""
+        board, now = self._board, self._agenda.now
+        if (delta := board.delta()) is not None:
+            self._number(delta, idle=False)
+        if idle or board.due(now):
+            self._number(board.full(), idle=idle)
+            board.paid(now, 0.0)
 
     def _number(self, frame: Frame, *, idle: bool) -> None:
         now = self._agenda.now

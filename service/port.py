@@ -12,14 +12,12 @@ from time import monotonic, time
 from typing import Any, NamedTuple
 
 from msgspec import Raw, Struct
-from msgspec.structs import replace
 
 from coxswain.schemas.commands import Command, Reply
 from coxswain.schemas.errors import RefusedError
 from coxswain.schemas.events import KINDS, Event
 from coxswain.schemas.policy import Lead
 from coxswain.schemas.status import (
-    ZERO,
     Config,
     Frame,
     QueuePage,
@@ -73,59 +71,55 @@ class ReplyOut(NamedTuple):
     reply: Reply
 
 
+RequestTold = tuple[int, RequestStatus, bool]
+"""The engine's number of a request, its row without a position, and whether it may be delivered tokens."""
+TenantTold = tuple[TenantStatus, float | None, int, float]
+"""A tenant's row without its age, since when its oldest request waits (Unix s), what of its output no request that has
+a slot shows, and the price of output."""
+Charge = tuple[str, float, int, int, float]
+"""A tenant's name, and of its row what it is charged and the output in that; then as above."""
+
+
+class Draft(NamedTuple):
+    """What changed since the draft before, as the engine tells it: the bus makes frames of it (`bus/board.py`).
+
+    The engine's time is dear, and making and encoding rows was most of what a large frame cost. So a row crosses when
+    something touched it; of what only goes on, one number, in an order that both sides know.
+    """
+
+    number: int
+    """One more than the last: a gap is a loss, which `Port.begin_anew` mends."""
+    fresh: bool
+    """Forget what was told before."""
+    complete: bool
+    """Everything was told by now: a full frame can be made."""
+    frame: Frame
+    """Without the rows below; it has all classes."""
+    requests: Sequence[RequestTold] = ()
+    """Rows that are not known as they are."""
+    gone: Sequence[tuple[int, int]] = ()
+    """What is no longer listed: its number, and the output tokens that it had."""
+    head: Sequence[int] = ()
+    """Who waits first, in order."""
+    tokens: Sequence[int] = ()
+    """Output tokens of what may be delivered some, in the order in which it was told last; then of `head`."""
+    tenants: Sequence[TenantTold] = ()
+    charges: Sequence[Charge] = ()
+
+
+class FrameOut(NamedTuple):
+    """A status frame. `idle` says that the engine goes to sleep after it: the bus repeats it until the next one."""
+
+    draft: Draft
+    idle: bool
+
+
 class AnswerOut(NamedTuple):
     """The answer to a `QueryIn`."""
 
     token: Any
-    answer: QueuePage | RequestReport | Config | Frame | RefusedError | Raw
-    """`Raw` is JSON that is ready."""
-
-
-Served = tuple[RequestStatus, int]
-"""A request's row as it was, and its output tokens by now."""
-Charged = tuple[TenantStatus, float, float, float, int]
-"""A tenant's row as it was, and its oldest request's age, virtual time, charge and output tokens by now."""
-
-
-class Draft(NamedTuple):
-    """A frame as the engine hands it over: rows as they were, with the numbers that grow beside them.
-
-    Making new rows is most of the work of a large frame, and the engine's time is dear: the bus does it.
-    """
-
-    frame: Frame
-    """Without the rows below."""
-    requests: Sequence[Served] = ()
-    tenants: Sequence[Charged] = ()
-
-    def complete(self) -> Frame:
-        """The frame with all its rows; the bus fills `seq`, `part`, `parts` and `sent_at`."""
-        requests = tuple(
-            row if row.output_tokens == tokens else replace(row, output_tokens=tokens)
-            for row, tokens in self.requests
-        )
-        tenants = tuple(
-            replace(
-                row,
-                oldest_queued_s=age_s or ZERO,
-                virtual_time=virtual_time or ZERO,
-                charged=charged or ZERO,
-                output_tokens_total=tokens,
-            )
-            for row, age_s, virtual_time, charged, tokens in self.tenants
-        )
-        return replace(self.frame, requests=requests, tenants=tenants)
-
-
-class FrameOut(NamedTuple):
-    """A status frame, unsplit.
-
-    `idle` says that the engine goes to sleep after it: the bus repeats it as heartbeat until the next one.
-    An idle frame is always full.
-    """
-
-    draft: Draft
-    idle: bool
+    answer: QueuePage | RequestReport | Config | Draft | Frame | RefusedError | Raw
+    """The bus makes a full `Frame` of a `Draft`; `Raw` is JSON that is ready."""
 
 
 class EventOut(Struct, tag="event", array_like=True, gc=False):
@@ -198,6 +192,8 @@ class Port:
         every hold of the leader."""
         self.connected = False
         """Whether NATS is there: without it the engine builds no frames."""
+        self.beginnings = 0
+        """How often the bus has known nothing, or not everything."""
         self.events_dropped = 0
         """Events that the bus could not deliver; the engine adds those that it could not queue."""
         self.alarm_at = inf
@@ -316,6 +312,11 @@ class Port:
         self.connected = connected
         if connected:
             self.wake_engine()
+
+    def begin_anew(self) -> None:
+        """Have the engine tell everything from the beginning: the bus is a new one, or it has missed something."""
+        self.beginnings += 1
+        self.wake_engine()
 
     def wake_engine(self) -> None:
         """Wake an idle engine."""

@@ -60,6 +60,11 @@ class FarPort(Port):
         self.connected = connected
         self.news.set()
 
+    def begin_anew(self) -> None:
+        """Have the engine's process told at once that something is missing."""
+        self.beginnings += 1
+        self.news.set()
+
     def offer(self, item: Inbound) -> bool:
         """Send an item to the engine; False if its process does not read."""
         packed = wire.pack_down(wire.down(item))
@@ -153,7 +158,7 @@ class Child:
 
     def _tell(self) -> None:
         bus, port = self._bus, self._port
-        port.tell(wire.State(port.connected, bus.settled, port.events_dropped, bus.refused))
+        port.tell(wire.State(port.connected, bus.settled, port.events_dropped, bus.refused, port.beginnings))
 
 
 async def receive(reader: asyncio.StreamReader) -> wire.Batch:

@@ -55,14 +55,18 @@ class Frames:
         """The epoch of the last heartbeat of a leader, and when it came."""
 
     def outgoing(self, frame: Frame, now: float, limit: int, *, idle: bool) -> list[bytes]:
-        """A frame of the engine as payloads of at most `limit` bytes; an `idle` one is kept to repeat."""
+        """A frame as payloads of at most `limit` bytes; an `idle` one is kept to repeat."""
         self.remember(frame, now, idle=idle)
         return self._number(frame, now, limit)
 
-    def remember(self, frame: Frame, now: float, *, idle: bool) -> None:
-        """Take note of a frame, also of one that cannot be sent: an idle one stays true until the next."""
+    def remember(self, frame: Frame, now: float, *, idle: bool, known: bool = False) -> None:
+        """Take note of a frame, also of one that cannot be sent: an idle one stays true until the next.
+
+        `known`: whoever listens has all of it, by what changed; else it is repeated soon.
+        """
         self._idle = (frame, now) if idle else None
-        self._beats = self._parts
+        if not known:
+            self._beats = self._parts
 
     def led(self, epoch: Epoch, now: float) -> None:
         """A leader's heartbeat came. An idle engine says nothing of it while nothing changes by it."""

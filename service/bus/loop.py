@@ -16,13 +16,15 @@ from nats.errors import SlowConsumerError
 from coxswain.common.logs import get_logger
 from coxswain.common.nats_client import NatsClient
 from coxswain.common.throttle import Throttle
+from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.subjects import Subjects
+from coxswain.service.bus.board import Board
 from coxswain.service.bus.connect import CLOSE_S, Backoff, close, connect
 from coxswain.service.bus.eventlog import EventLog
 from coxswain.service.bus.frames import Frames
 from coxswain.service.bus.session import LOG_PERIOD_S, Session
 from coxswain.service.config import Settings
-from coxswain.service.port import AnswerOut, EventOut, FrameOut, Inbound, LeadIn, Port, ReplyOut
+from coxswain.service.port import AnswerOut, Draft, EventOut, FrameOut, Inbound, LeadIn, Port, ReplyOut
 
 DENIED: Final = "permissions violation"
 """In the error by which nats-py says that the server refused a subject; only `on_error` hears of it."""
@@ -60,6 +62,7 @@ class Bus:
         self._log = log or get_logger(fleet=fleet, worker=settings.worker)
         self._events = EventLog(Subjects(fleet), settings.worker, port, self._log)
         self._frames = Frames(life, refused, self._events.age)
+        self._board = Board(settings.full_interval_s, port.begin_anew)
         self._throttle = Throttle(LOG_PERIOD_S)
         self._session: Session | None = None
         self._reachable: bool | None = None
@@ -146,17 +149,41 @@ class Bus:
             if isinstance(item, EventOut):
                 self._events.add(item.event(self._settings.worker, self._incarnation))
             elif session is None:
-                # What it was for is gone with the connection, but for what an idle engine last said.
-                if isinstance(item, FrameOut):
-                    self._frames.remember(item.draft.complete(), self._port.unix(), idle=item.idle)
+                # Who asked is gone with the connection; what was told is not, nor what an idle engine last said.
+                if isinstance(item, FrameOut) and self._board.take(item.draft):
+                    idle = item.idle and self._board.complete
+                    frame = self._board.full(peek=True) if idle else item.draft.frame
+                    self._frames.remember(frame, self._port.unix(), idle=idle)
+                elif isinstance(item, AnswerOut) and isinstance(item.answer, Draft):
+                    self._board.take(item.answer)
             elif isinstance(item, ReplyOut):
                 await session.reply(item)
             elif isinstance(item, AnswerOut):
-                await session.answer(item)
-            elif isinstance(item, FrameOut):
-                await session.status(item.draft.complete(), idle=item.idle)
+                await session.answer(self._complete(item))
+            elif isinstance(item, FrameOut) and self._board.take(item.draft):
+                await self._show(session, idle=item.idle)
                 frame_sent = True
         return frame_sent
+
+    def _complete(self, item: AnswerOut) -> AnswerOut:
+        """The answer, whole: of status the engine told only what is new."""
+        if not isinstance(item.answer, Draft):
+            return item
+        if self._board.take(item.answer):
+            return AnswerOut(item.token, self._board.full(peek=True))
+        return AnswerOut(item.token, RefusedError(Code.CLOSING, "the bus has just begun anew: ask again"))
+
+    async def _show(self, session: Session, *, idle: bool) -> None:
+        """Say what changed, and everything where that is due: who has what changed need not read the many rows."""
+        board, now = self._board, time.monotonic()
+        if (delta := board.delta()) is not None:
+            await session.status(delta, idle=False)
+        if board.due(now):
+            began = time.thread_time()
+            await session.status(board.full(), idle=idle)
+            board.paid(now, time.thread_time() - began)
+        elif idle and board.complete:
+            self._frames.remember(board.full(peek=True), self._port.unix(), idle=True, known=True)
 
     # One connection after the other
 

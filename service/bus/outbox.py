@@ -13,7 +13,7 @@ from collections import deque
 from typing import Any, Final
 
 from coxswain.service.bus import wire
-from coxswain.service.port import EVENT_ROOM, EventOut, FrameOut, Outbound, Port
+from coxswain.service.port import EVENT_ROOM, EventOut, Outbound, Port
 
 BATCH: Final = 512
 """Items encoded in one go, on a thread that is not the engine's: some milliseconds."""
@@ -35,8 +35,6 @@ class Outbox:
         self._socket: socket.socket | None = None
         self._unsent = bytearray()
         self._kept: deque[EventOut] = deque()
-        self._idle: FrameOut | None = None
-        """What a sleeping engine said last: its bus repeats it."""
 
     @property
     def full(self) -> bool:
@@ -67,7 +65,7 @@ class Outbox:
         """Begin with a new bus, and tell it what the one before may have left undone."""
         # Nothing is taken from the port yet, so that what was kept stays ahead of it; encoded without the lock and a
         # little at a time, so that the engine's thread waits for neither lock nor interpreter.
-        again: list[Outbound] = [*self._kept, *([] if self._idle is None else [self._idle])]
+        again: list[Outbound] = list(self._kept)
         data = bytearray(wire.pack_up(self._port.step, [begin]))
         for first in range(0, len(again), BATCH):
             data += self._packed(again[first : first + BATCH])
@@ -97,8 +95,6 @@ class Outbox:
                 if len(self._kept) >= EVENT_ROOM:  # the bus drops its oldest too, and counts them
                     self._kept.popleft()
                 self._kept.append(item)
-            elif isinstance(item, FrameOut):
-                self._idle = item if item.idle else None
         self._flush()
 
     def _packed(self, items: list[Outbound]) -> bytes:

@@ -70,6 +70,8 @@ class BusProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._connected = False
         """What the process said last of NATS."""
+        self._beginnings = 0
+        """And of how often it missed something."""
         self._heard_at = 0.0
         self._suspect = False
         self._full_since = inf
@@ -183,7 +185,8 @@ class BusProcess:
 
     def _part(self) -> None:
         self._outbox.close()
-        self._connected, self._full_since = False, inf
+        self._connected, self._full_since, self._beginnings = False, inf, 0
+        self._port.beginnings += 1  # the next bus knows nothing
         self._dropped_before = self._port.events_dropped
         self._begin = replace(self._begin, life=self._begin.life + 1)
         self._port.tell_connected(False)
@@ -261,6 +264,9 @@ class BusProcess:
         self._outbox.settled(state.settled)
         self._begin = replace(self._begin, refused=state.refused)
         self._port.events_dropped = self._dropped_before + state.events_dropped
+        if state.beginnings != self._beginnings:
+            self._beginnings = state.beginnings
+            self._port.begin_anew()
         if state.connected != self._connected:
             self._connected = state.connected
             self._port.tell_connected(state.connected)

@@ -13,7 +13,7 @@ from coxswain.schemas.commands import COMMANDS, Command, Reply
 from coxswain.schemas.commands import encode as encode_json
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import Lead
-from coxswain.schemas.status import Frame, QueueQuery, RequestQuery
+from coxswain.schemas.status import QueueQuery, RequestQuery
 from coxswain.service.config import Settings
 from coxswain.service.port import (
     AnswerOut,
@@ -63,10 +63,10 @@ class ReplyUp(_Message, tag="reply"):
 
 
 class AnswerUp(_Message, tag="answer"):
-    """An `AnswerOut`: a frame, a refusal, or JSON that is ready."""
+    """An `AnswerOut`: a draft, a refusal, or JSON that is ready."""
 
     token: str
-    frame: Frame | None
+    draft: Draft | None
     refused: tuple[int, str] | None
     ready: bytes
 
@@ -118,6 +118,8 @@ class State(_Message, tag="state"):
     events_dropped: int
     refused: dict[str, dict[str, int]]
     """Commands that it refused itself, by verb and code."""
+    beginnings: int
+    """How often it has missed something that the engine told."""
 
 
 Up = ReplyUp | AnswerUp | FrameUp | EventOut | FullUp | Begin | End
@@ -186,7 +188,7 @@ def up(item: Outbound) -> Up:
         case ReplyOut(token, reply):
             return ReplyUp(token, reply)
         case AnswerOut(token, answer):
-            if isinstance(answer, Frame):
+            if isinstance(answer, Draft):
                 return AnswerUp(token, answer, None, b"")
             if isinstance(answer, RefusedError):
                 return AnswerUp(token, None, (int(answer.code), answer.message), b"")
@@ -202,10 +204,10 @@ def from_up(message: ReplyUp | AnswerUp | FrameUp | EventOut) -> Outbound:
             return FrameOut(draft, idle)
         case ReplyUp(token, reply):
             return ReplyOut(token, reply)
-        case AnswerUp(token, frame, refused, ready):
+        case AnswerUp(token, draft, refused, ready):
             if refused is not None:
                 return AnswerOut(token, RefusedError(Code(refused[0]), refused[1]))
-            return AnswerOut(token, msgspec.Raw(ready) if frame is None else frame)
+            return AnswerOut(token, msgspec.Raw(ready) if draft is None else draft)
 
 
 def down(item: Inbound) -> Item:

@@ -11,7 +11,7 @@ from coxswain.schemas.errors import Code, RefusedError
 from coxswain.service.port import Draft, QueryIn
 from coxswain.service.scheduler.report import Reporter
 
-Answer = st.QueuePage | st.RequestReport | st.Config | st.Frame | RefusedError
+Answer = st.QueuePage | st.RequestReport | st.Config | Draft | RefusedError
 
 
 class Answers:
@@ -19,7 +19,7 @@ class Answers:
 
     Args:
         reporter: what is known.
-        look: makes a full frame that nobody takes note of, as of the time it is given.
+        look: tells what is new as of the time it is given, so that the bus has everything.
         settings: the engine's own settings that matter to steering.
     """
 
@@ -37,7 +37,7 @@ class Answers:
             if item.what == "queue":
                 return self._reporter.page(query or st.QueueQuery())
             if item.what == "status":
-                return self._look(now).complete()
+                return self._look(now)
             if item.what == "config":
                 return self._config(now)
         except RefusedError as refusal:

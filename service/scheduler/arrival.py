@@ -13,16 +13,16 @@ from coxswain.service.scheduler.roster import Roster
 def met(record: Record, queue: SteeredQueue, roster: Roster) -> dict[str, Any]:
     """The fields for a request that is in the roster and not yet in the queue.
 
-    Virtual times are those of the last frame or admission: who is charged since is not looked at for every arrival.
+    Whose turn it is, is as of the last frame or admission: who is charged since is not looked at for every arrival.
     """
     account, first = record.account, queue.glance()
     fields: dict[str, Any] = {
         "prompt_tokens": record.prompt_tokens, "waiting": len(queue), "tenant_waiting": len(account.waiting) - 1,
-        "running": len(roster.running), "virtual_time": account.virtual_time,
+        "running": len(roster.running), "virtual_time": account.rank[0],
     }  # fmt: skip
     if first is not None:
         next_account = first.account
         fields["next_request"], fields["next_tenant"] = first.request, next_account.name
         fields["next_class"], fields["next_priority"] = first.class_, first.priority
-        fields["next_virtual_time"] = next_account.virtual_time
+        fields["next_virtual_time"] = next_account.rank[0]
     return fields

@@ -307,8 +307,9 @@ class SteeringCore:
     # Tables
 
     def rank(self, name: str, rank: TenantRank) -> None:
-        """Put a tenant's base and weight in force; call `settle_all` before."""
+        """Put a tenant's base and weight in force."""
         account = self.tenants.account(name)
+        self.ledger.settle_output(account)  # at the old weight
         before = account.virtual_time
         account.weight = rank.weight
         self.ledger.learn(account, rank.expected_output)

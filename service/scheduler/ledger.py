@@ -47,7 +47,7 @@ class Ledger:
         account = record.account
         if record not in account.meter.expected and (tokens := self.expect(record)) > 0.0:
             account.meter.expected[record] = tokens
-            self._settle_output(account)
+            self.settle_output(account)
 
     def refund_input(self, record: Record) -> None:
         """Undo `charge_input`: the request was not admitted after all."""
@@ -55,7 +55,7 @@ class Ledger:
         self._charge_to(record, 0.0)
         self._expect_no_more(record)
         if record.account.ahead:  # or there is nothing to give back
-            self._settle_output(record.account)
+            self.settle_output(record.account)
 
     def book_input(self, record: Record, cached: int, external: int) -> None:
         """The request was admitted: charge its input as it turned out, and count it in the tenant's totals."""
@@ -86,11 +86,13 @@ class Ledger:
     def settle(self, record: Record) -> None:
         """Charge what the request was delivered and count what it recomputed since it was last settled."""
         record.account.meter.catch_up(record)
-        self._settle_output(record.account)
+        record.account.touch()  # of what it was delivered, more is in no list that grows
+        self.settle_output(record.account)
         if record.lost_mark > record.resumed_at:
             self._settle_recompute(record)
 
-    def _settle_output(self, account: Account) -> None:
+    def settle_output(self, account: Account) -> None:
+        """Charge a tenant what its requests were delivered."""
         meter = account.meter
         if not (meter.expected or account.ahead):
             account.settle()
@@ -114,7 +116,7 @@ class Ledger:
             expected = account.meter.expected
             for record in account.meter.lists:
                 expected.setdefault(record, tokens)
-            self._settle_output(account)
+            self.settle_output(account)
 
     def _expect_no_more(self, record: Record) -> None:
         """It ended, or was not admitted after all: what was expected of it is given back when it is settled."""
@@ -134,20 +136,19 @@ class Ledger:
             self._recomputing.pop(record, None)
 
     def settle_all(self) -> None:
-        """Settle whatever may be delivered tokens now: before totals are read, prices or weights change.
+        """Settle every tenant: before prices change, or everybody's weight. All of them are news for status then.
 
         What was in flight when a request lost its KV may be delivered later: it is settled when that request moves on.
         """
-        self.settle_ahead()
-        metered, ahead = self._tenants.metered, self._tenants.ahead
-        idle = []
-        for account in metered:
-            if account not in ahead:
+        self.settle_counts()
+        for account in self._tenants.accounts.values():
+            if account not in self._tenants.ahead:
                 account.settle()
-            if not account.meter.lists:
-                idle.append(account)
-        for account in idle:
-            del metered[account]
+            self._tenants.touched.setdefault(account, False)
+
+    def settle_counts(self) -> None:
+        """Settle what a frame shows and nobody can work out by himself: what is charged ahead, and recompute."""
+        self.settle_ahead()
         for record in list(self._recomputing):
             self._settle_recompute(record)
 
@@ -158,7 +159,7 @@ class Ledger:
         when somebody looks at their rank (`Account.rank`), and of a thousand tenants few are looked at.
         """
         for account in list(self._tenants.ahead):
-            self._settle_output(account)
+            self.settle_output(account)
             if not (account.ahead or account.meter.expected):
                 del self._tenants.ahead[account]
 
@@ -275,7 +276,6 @@ class Ledger:
         self._expect_no_more(record)
         # Its tenant is settled when somebody looks at it: it may have a thousand that run.
         record.account.meter.catch_up(record)
-        self._tenants.metered[record.account] = None
         if record.lost_mark > record.resumed_at:
             self._settle_recompute(record)
         self._recomputing.pop(record, None)

@@ -7,7 +7,7 @@ reads two growing numbers and nothing else.
 from typing import Any, Final, Protocol
 
 from coxswain.schemas.events import Event, Queued
-from coxswain.schemas.status import RequestStatus, StoryLine
+from coxswain.schemas.status import StoryLine
 from coxswain.service.scheduler.groups import ClassGroup
 from coxswain.service.scheduler.states import State
 from coxswain.service.scheduler.tenants import Account
@@ -42,10 +42,10 @@ class Record:
     __slots__ = (
         "account", "admitted_at", "aged", "arrived_at", "asked_class", "cached_tokens", "came",
         "charged_input", "child", "discarded_tokens", "earlier_outputs", "earlier_turns", "external_tokens",
-        "first_token_at", "group", "has_kv", "held_s", "held_since", "holds", "id", "lost_mark", "outputs",
+        "first_token_at", "group", "has_kv", "held_s", "held_since", "holds", "id", "lost_mark", "number", "outputs",
         "payload", "priority", "prompt_tokens", "protected_until", "queued_s", "queued_since",
-        "recomputed_tokens", "reloaded_tokens", "request", "restored_tokens", "resumed_at", "row",
-        "set_class", "settled", "settled_recompute", "shown", "state", "story", "ticket", "uncached_tokens",
+        "recomputed_tokens", "reloaded_tokens", "request", "restored_tokens", "resumed_at",
+        "set_class", "settled", "settled_recompute", "state", "story", "ticket", "uncached_tokens",
         "uncomputed_tokens", "was_cut",
     )  # fmt: skip
 
@@ -118,10 +118,8 @@ class Record:
         """Until then nobody cuts in on it (its class's quantum or cool-down)."""
         self.was_cut = False
         """Whether a cut-in stopped it and it has not run since."""
-        self.row: RequestStatus | None = None
-        """Its row in the last status frame, output tokens apart; None if that did not list it."""
-        self.shown = 0
-        """The output tokens that it had there."""
+        self.number = 0
+        """By which status calls it while it is listed; 0: it is not."""
         self.came = (now, step, prompt_tokens)
         """When it was first queued, in which step, its input tokens: the first line of its story."""
         self.story: list[tuple[float, int, type[Event], dict[str, Any]]] | None = None

@@ -1,9 +1,10 @@
 """Status: what a worker says of itself, built from the core. Pure; the shell supplies the engine's gauges.
 
-A delta holds what changed since the last frame, in absolute values; a full frame holds everything.
+A draft holds what changed since the last one, in absolute values; the bus makes frames of it (`bus/board.py`).
 Called at most every `COX_STATUS_INTERVAL_S`, so that its cost does not grow with the step rate.
 """
 
+import sys
 from itertools import islice
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import Epoch
 from coxswain.service.port import Draft
 from coxswain.service.scheduler.core import SteeringCore
-from coxswain.service.scheduler.rows import ClassRows, RequestRows, TenantRows, row
+from coxswain.service.scheduler.rows import ROWS_PER_STEP, RequestRows, TenantRows, class_rows, row
 
 
 class Identity(NamedTuple):
@@ -51,42 +52,44 @@ class Reporter:
         self.identity = identity
         self._requests = RequestRows(core, head)
         self._tenants = TenantRows(core.tenants)
-        self._classes = ClassRows(core.roster)
-        self._revision = 0
+        self._number = self._revision = 0
+        self._fresh = True
+        self._owed = 0
+        """Drafts until everything was told, since it began anew."""
+        self.anew()
 
-    def frame(
-        self,
-        now: float,
-        gauges: Gauges,
-        commands: st.CommandStats,
-        *,
-        full: bool,
-        repeat: bool = False,
-        peek: bool = False,
-    ) -> Draft:
-        """The next frame; the bus completes it.
+    def anew(self) -> None:
+        """Whoever listens knows nothing: the next draft is a first one, and what has no room in it follows."""
+        self._requests.anew()
+        self._tenants.anew()
+        self._fresh = self.core.roster.changed = True
+        # What ended is not told as gone: whoever reads frames must see that a revision is missing.
+        self._revision += 1
+        rows = max(len(self.core.roster.touched), len(self.core.tenants.touched))
+        self._owed = -(-rows // ROWS_PER_STEP)
 
-        `repeat` says that a full frame follows a delta with nothing in between: it has the delta's revision.
-        `peek` builds a full frame without taking note of it, for a query: it is of no revision.
+    def draft(self, now: float, gauges: Gauges, commands: st.CommandStats, *, answer: bool = False) -> Draft:
+        """What changed since the last draft, for the next frame.
+
+        `answer`: for the answer to a query, which must know everything at once. It is of no revision.
         """
         core, roster = self.core, self.core.roster
-        self._revision += not (repeat or peek)
-        core.ledger.settle_all()
-        gone: tuple[st.Gone, ...] = ()
-        if full:
-            requests = self._requests.full(peek=peek)
-            tenants = self._tenants.full(now, peek=peek)
-            classes = self._classes.full(now, peek=peek)
+        core.ledger.settle_counts()
+        limit = sys.maxsize if answer else ROWS_PER_STEP
+        requests, gone, head, tokens = self._requests.told(limit)
+        tenants, charges = self._tenants.told(limit)
+        fresh, self._fresh = self._fresh, False
+        self._number += 1
+        self._owed = max(0, self._owed - 1)
+        if answer:
+            self._owed = 0
         else:
-            requests, gone = self._requests.delta()
-            tenants = self._tenants.delta(now)
-            classes = self._classes.delta(now)
-        if not peek:
-            roster.changed = False
+            self._revision += 1
+            roster.changed = bool(roster.touched or core.tenants.touched)
         identity = self.identity
         queued = len(roster.records) - len(roster.running) - len(roster.held)
         frame = st.Frame(
-            worker=identity.worker, incarnation=identity.incarnation, seq=0, full=full, part=0, parts=1, sent_at=now,
+            worker=identity.worker, incarnation=identity.incarnation, seq=0, full=False, part=0, parts=1, sent_at=now,
             step=core.step, model=identity.model, vllm_version=identity.vllm_version, state=gauges.state,
             slots=st.Slots(
                 active=gauges.active_slots, total=gauges.total_slots,
@@ -96,9 +99,12 @@ class Reporter:
             step_s=gauges.step_s, queued=queued, running=len(roster.running), held=len(roster.held),
             preempted_total=core.ledger.preempted_total, recomputed_tokens_total=core.ledger.recomputed_total,
             commands=commands, leader=self.leader(now), config=core.digest, events_dropped_total=gauges.events_dropped,
-            revision=0 if peek else self._revision, classes=classes, gone=gone,
+            revision=0 if answer else self._revision, classes=class_rows(now, roster.classes.values()),
         )  # fmt: skip
-        return Draft(frame, requests, tenants)
+        return Draft(
+            number=self._number, fresh=fresh, complete=not self._owed, frame=frame,
+            requests=requests, gone=gone, head=head, tokens=tokens, tenants=tenants, charges=charges,
+        )  # fmt: skip
 
     def leader(self, now: float) -> st.Leader:
         """The leader this worker last heard."""

@@ -57,10 +57,10 @@ class Roster:
         """Forget a request that has ended, but for the next frame, which says that it is gone."""
         del self.records[record.id]
         self.families.leave(record)
-        if record.row is None:
-            self.touched.pop(record, None)
-        else:
+        if record.number:
             self.touched[record] = None
+        else:
+            self.touched.pop(record, None)
 
     def move(self, record: Record, transition: Transition) -> None:
         """Take a transition and keep the sets and counts in step with it.
@@ -89,9 +89,9 @@ class Roster:
             self._enter_hold(record, account, group, old, new)
         if (new in SLOTTED) is not (old in SLOTTED):
             (account.meter.start if new in SLOTTED else account.meter.stop)(record)
-            self._tenants.metered[account] = None
         record.state = new
         self._tenants.touched[account] = True
+        self.touched[record] = None
         self.changed = True
 
     def _enter_hold(
@@ -197,5 +197,5 @@ class Roster:
         for some in (self.running, self.held, self.kept, self.parked, self.awaiting_first):
             assert some.keys() <= live
         ended = self.touched.keys() - live
-        assert all(record.state is State.FINISHED and record.row is not None for record in ended)
+        assert all(record.state is State.FINISHED and record.number for record in ended)
         self.families.validate(live)

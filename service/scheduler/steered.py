@@ -7,7 +7,6 @@ the core decides is done by `mechanism.py`. No policy and no NATS here. All of i
 import os
 import time
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any, Final
@@ -82,7 +81,7 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         self._identity_key = read_key(os.environ)
         ours = {"signed_ids": self._identity_key is not None, "coxswain": __version__}
         settings = compat.settings(self.vllm_config) | ours
-        answers = Answers(self.reporter, partial(self._frame, peek=True), settings)
+        answers = Answers(self.reporter, partial(self._draft, answer=True), settings)
         self.inbox = Inbox(self.port, self.core, self.commands, answers)
         self.victims = Victims(self)
         self.waiting = SteeredRequestQueue(self.core, self.mechanism)
@@ -93,6 +92,8 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         self._tick_at = float("inf")
         self.cadence = Cadence(self.settings.status_interval_s, self.settings.full_interval_s)
         self._said_idle = False
+        self._begun = self.port.beginnings
+        """Of how many beginnings of the bus the reporter knows."""
         self._stop_at = 0.0
         self._step_began = 0.0
         self._again: list[Any] = []
@@ -353,35 +354,36 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
     def _rest(self, now: float) -> None:
         """The engine goes to sleep: say everything that is unsaid, and when to wake."""
         self._step_began = 0.0
-        due, roster, cadence = self._tick_at, self.core.roster, self.cadence
-        if self.port.connected and (roster.changed or not self._said_idle):
-            if now >= cadence.at:
+        due = self._tick_at
+        if self.port.connected and self._unsaid:
+            if now >= self.cadence.at:
                 self._publish(now, idle=True)
-            if roster.changed or not self._said_idle:
-                due = min(due, cadence.wake_at(changed=roster.changed))
+            if self._unsaid:
+                due = min(due, self.cadence.at)
         if self.port.pending():
             due = now
         self.port.wake_later(None if due == float("inf") else due - now)
         self.port.flush(events=True)
 
+    @property
+    def _unsaid(self) -> bool:
+        """Whether an engine that goes to sleep has something to say, if only that it does."""
+        return self.core.roster.changed or not self._said_idle or self._begun != self.port.beginnings
+
     def _publish(self, now: float, *, idle: bool) -> None:
-        """Say what changed, and everything where that is due: who has what changed need not read the many rows."""
-        full = self.cadence.full(now, idle=idle)
-        cost_s = self._send(lambda: FrameOut(self._frame(now, full=False), idle=False))
-        full_cost_s = self._send(lambda: FrameOut(self._frame(now, repeat=True), idle)) if full else None
-        self._said_idle = idle and full
-        self.cadence.sent(now, cost_s, full_cost_s)
-
-    def _send(self, make: Callable[[], FrameOut]) -> float:
-        """Make a frame and hand it over; what it took of this thread (s), the bus's end of it included."""
+        """Tell what changed, and take note of what that took of this thread, the bus's end of it included."""
         began = time.thread_time()
-        self.port.put(make())
+        self.port.put(FrameOut(self._draft(now), idle))
         self.port.flush()
-        return time.thread_time() - began
+        self._said_idle = idle
+        self.cadence.sent(now, time.thread_time() - began)
 
-    def _frame(self, now: float, *, full: bool = True, repeat: bool = False, peek: bool = False) -> Draft:
+    def _draft(self, now: float, *, answer: bool = False) -> Draft:
+        if self._begun != (beginnings := self.port.beginnings):
+            self._begun = beginnings
+            self.reporter.anew()
         commands = self.commands.stats(self.port.pending())
-        return self.reporter.frame(now, self._gauges(), commands, full=full, repeat=repeat, peek=peek)
+        return self.reporter.draft(now, self._gauges(), commands, answer=answer)
 
     def _gauges(self) -> Gauges:
         pool = self.kv_cache_manager.block_pool

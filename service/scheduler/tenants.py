@@ -8,7 +8,6 @@ is done here; `lift` grows when a tenant returns from idle (VTC's counter lift, 
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from itertools import islice
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 MAX_TENANTS: Final = 65_536
 """Accounts kept; the requests of tenants beyond share the account `OVERFLOW`."""
 OVERFLOW: Final = "other"
-MANY_GREW: Final = 8
-"""Members with old keys that a walk through a small `RankHeap` puts up with; of a large one, an eighth more."""
 
 
 class Account(Group):
@@ -97,6 +94,7 @@ class Account(Group):
         """Count and charge the output that was delivered since this was last called; nobody expected it.
 
         `Meter.read` and `deliver` in one, without their calls: every step that admits asks this of many tenants.
+        No news for status: its reader settles for itself, by the same sum (`bus/board.py`).
         """
         tenants, meter = self.tenants, self.meter
         self.settled_at = tenants.deliveries
@@ -104,8 +102,6 @@ class Account(Group):
             self.output_tokens += news
             self.charged += news * tenants.prices.output / self.weight
             self.virtual_time = self.base + self.charged + self.lift
-            if self not in tenants.touched:
-                tenants.touched[self] = False
 
     def charge(self, cost: float) -> None:
         """Add `cost` (tokens × price) at the weight in force now."""
@@ -151,9 +147,7 @@ class Tenants:
         self.table: dict[str, TenantPolicy] = {}
         self.accounts: dict[str, Account] = {}
         self.touched: dict[Account, bool] = {}
-        """Changed since the last status frame, ages apart; False: it was charged and delivered to, nothing else."""
-        self.metered: dict[Account, None] = {}
-        """Those to which something may have been delivered since it was last charged."""
+        """Changed since the last status frame, by more than output and its charge; False: it was charged, no more."""
         self.ahead: dict[Account, None] = {}
         """Those that are charged for output that is expected."""
         self.deliveries = 0
@@ -288,12 +282,8 @@ class RankHeap(Generic[R]):
 
     def _compact(self) -> None:
         if len(self._heap) > 2 * len(self._serials) + 64:
-            self._rebuild()
-
-    def _rebuild(self) -> None:
-        """Every member once, with the key that it has now."""
-        self._heap = [(*item.rank, serial, item) for item, serial in self._serials.items()]
-        heapq.heapify(self._heap)
+            self._heap = [(*item.rank, serial, item) for item, serial in self._serials.items()]
+            heapq.heapify(self._heap)
 
     def least(self) -> R | None:
         """The member that comes first, or None."""
@@ -324,32 +314,24 @@ class RankHeap(Generic[R]):
     def walk(self) -> Iterator[R]:
         """Members in order, lazily: the first k cost O(k log k), whatever the number, where few have grown.
 
-        Best first through the heap, whose stored keys are never too large: a member that grew is put off
-        until its own key is reached (its index is then negative: its children have been seen). When many
-        have grown, it is cheaper to rebuild the heap and go on behind what was already given.
+        Best first through the heap, whose stored keys are never too large: a member that grew is put in its place
+        when its old key is reached, and the next walk finds it there.
         """
-        heap = self._heap
+        heap, serials = self._heap, self._serials
         frontier = [(heap[0], 0)] if heap else []
-        given = grown = 0
         while frontier:
             entry, index = heapq.heappop(frontier)
             item: R = entry[-1]
-            if index >= 0:
-                for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
-                    heapq.heappush(frontier, (heap[child], child))
-                serial = self._serials.get(item)
-                if serial != entry[-2]:
-                    continue
-                if (now := (*item.rank, serial, item)) > entry:
-                    grown += 1
-                    if grown > MANY_GREW + len(heap) // 8:
-                        self._rebuild()
-                        yield from islice(self.walk(), given, None)
-                        return
-                    heapq.heappush(frontier, (now, ~index))
-                    continue
-            given += 1
-            yield item
+            serial = serials.get(item)
+            if serial == entry[-2] and (now := (*item.rank, serial, item)) > entry:
+                # What lies below this place was not looked at yet, and nothing else is moved.
+                _sink(heap, index, now)
+                heapq.heappush(frontier, (heap[index], index))
+                continue
+            for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
+                heapq.heappush(frontier, (heap[child], child))
+            if serial == entry[-2]:
+                yield item
 
     def validate(self) -> None:
         """Check every invariant; for tests."""
@@ -357,3 +339,15 @@ class RankHeap(Generic[R]):
         live = {entry[-1]: entry for entry in self._heap if self._serials.get(entry[-1]) == entry[-2]}
         assert live.keys() == self._serials.keys()
         assert all(entry[:-2] <= item.rank for item, entry in live.items()), "a fall was not told"
+
+
+def _sink(heap: list[tuple[Any, ...]], index: int, entry: tuple[Any, ...]) -> None:
+    """Put an entry into the place of a smaller one, or as far below it as it belongs."""
+    while (child := 2 * index + 1) < len(heap):
+        if child + 1 < len(heap) and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] > entry:
+            break
+        heap[index] = heap[child]
+        index = child
+    heap[index] = entry

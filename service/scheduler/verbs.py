@@ -239,8 +239,8 @@ class Commands:
     def _rank(self, _now: float, _role: str, command: c.Command) -> Results:
         assert isinstance(command, c.Rank)
         core = self.core
-        core.ledger.settle_all()
-        if command.prices is not None:
+        if command.prices is not None and command.prices != core.tenants.prices:
+            core.ledger.settle_all()
             core.tenants.prices = command.prices
         results: Results = []
         for name, rank in command.tenants.items():

@@ -222,7 +222,8 @@ async def test_idle_frame_is_repeated_until_the_engine_speaks(client, worker: Wo
     assert 0.9 < third.sent_at - second.sent_at < 10
     assert third.leader.age_s - second.leader.age_s == pytest.approx(third.sent_at - second.sent_at, abs=0.01)
     worker.engine.send_frame(frame(full=False))
-    assert decode_frame((await status.next_msg(timeout=30)).data).full is False
+    said = [decode_frame((await status.next_msg(timeout=30)).data) for _ in range(2)]
+    assert [each.full for each in said] == [False, True], "what changed, and everything, which is due"
     with pytest.raises(TimeoutError):
         await status.next_msg(timeout=1.5)
 

@@ -6,6 +6,7 @@ import pytest
 
 from bench.rig import Rig, vllm_config
 from coxswain.service.port import FrameOut
+from coxswain.service.scheduler import report
 
 pytestmark = pytest.mark.vllm
 
@@ -24,8 +25,8 @@ def test_a_dear_frame_puts_off_the_next(
     rig = Rig(SteeredScheduler, vllm_config())
     scheduler = rig.scheduler
     scheduler.port.connected = True
-    scheduler._frame(scheduler.now())  # the first one is slow: it runs code that never ran before
-    cheap = scheduler.reporter.frame
+    scheduler._draft(scheduler.now())  # the first one is slow: it runs code that never ran before
+    cheap = scheduler.reporter.draft
     sent: list[object] = []
 
     def work() -> None:
@@ -44,10 +45,7 @@ def test_a_dear_frame_puts_off_the_next(
 
     scheduler.port.attach_bus(encode)
     if to == "build":
-        monkeypatch.setattr(scheduler.reporter, "frame", dear)
-    monkeypatch.setattr(
-        scheduler.cadence, "full", lambda *_, **__: False
-    )  # a full one would come beside the delta, and cost as much again
+        monkeypatch.setattr(scheduler.reporter, "draft", dear)
     moments: list[float] = []
     real = scheduler.now
     monkeypatch.setattr(scheduler, "now", lambda: moments.append(real()) or moments[-1])
@@ -59,33 +57,36 @@ def test_a_dear_frame_puts_off_the_next(
     scheduler.shutdown()
 
 
-def test_an_engine_with_a_dear_full_frame_goes_to_sleep_in_two_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First what changed, with a time to wake; once a full frame has been paid for that one, which its bus repeats."""
+def test_an_engine_that_goes_to_sleep_says_everything_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bus that knows nothing is told in several drafts, with a time to wake between them; then nothing more.
+
+    And once more, should it be another bus by then.
+    """
     from coxswain.service.scheduler import SteeredScheduler
 
     monkeypatch.delenv("COX_NATS_URL", raising=False)
+    monkeypatch.setattr(report, "ROWS_PER_STEP", 10)
     rig = Rig(SteeredScheduler, vllm_config())
     scheduler = rig.scheduler
     scheduler.port.connected = True
     now = 5_000.0
     monkeypatch.setattr(scheduler, "now", lambda: now)
-    scheduler.cadence.sent(now, 0.0, 0.03)  # it cost 30 ms, so three seconds pass to the next
-    said: list[tuple[bool, bool]] = []
-
-    def take() -> None:
-        said.extend((item.draft.frame.full, item.idle) for item in scheduler.port.collect())
-
-    scheduler.port.attach_bus(take)
+    for number in range(25):
+        scheduler.core.tenants.account(f"t{number}").seen = True
+    scheduler.reporter.anew()
+    said: list[FrameOut] = []
+    scheduler.port.attach_bus(lambda: said.extend(scheduler.port.collect()))
     wishes: list[float | None] = []
     monkeypatch.setattr(scheduler.port, "wake_later", wishes.append)
-    heard: list[list[tuple[bool, bool]]] = []
-    for _ in range(8):
-        assert not scheduler.has_requests()
-        heard.append(said[:])
+    for _ in range(2):
+        for _ in range(6):
+            assert not scheduler.has_requests()
+            assert wishes[-1] is None or wishes[-1] > 0
+            now += wishes[-1] or 0.1
+        assert [(item.idle, item.draft.fresh, item.draft.complete, len(item.draft.tenants)) for item in said] == [
+            (True, True, False, 10), (True, False, False, 10), (True, False, True, 5)
+        ]  # fmt: skip
+        assert wishes[-3:] == [None] * 3
         said.clear()
-        assert wishes[-1] is None or wishes[-1] > 0
-        now += wishes[-1] or 0.0
+        scheduler.port.begin_anew()
     scheduler.shutdown()
-    delta, full = (False, False), (True, True)
-    assert heard[:6] == [[], [delta], [delta], [delta], [delta, full], []]
-    assert wishes[4:] == [None] * 4

@@ -8,6 +8,8 @@ import threading
 import time
 from typing import Any
 
+from msgspec.structs import replace
+
 from coxswain.schemas.commands import Reply
 from coxswain.schemas.policy import Prices
 from coxswain.schemas.status import (
@@ -43,7 +45,9 @@ class Engine:
         self.busy = busy
         self.status = frame(full=True)
         """What it says when asked."""
-        self._events = 0
+        self._events = self._drafts = 0
+        self._said: tuple[Frame, bool] | None = None
+        self._begun = port.beginnings
         self._woken = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -65,14 +69,14 @@ class Engine:
         return [item.command.id for item in self.taken if isinstance(item, CommandIn)]
 
     def send_frame(self, made: Frame, *, idle: bool = False) -> None:
-        """Give the bus a status frame."""
-        rows = [(row, row.output_tokens) for row in made.requests]
-        tenants = [
-            (row, row.oldest_queued_s, row.virtual_time, row.charged, row.output_tokens_total)
-            for row in made.tenants
-        ]
-        self.port.put(FrameOut(Draft(made, rows, tenants), idle))
+        """Give the bus a status frame: a full one begins anew. A sleeping engine says its last again if it must."""
+        self._said = (made, idle)
+        self.port.put(FrameOut(self._draft(made), idle))
         self.port.flush(events=True)
+
+    def _draft(self, made: Frame) -> Draft:
+        self._drafts += 1
+        return draft(made, self._drafts)
 
     def send_events(self, count: int) -> None:
         """Give the bus `count` events, numbered on from the last."""
@@ -89,6 +93,10 @@ class Engine:
             while not self.busy and (item := self.port.take() or self.port.take_query()) is not None:
                 self.taken.append(item)
                 self._answer(item)
+            if self._begun != self.port.beginnings:
+                self._begun = self.port.beginnings
+                if self._said is not None and self._said[1]:
+                    self.send_frame(self._said[0], idle=True)
             self.port.flush(events=True)
 
     def _answer(self, item: Any) -> None:
@@ -99,9 +107,25 @@ class Engine:
                 "queue": QueuePage(requests=(), next=None, total=0),
                 "request": RequestReport(request=getattr(item.query, "request", ""), children=()),
                 "config": _config(),
-                "status": self.status,
+                "status": self._draft(self.status),
             }
             self.port.put(AnswerOut(item.token, answers[item.what]))
+
+
+def draft(made: Frame, number: int) -> Draft:
+    """A frame as an engine tells it; a full one begins anew."""
+    numbers = range(1, len(made.requests) + 1)
+    waiting = [(n, row.output_tokens) for n, row in zip(numbers, made.requests, strict=True)]
+    return Draft(
+        number=number,
+        fresh=made.full,
+        complete=True,
+        frame=replace(made, full=False, tenants=(), requests=()),
+        requests=[(n, row, False) for n, row in zip(numbers, made.requests, strict=True)],
+        head=[n for n, _ in waiting],
+        tokens=[tokens for _, tokens in waiting],
+        tenants=[(row, None, row.output_tokens_total, 2.0) for row in made.tenants],
+    )
 
 
 def event(seq: int) -> EventOut:

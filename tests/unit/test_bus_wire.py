@@ -12,9 +12,10 @@ from coxswain.schemas.events import KINDS, Event
 from coxswain.schemas.policy import Lead
 from coxswain.schemas.status import QueueQuery, RequestQuery
 from coxswain.service.bus import wire
-from coxswain.service.port import AnswerOut, CommandIn, Draft, EventOut, FrameOut, LeadIn, QueryIn
+from coxswain.service.bus.board import Board
+from coxswain.service.port import AnswerOut, CommandIn, EventOut, FrameOut, LeadIn, QueryIn
 from tests.support import structs
-from tests.support.engine import frame
+from tests.support.engine import draft, frame
 
 ENVELOPE = Event.__struct_fields__
 
@@ -87,11 +88,16 @@ def test_messages_survive_any_cut(leads: list[Lead], size: int) -> None:
 
 def test_frames_answers_and_queries() -> None:
     """A frame keeps its rows and the numbers beside them; an answer is the JSON that it would have been."""
-    whole = frame(requests=2)
-    draft = Draft(whole, ((whole.requests[0], 9),), ())
-    arrived = across_up(FrameOut(draft, True))
-    assert (arrived.idle, arrived.draft.complete()) == (True, draft.complete())
-    assert across_up(AnswerOut("t", whole)) == AnswerOut("t", whole)
+    told = draft(frame(requests=2, tenants=3), 7)
+    arrived = across_up(FrameOut(told, True))
+    assert arrived.idle
+    boards = Board(1.0), Board(1.0), Board(1.0)
+    for board, each in zip(
+        boards, (told, arrived.draft, across_up(AnswerOut("t", told)).answer), strict=True
+    ):
+        assert board.take(each)
+    assert boards[0].full() == boards[1].full() == boards[2].full()
+    assert (len(boards[0].full().requests), len(boards[0].full().tenants)) == (2, 3)
     refusal = across_up(AnswerOut("t", RefusedError(Code.NOT_FOUND, "no"))).answer
     assert (refusal.code, refusal.message) == (Code.NOT_FOUND, "no")
     for query in (None, QueueQuery(after="4", limit=2), RequestQuery(request="r")):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from coxswain.schemas.commands import encode
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import CommandStats
+from coxswain.service.bus.board import Board
 from coxswain.service.edge.caps import EdgeCaps, EdgeFrame, Passage
 from coxswain.service.edge.core import Refusal
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
@@ -30,7 +31,10 @@ class Server:
     def tell(self) -> None:
         """The edge hears a full frame."""
         self._seq += 1
-        frame = self._reporter.frame(self.engine.now, GAUGES, CommandStats(), full=True).complete()
+        board = Board(1.0)
+        self._reporter.anew()
+        board.take(self._reporter.draft(self.engine.now, GAUGES, CommandStats()))
+        frame = board.full()
         payload = encode(msgspec.structs.replace(frame, seq=self._seq))
         self.caps.heard(msgspec.json.decode(payload, type=EdgeFrame), 0.0)
 

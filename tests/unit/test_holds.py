@@ -341,4 +341,3 @@ def test_settling_costs_nothing_for_what_has_no_slot() -> None:
     assert list(kept.account.meter.lists) == [kept]
     engine.finish(kept)
     engine.core.ledger.settle_all()
-    assert not engine.core.tenants.metered

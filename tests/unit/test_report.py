@@ -12,11 +12,14 @@ from coxswain.schemas.commands import encode
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import MAX_PAGE, CommandStats, Frame, QueueQuery, RequestStatus, TenantStatus
+from coxswain.service.bus import wire
+from coxswain.service.bus.board import Board
+from coxswain.service.port import Draft
 from coxswain.service.scheduler import rows as module
 from coxswain.service.scheduler.lines import MAX_SKIPPED
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
 from coxswain.service.scheduler.rows import row, tenant_row
-from tests.support.fake_engine import FakeEngine, picture
+from tests.support.fake_engine import FakeEngine
 from tests.support.happenings import OPERATIONS, act, rank
 
 GAUGES = Gauges(
@@ -40,10 +43,30 @@ class Reported:
         self.engine = FakeEngine(slots=slots)
         self.head = head
         self.reporter = Reporter(self.engine.core, Identity("w1", "01INC", "m", "0.32.0"), head)
+        self.board = Board(1.0)
+        self.frame(full=True)  # the first one
+
+    def tell(self, *, answer: bool = False) -> Draft:
+        """What the engine tells next, across the socket to the bus."""
+        told = self.reporter.draft(self.engine.now, GAUGES, COMMANDS, answer=answer)
+        message = wire.FrameUp(told, False)
+        ((arrived,),) = (
+            wire.read_batch(body).messages for body in wire.unpack(bytearray(wire.pack_up(0, [message])))
+        )
+        assert isinstance(arrived, wire.FrameUp)
+        assert self.board.take(arrived.draft)
+        return told
 
     def frame(self, *, full: bool = False, peek: bool = False) -> Frame:
-        """The next frame."""
-        return self.reporter.frame(self.engine.now, GAUGES, COMMANDS, full=full, peek=peek).complete()
+        """The next frame, as the bus makes it."""
+        self.tell(answer=peek)
+        while self.engine.core.roster.changed and not peek:  # more than one draft holds
+            self.tell()
+        if full:
+            return self.board.full(peek=peek)
+        delta = self.board.delta()
+        assert delta is not None
+        return delta
 
 
 class Listener:
@@ -77,6 +100,7 @@ class Listener:
     def knows_the_truth(self, reported: "Reported") -> None:
         """Everything that rows made from scratch, with nothing remembered, would say."""
         core = reported.engine.core
+        core.ledger.settle_all()
         waiting = list(core.queue.walk())[: reported.head]
         places = {record: place for place, record in enumerate(waiting)}
         listed = [*core.roster.running, *core.roster.held, *waiting]
@@ -84,7 +108,7 @@ class Listener:
         assert self.requests == {(each.request, each.child): each for each in expected}
         seen = [account for account in core.tenants.accounts.values() if account.seen]
         assert {name: timeless(each) for name, each in self.tenants.items()} == {
-            account.name: timeless(tenant_row(0.0, account)) for account in seen
+            account.name: timeless(tenant_row(account)) for account in seen
         }
 
 
@@ -256,13 +280,83 @@ def test_name_that_is_used_again_at_once_is_not_gone() -> None:
 
 
 def test_peek_takes_no_note() -> None:
-    """A full frame for a query leaves the stream of deltas as it was."""
+    """A full frame for a query leaves the stream of deltas as it was: what is news stays news, and has no revision."""
     reported = Reported()
     reported.engine.submit()
-    before = picture(reported.engine.core)
-    reported.frame(full=True, peek=True)
-    assert picture(reported.engine.core) == before
-    assert len(reported.frame().requests) == 1
+    revision = reported.frame().revision
+    reported.engine.submit()
+    assert reported.frame(full=True, peek=True).revision == 0
+    assert reported.engine.core.roster.changed, "or a sleeping engine would keep it to itself"
+    frame = reported.frame()
+    assert (len(frame.requests), frame.revision) == (1, revision + 1)
+
+
+def test_everything_is_told_anew_a_little_at_a_time() -> None:
+    """To a bus that knows nothing: no draft has more rows than a step can bear, and the last makes everything known."""
+    reported = Reported(head=2)
+    engine = reported.engine
+    for number in range(600):
+        record = engine.submit(f"t{number}")
+        if number % 2:
+            engine.core.holds.hold(engine.now, record, "operator", "keep", None, "")
+    before = reported.frame(full=True)
+    engine.finish(record)
+    reported.reporter.anew()
+    drafts = [reported.tell()]
+    assert drafts[0].frame.revision > before.revision + 1, "who ended meanwhile is not told: a gap says so"
+    while not drafts[-1].complete:
+        assert not reported.board.complete, "a full frame would lack rows"
+        drafts.append(reported.tell())
+    assert [draft.fresh for draft in drafts] == [True] + [False] * (len(drafts) - 1)
+    assert max(len(draft.requests) for draft in drafts) <= module.ROWS_PER_STEP + 2
+    assert max(len(draft.tenants) for draft in drafts) <= module.ROWS_PER_STEP
+    after = reported.board.full()
+    assert {row.request for row in before.requests} - {row.request for row in after.requests} == {
+        record.request
+    }
+    assert len(after.tenants) == len(before.tenants) == 600
+
+
+def test_a_bus_that_missed_something_says_so_and_makes_nothing_of_the_rest() -> None:
+    """Rows told by what changed are worth nothing with a gap: everything is told anew, and then all is as it was."""
+    reported = Reported()
+    missed: list[None] = []
+    board = Board(1.0, lambda: missed.append(None))
+
+    def draft() -> Draft:
+        return reported.reporter.draft(reported.engine.now, GAUGES, COMMANDS)
+
+    reported.engine.submit("a")
+    assert not board.take(draft()), "of what was told before it was there it knows nothing, and was told so"
+    reported.reporter.anew()
+    assert board.take(draft())
+    reported.engine.submit("b")
+    draft()
+    reported.engine.submit("c")
+    assert not board.take(draft())
+    assert (len(missed), board.complete, board.delta()) == (1, False, None)
+    assert not board.take(draft())
+    assert len(missed) == 1
+    reported.reporter.anew()
+    assert board.take(draft())
+    assert [row.tenant for row in board.full().requests] == ["a", "b", "c"]
+
+
+def test_output_is_charged_by_whoever_looks() -> None:
+    """The engine settles nobody for a frame, and what a frame says is what it would have if it had."""
+    reported = Reported()
+    engine = reported.engine
+    record = engine.submit(prompt=10)
+    engine.admit()
+    reported.frame(full=True)
+    engine.deliver(record, 7)
+    (row,) = reported.frame().tenants
+    assert (record.account.output_tokens, record.account.charged) == (0, 10)
+    assert (row.output_tokens_total, row.charged, row.virtual_time) == (7, 24, 24)
+    rank(engine, "a", weight=0.5)
+    engine.deliver(record, 1)
+    (row,) = reported.frame().tenants
+    assert (row.output_tokens_total, row.charged) == (8, 28)
 
 
 @pytest.mark.parametrize("head", [0, 3, 64])
