@@ -37,7 +37,7 @@ def steered() -> Steered:
 
 def caps(steered: Steered, tenant: str = "a") -> tuple[int | None, int | None]:
     """What status says is in force on a tenant."""
-    row = tenant_row(0.0, steered.engine.core.tenants.account(tenant))
+    row = tenant_row(steered.engine.core.tenants.account(tenant))
     return row.max_running, row.max_queued
 
 
