@@ -61,6 +61,8 @@ SIDES: Final = {
     "vllm": Side("vtc", "vllm"),
     "vllm-predict": Side("vtc:predict=average", "vllm"),
     "vllm-oracle": Side("vtc-oracle", "vllm"),
+    "fill95": Side("vtc:fill=0.95", "vllm"),
+    "fill100": Side("vtc:fill=1.0", "vllm"),
     "preempt": Side("vtc:preempt_gap=2000", "vllm"),
 }
 SEEDED: Final = tuple(name for name in SIDES if name not in ("oracle", "fcfs", "bucket", "vllm-oracle"))
