@@ -26,6 +26,9 @@ MAX_TARGETS: Final = 1_000
 MAX_COMMANDS: Final = 16
 """Commands of one verb to one worker in one step."""
 
+NEVER: Final = 0, "", float("-inf")
+"""The priority and class, and when they were told, of a request that was told none."""
+
 Order = tuple[str, dict[str, Any]]
 """A verb, and the fields of its command beside the envelope."""
 Value = TypeVar("Value")
@@ -40,13 +43,14 @@ def prioritize(
     vetting: Vetting,
 ) -> list[Order]:
     """`prioritize` for requests whose priority or class is other than wanted, the most urgent first."""
-    keys = [key for key in {**priorities, **classes} if view.request(key) is not None]
-    urgent = _of_requests(keys, priorities, vetting.priority, min)
-    into = _of_requests(keys, classes, vetting.class_, lambda first, _: first)
+    rows = {key: row for key in {**priorities, **classes} if (row := view.request(key)) is not None}
+    urgent = _of_requests(rows, priorities, vetting.priority, min)
+    into = _of_requests(rows, classes, vetting.class_, lambda first, _: first)
     differ: dict[str, tuple[int, str, bool]] = {}
-    for key in keys:
-        request = key[0]
-        priority, class_ = _place(now, view, told, key)
+    for (request, _), row in rows.items():
+        priority, class_, at = told.places.get(request, NEVER)
+        if now - at >= ECHO_S:
+            priority, class_ = row.priority, row.class_
         wanted, to = urgent.get(request, priority), into.get(request, class_)
         if (wanted, to) != (priority, class_):
             differ.setdefault(request, (wanted, to, to != class_))
@@ -140,16 +144,6 @@ def _of_requests(
         if key in wanted and (value := take(request, wanted[key])) is not None:
             found[request] = reduce(found[request], value) if request in found else value
     return found
-
-
-def _place(now: float, view: WorkerView, told: Told, key: RequestKey) -> tuple[int, str]:
-    """Its priority and class: as just told, else as its row says."""
-    priority, class_, at = told.places.get(key[0], (0, "", float("-inf")))
-    if now - at < ECHO_S:
-        return priority, class_
-    row = view.request(key)
-    assert row is not None, "asked about requests that we know of only"
-    return row.priority, row.class_
 
 
 def _held(now: float, view: WorkerView, told: Told, key: RequestKey) -> bool:
