@@ -170,7 +170,7 @@ def units(sizes: Sizes) -> list[Unit]:
         path(few),
         mixed("fcfs", STOCK, extra_s=22.0),
         mixed("steady: batch alone", STEERED, interactive=False, steady=True),
-        *(decodes(many, round_, side) for round_, side in turns),
+        *(decodes(many, round_, side) for round_, side in (*turns, *more)),
         *(loop(many, round_, side) for round_, side in turns),
         path(many),
     ]  # fmt: skip
