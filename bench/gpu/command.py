@@ -63,7 +63,7 @@ async def _steps(llm: Any, seconds: float) -> dict[str, float]:
 
 async def _client(wire: Any, request: str, count: int) -> list[float]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "bench.gpu", "client", request, "--worker", wire.worker, "--count", str(count),
+        sys.executable, "-m", "bench.gpu", "client", request, "--worker", *wire.workers, "--count", str(count),
         stdout=asyncio.subprocess.PIPE, env=dict(os.environ),
     )  # fmt: skip
     try:

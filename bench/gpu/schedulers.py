@@ -39,7 +39,9 @@ class Metered:
         """As the class behind this one, and note who is new."""
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         for new in output.scheduled_new_reqs:
-            self._silent[new.req_id].append(time.perf_counter())
+            # Who comes back is new to the V2 runner, and may have spoken before.
+            if len(stages := self._silent.get(new.req_id, ())) == 1:
+                stages.append(time.perf_counter())
         return output
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
