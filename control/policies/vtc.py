@@ -21,8 +21,8 @@ ahead: others get that from now on, while who returns waits beside them. V of se
 returns waits up to a request longer. Nor is a long output charged ahead whole while others wait whose own are short
 (`NEAR`): as these end, who comes next is decided anew. `preempt_gap` goes beyond the paper, whose engine cannot:
 while the least counter of those that wait on a worker is more than that below a running request's, the request is
-held. `fill` bounds how many run on a worker that loses KV (`crowd`): what vLLM preempts is computed again, and a
-tenant whose requests are struck falls behind meanwhile.
+held. `fill`, where it is set, bounds how many run on a worker that loses KV (`crowd`): what vLLM preempts is
+computed again, and a tenant whose requests are struck falls behind meanwhile. Who comes new waits longer for it.
 
 What a frame shows is up to a frame period old, and a visit may begin and end between two: a tenant that was
 idle and whose lift or input total grew has visited. How far to lift: at least to what the floor was a frame
@@ -105,7 +105,7 @@ class Vtc:
         """Whether expected output is charged at admission, by the tenant's moving average."""
         preempt_gap: Price | None = None
         """Hold running requests of tenants that are this far ahead of one that waits; none: never."""
-        fill: Part | None = 0.9
+        fill: Part | None = None
         """Where KV is lost, let as many run as have this part of it on average; none: as many as fit at first."""
 
     def __init__(self, params: Params) -> None:

@@ -264,8 +264,9 @@ def test_vtc_caps_every_class_by_its_share():
 
 
 def test_vtc_bounds_without_a_look_at_single_requests():
-    """It does so unless told otherwise, and reading every request would cost a large fleet's controller most."""
-    policy = Vtc(Vtc.Params())
+    """It does so only when told to, and reading every request would cost a large fleet's controller most."""
+    assert Vtc(Vtc.Params())._crowd is None
+    policy = Vtc(Vtc.Params(fill=0.9))
     assert policy._crowd is not None
     assert policy.sees == "tenants"
 
@@ -273,7 +274,7 @@ def test_vtc_bounds_without_a_look_at_single_requests():
 def test_workers_that_are_gone_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their names may be new with every start, so what is known by name must not grow with them."""
     monkeypatch.setattr(fleet_module, "MAX_WORKERS", 1)
-    policy, fleet = Vtc(Vtc.Params()), Fleet()
+    policy, fleet = Vtc(Vtc.Params(fill=0.9)), Fleet()
     assert policy._crowd is not None
     blocks = KvBlocks(total=1_000, used=100, held=0)
     status = ClassStatus(class_="default", queued=0, running=10, held=0, oldest_queued_s=0.0)

@@ -146,7 +146,7 @@ def test_a_bounded_crowd_keeps_its_kv():
     ]
     runs = {
         settings: measure(run(arrivals, Setup(policy="vtc", settings=settings, device=small(4_000))).lives)
-        for settings in (("fill=none",), ())
+        for settings in ((), ("fill=0.9",))
     }
     free, bounded = runs.values()
     assert free.done == bounded.done == 80
@@ -167,7 +167,7 @@ def test_a_bound_on_several_classes_holds_hardly_anybody():
         {name: ClassPolicy(position=place) for place, name in enumerate(names)},
         {name: TenantPolicy(class_=name) for name in names},
     )
-    setup = Setup(policy="vtc", device=DEVICES["vtc-a10g"], tables=tables)
+    setup = Setup(policy="vtc", settings=("fill=0.9",), device=DEVICES["vtc-a10g"], tables=tables)
     outcome = run(arrivals, setup)
     assert all(life.done for life in outcome.lives)
     assert sum(state == "held" for life in outcome.lives for _, _, state in life.spans()) < 10
