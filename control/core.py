@@ -23,6 +23,7 @@ from coxswain.control.policy import Directives, Policy, Tables, weight_of
 from coxswain.control.told import ECHO_S, Told
 from coxswain.control.vetting import Config, Vetting
 from coxswain.schemas.commands import COMMANDS, Command
+from coxswain.schemas.errors import Code
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import (
     ClassPolicy,
@@ -261,7 +262,9 @@ class ControlCore:
     def _answered(self, answer: Answer, now: float) -> None:
         worker, verb, command = answer.send
         if (told := self._told.get(worker)) is not None:
-            ok = answer.ok or (verb in ABOUT_REQUESTS and answer.code in NOT_FAILURES)
+            about = verb in ABOUT_REQUESTS and answer.code in NOT_FAILURES
+            # None of the classes is there any more: other caps stand, and there is nothing to try again.
+            ok = answer.ok or about or (verb == "limit" and answer.code == Code.NOT_FOUND)
             told.answered(verb, command.id, now, ok=ok)
 
     def _configure(

@@ -139,6 +139,7 @@ class WorkerView:
         gone = self.busy - {row.tenant for row in frame.tenants}
         self._put(self.tenants.differing(frame.tenants, self.busy), changed)
         self._put(map(self.tenants.idle, sorted(gone)), changed)
+        self.classes = {}  # one that is listed no more was taken out of the table
         self._put_classes(frame)
         requests = {(row.request, row.child): row for row in frame.requests}
         for key, row in self.requests.items():

@@ -109,6 +109,9 @@ def limit(
         unknown, told.inherited = _capped(view, tables), False
     differ: defaultdict[Cap, list[Group]] = defaultdict(list)
     for group in dict.fromkeys([*wanted, *told.caps, *unknown]):
+        if view.complete and group[0] == "class" and group[1] not in view.classes:
+            told.caps.pop(group, None)  # the worker has no such class (yet, or any more)
+            continue
         cap = wanted.get(group, Cap())
         said, at = told.caps.get(group, (None, 0.0))
         stands = said == cap and (now - at <= ECHO_S or not _looser(view, group, cap))

@@ -11,7 +11,7 @@ from coxswain.control.fleet import GONE_S, MAX_RETIRED, MAX_WORKERS, STALE_S, Fl
 from coxswain.control.presence import MAX_CLASSES
 from coxswain.schemas.commands import encode
 from coxswain.schemas.parts import Assembler
-from coxswain.schemas.status import Frame, Gone, decode_frame
+from coxswain.schemas.status import ClassStatus, Frame, Gone, decode_frame
 from tests.support.frames import frame, request, row
 
 TENANTS = ("a", "b", "c")
@@ -255,6 +255,19 @@ def test_a_fleet_beyond_all_bounds_may_restart() -> None:
         for name in names:
             assert fleet.merge(frame(name, incarnation, 0, row("a")), 0.0)
     assert {view.incarnation for view in fleet.workers.values()} == {"01B"}
+
+
+def test_a_class_that_a_full_frame_does_not_list_is_gone() -> None:
+    """An operator took it out of the table. Deltas list what changed, and take nothing away."""
+    both = tuple(
+        ClassStatus(class_=name, queued=0, running=0, held=0, oldest_queued_s=0.0) for name in ("a", "b")
+    )
+    fleet = Fleet()
+    fleet.merge(frame("w1", "01A", 1, classes=both), 0.0)
+    fleet.merge(frame("w1", "01A", 2, full=False, classes=both[:1]), 0.1)
+    assert [*fleet.workers["w1"].classes] == ["a", "b"]
+    fleet.merge(frame("w1", "01A", 3, classes=both[:1]), 0.2)
+    assert [*fleet.workers["w1"].classes] == ["a"]
 
 
 def test_classes_that_a_worker_invents_are_bounded() -> None:

@@ -32,6 +32,12 @@ def names(send: Send) -> set[str]:
     return set(send.command.targets.requests)
 
 
+def class_row(name: str, **fields: Any) -> ClassStatus:
+    """A class in which nobody is, unless `fields` say otherwise."""
+    plain = {"queued": 0, "running": 0, "held": 0, "oldest_queued_s": 0.0}
+    return ClassStatus(class_=name, **(plain | fields))
+
+
 # Priorities
 
 
@@ -241,14 +247,46 @@ def test_caps_go_out_once_and_are_lifted_when_no_longer_wanted() -> None:
     """Equal caps share a command; one that the policy drops is sent as null."""
     cap = Cap(max_running=2)
     core = driver(caps={"w1": {("class", "batch"): cap, ("tenant", "acme"): cap}})
-    (send,) = core.sends(0.0, frame())
+    (send,) = core.sends(0.0, frame(classes=(class_row("batch"),)))
     assert send.verb == "limit"
     assert (send.command.max_running, send.command.max_queued) == (2, None)
     assert (send.command.targets.tenants, send.command.targets.classes) == (("acme",), ("batch",))
-    assert core.sends(0.1, frame(seq=2), answers=ok([send])) == []
+    assert core.sends(0.1, frame(seq=2, full=False), answers=ok([send])) == []
     core.core.policy.directives = Directives(caps={"w1": {("tenant", "acme"): cap}})
-    (send,) = core.sends(0.2, frame(seq=3))
+    (send,) = core.sends(0.2, frame(seq=3, full=False))
     assert (send.command.targets.classes, send.command.max_running) == (("batch",), None)
+
+
+def test_a_class_that_was_taken_out_of_the_table_ends_no_other_cap() -> None:
+    """A cap meets a worker that has the class no more: that is no failure after which all caps are told anew."""
+    cap, other = Cap(max_running=2), Cap(max_running=3)
+    core = driver(caps={"w1": {("class", "batch"): cap, ("class", "default"): other}})
+    both = (class_row("batch"), class_row("default"))
+    sends = core.sends(0.0, frame(classes=both))
+    about = {each.command.targets.classes: each for each in sends}
+    answers = [
+        Answer(about["batch",], ok=False, code=404),
+        Answer(about["default",], ok=True),
+    ]
+    shown = (both[0], replace(both[1], max_running=3))
+    for number in range(2, 80):
+        news = core.sends(number / 10, frame(seq=number, full=False, classes=shown), answers=answers)
+        assert all(each.command.targets.classes == ("batch",) for each in news)
+        answers = [Answer(each, ok=False, code=404) for each in news]
+    assert core.sends(20.0, frame(seq=80, classes=shown[1:]), answers=answers) == []
+
+
+def test_a_class_that_a_worker_does_not_have_is_capped_when_it_comes() -> None:
+    """Nothing is said about it before: the worker would refuse it."""
+    core = driver(caps={"w1": {("class", "batch"): Cap(max_prefill_tokens_per_step=64)}})
+    (lift,) = core.sends(0.0, frame(classes=(class_row("default"),)))
+    assert lift.command.targets.classes == ("default",), "whom an earlier leader may have capped"
+    batch = (class_row("batch"),)
+    (send,) = core.sends(0.1, frame(seq=2, full=False, classes=batch), answers=ok([lift]))
+    assert (send.verb, send.command.targets.classes) == ("limit", ("batch",))
+    assert core.sends(0.2, frame(seq=3, classes=(class_row("default"),)), answers=ok([send])) == []
+    (again,) = core.sends(5.0, frame(seq=4, full=False, classes=(class_row("batch"),)))
+    assert again.command.targets.classes == ("batch",)
 
 
 def test_a_cap_that_status_shows_gone_is_put_again() -> None:
