@@ -8,20 +8,30 @@ its queue has ended. What that takes is the head of its frames: nobody looks at 
 
 Workers bound classes, not the sum of them, so what may run is divided between classes. A share changes only when
 somebody waits at it: at each look half of what others leave unused goes there, so that they keep some for who comes;
-and if they leave nothing, a place of the worst class that is admitted after it.
+and if they leave nothing, a place of the worst class that is admitted after it. Classes that may cut in are not
+bounded, since a cap is what nobody cuts in on; what they run is taken from what the others may.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Final
 
 from coxswain.control.fleet import WorkerView
+from coxswain.schemas.policy import ClassPolicy
 
 SPAN_S: Final = 30.0
 """Over which time what a request has is averaged: requests that came together have little, later much."""
 CALM_S: Final = 60.0
 """A worker on which nobody has waited for so long is bounded no more."""
 STEADY: Final = 1.0
-"""A cap moves when what it should be is further off than this: it does not follow every request that ends."""
+NEAR: Final = 0.1
+"""A cap moves when what it should be is further off than `STEADY`, or than that part of it if this is less: it does not
+follow every request that ends, and one or two places more are much where there are few."""
+FEW: Final = 4
+"""Below so many, what may run is rounded up: where two nearly fit, one alone would leave half of the pool unused."""
+LOOK_S: Final = 5.0
+"""What is seen stands for no longer than this, however long nobody looked, or wherever the clock jumped."""
+PLAIN: Final = ClassPolicy()
 
 
 class _Worker:
@@ -40,7 +50,7 @@ class _Worker:
         self.cap: int | None = None
 
     def look(self, view: WorkerView, now: float) -> None:
-        frame, passed, self.at = view.frame, now - self.at, now
+        frame, passed, self.at = view.frame, min(LOOK_S, now - self.at), now
         lost, self.lost_total = frame.preempted_total != self.lost_total, frame.preempted_total
         if lost or (self.crowded_at is not None and frame.queued):
             self.crowded_at = now
@@ -83,31 +93,52 @@ class Crowd:
         if known is None or known.crowded_at is None or known.blocks <= 0:
             return None
         wanted = self.fill * view.frame.kv_blocks.total * known.running / known.blocks
-        cap = known.cap
-        if cap is None or not cap - STEADY < wanted < cap + 1 + STEADY:
-            known.cap = cap = max(1, int(wanted))
-        return cap
+        if known.cap is not None:
+            off = min(STEADY, NEAR * known.cap)
+            if _places(wanted - off) <= known.cap <= _places(wanted + off):
+                return known.cap
+        known.cap = _places(wanted)
+        return known.cap
 
-    def shares(self, view: WorkerView, order: Sequence[str]) -> dict[str, int]:
+    def shares(self, view: WorkerView, table: Mapping[str, ClassPolicy]) -> dict[str, int]:
         """How many of each class may run on a worker: of all together as many as `cap`, and one of each in any case.
 
         Args:
             view: the worker.
-            order: its classes, the best first.
+            table: the class table. Classes that may cut in are not bounded.
         """
         if (most := self.cap(view)) is None:
             self._shares.pop(view.worker, None)
             return {}
+        rows = {name: table.get(name, PLAIN) for name in view.classes}
+        best_first = sorted(rows, key=lambda name: (rows[name].position, name))
+        order = [name for name in best_first if rows[name].cut_in == "off"]
+        if not order:
+            return {}
         running = {name: view.classes[name].running for name in order}
+        most -= sum(view.classes[name].running for name in rows if name not in running)
         old = self._shares.get(view.worker, running)
         shares = self._shares[view.worker] = {name: old.get(name, 0) for name in order}
         waits = [
-            name for name in order if view.classes[name].queued and running[name] >= max(1, shares[name])
+            name
+            for name in order
+            if view.classes[name].queued
+            and running[name] >= max(1, shares[name])
+            and not _at(rows[name].max_running, running[name])
         ]
         _fit(shares, running, most, waits)
         if waits:
             _give(shares, running, waits)
         return {name: max(1, share) for name, share in shares.items()}
+
+
+def _places(wanted: float) -> int:
+    return max(1, int(wanted) if wanted >= FEW else ceil(wanted))
+
+
+def _at(cap: int | None, running: int) -> bool:
+    """Whether it is the operators' cap that keeps more from running, so that a larger share is of no use."""
+    return cap is not None and running >= cap
 
 
 def _fit(shares: dict[str, int], running: dict[str, int], most: int, waits: Sequence[str]) -> None:

@@ -298,14 +298,9 @@ class Vtc:
             return {}
         caps: dict[str, dict[Group, Cap]] = {}
         for view in self._fleet.live():
-            if shares := crowd.shares(view, self._best_first(view)):
+            if shares := crowd.shares(view, self._tables.classes):
                 caps[view.worker] = {("class", name): Cap(max_running=most) for name, most in shares.items()}
         return caps
-
-    def _best_first(self, view: WorkerView) -> list[str]:
-        """A worker's classes in the order in which they are admitted."""
-        table = self._tables.classes
-        return sorted(view.classes, key=lambda name: (table[name].position if name in table else 0, name))
 
     def above_floor(self) -> list[str]:
         """Tenants whom a worker's own lift would put too low if it had not heard of them."""

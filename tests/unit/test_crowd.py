@@ -7,6 +7,7 @@ from coxswain.control.estimates.crowd import CALM_S, SPAN_S, Crowd
 from coxswain.control.fleet import Fleet
 from coxswain.control.policies.vtc import Vtc
 from coxswain.control.policy import Tables
+from coxswain.schemas.policy import ClassPolicy
 from coxswain.schemas.status import ClassStatus, KvBlocks
 from tests.support.frames import frame, row
 
@@ -99,6 +100,34 @@ def test_the_cap_keeps_while_little_changes():
     assert seen.look(250, lost=1, for_s=CALM_S) == pytest.approx(41, abs=1)
 
 
+@pytest.mark.parametrize(("each", "cap"), [(520, 2), (340, 3), (250, 4), (205, 4), (195, 5)])
+def test_few_are_rounded_up(each, cap):
+    """Two that nearly fit run together: one alone would leave half of the pool unused."""
+    seen = Seen()
+    seen.look(each, running=1)
+    assert seen.look(each, running=1, lost=1) == cap
+
+
+@pytest.mark.parametrize(("first", "then"), [(900, 450), (450, 290), (300, 180), (180, 120)])
+def test_a_small_cap_climbs_again(first, then):
+    """What is bounded to few shows few; when these get smaller, as many may run as without an earlier bound."""
+    seen, fresh = Seen(), Seen()
+    seen.look(first, running=1)
+    cap = seen.look(first, running=1, lost=1, for_s=SPAN_S)
+    assert cap is not None
+    after = seen.look(then * cap, running=cap, for_s=10 * SPAN_S)
+    fresh.look(then, running=1)
+    assert after == fresh.look(then, running=1, lost=1) > cap
+
+
+def test_what_was_seen_once_stands_for_a_few_seconds():
+    """A process that slept, or a clock that jumped by an hour: one look says no more for it."""
+    seen = Seen()
+    seen.look(200, for_s=SPAN_S, lost=1)
+    seen.now += 3_600
+    assert seen.look(1_000, for_s=0.5, lost=1) == pytest.approx(1_000 * 10 / 333, abs=2)
+
+
 def test_at_least_one_may_run():
     """A request that needs the pool twice is vLLM's to refuse."""
     seen = Seen()
@@ -146,6 +175,7 @@ class Shared:
         self.held = dict.fromkeys(queued, 0)
         self.seen = [self._frame()]
         self.caps: list[dict[str, int]] = [dict.fromkeys(queued, most)]
+        self.table = {name: ClassPolicy(position=place) for place, name in enumerate(queued)}
         self.holds = 0
         self.crowd = Crowd(1.0)
         self.crowd.cap = lambda view: self.most  # type: ignore[method-assign]
@@ -179,7 +209,7 @@ class Shared:
             self.seen.append(self._frame())
             fleet = Fleet()
             fleet.merge(frame("w1", "01A", 1, classes=self.seen[-2]), 0.0)
-            given.append(self.crowd.shares(fleet.workers["w1"], list(self.queued)))
+            given.append(self.crowd.shares(fleet.workers["w1"], self.table))
             assert sum(given[-1].values()) <= self.most + len(self.queued)
             self.caps.append(given[-1])
         return given
@@ -235,6 +265,37 @@ def test_a_smaller_pool_takes_what_is_unused_first():
     assert sum(worker.caps[-1].values()) == 10
     worker.most = 60
     assert worker.look(20)[-1]["bulk"] >= 50
+
+
+def test_who_may_cut_in_is_not_bounded():
+    """A cap is what nobody cuts in on. What they run is taken from what the others may."""
+    worker = Shared(40, chat=3, bulk=10**6)
+    worker.table["chat"] = ClassPolicy(position=-1, cut_in="kv")
+    worker.caps = [{"chat": 40, "bulk": 40}]
+    view = Fleet()
+    busy = tuple(
+        ClassStatus(class_=name, queued=9, running=running, held=0, oldest_queued_s=0.0)
+        for name, running in (("chat", 12), ("bulk", 30))
+    )
+    view.merge(frame("w1", "01A", 1, classes=busy), 0.0)
+    assert worker.crowd.shares(view.workers["w1"], worker.table) == {"bulk": 28}
+    everybody = {name: ClassPolicy(cut_in="slots") for name in worker.table}
+    assert worker.crowd.shares(view.workers["w1"], everybody) == {}
+
+
+def test_who_is_at_the_operators_cap_takes_nothing_from_others():
+    """More of it may not run anyway, however many wait."""
+    worker = Shared(40, chat=10**6, bulk=10**6)
+    worker.table["chat"] = ClassPolicy(max_running=5)
+    worker.table["bulk"] = ClassPolicy(position=1)
+    view = Fleet()
+    busy = tuple(
+        ClassStatus(class_=name, queued=9, running=running, held=0, oldest_queued_s=0.0)
+        for name, running in (("chat", 5), ("bulk", 35))
+    )
+    view.merge(frame("w1", "01A", 1, classes=busy), 0.0)
+    for _ in range(5):
+        assert worker.crowd.shares(view.workers["w1"], worker.table) == {"chat": 5, "bulk": 35}
 
 
 def test_vtc_caps_every_class_by_its_share():
