@@ -130,6 +130,7 @@ def connect(scheduler: Any, bus: str) -> None:
     if bus:
         scheduler.settings = replace(scheduler.settings, bus=bus)
         scheduler.start_bus()
+        scheduler.port.begin_anew()  # a new bus knows nothing of what the last one was told
 
 
 def connected(scheduler: Any, _: Any) -> bool:

@@ -69,13 +69,16 @@ def check_mode(config: Any) -> None:
     its plain Scheduler, not with AsyncScheduler, which ours extends: the first stage dies of a token that has not
     come out of the last. With that mended, other tokens came out on two H200s once requests had lost their KV.
 
+    A pooling model samples nothing, so neither concerns it.
+
     Raises:
-        SettingRefusedError: for a pipeline without asynchronous scheduling.
+        SettingRefusedError: for a pipeline that generates without asynchronous scheduling.
     """
-    if config.parallel_config.pipeline_parallel_size > 1 and not config.scheduler_config.async_scheduling:
+    staged = config.parallel_config.pipeline_parallel_size > 1 and config.model_config.runner_type != "pooling"
+    if staged and not config.scheduler_config.async_scheduling:
         raise SettingRefusedError(
-            "pipeline parallelism is steered with asynchronous scheduling only: leave vLLM its V2 model runner"
-            " (VLLM_USE_V2_MODEL_RUNNER) and --async-scheduling, or use tensor parallelism"
+            "pipeline parallelism is steered with asynchronous scheduling only, which vLLM turns off for its V1 model"
+            " runner and for most kinds of drafts: leave them out, or use tensor parallelism"
         )
 
 

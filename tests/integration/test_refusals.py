@@ -20,6 +20,8 @@ def test_a_pipeline_without_asynchronous_scheduling_is_refused() -> None:
         make_scheduler(SteeredScheduler, config)
     config.scheduler_config.async_scheduling = True
     compat.check_mode(config)
+    config.scheduler_config.async_scheduling, config.model_config.runner_type = False, "pooling"
+    compat.check_mode(config)
 
 
 def test_an_unknown_vllm_is_refused_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
