@@ -74,7 +74,9 @@ def check_mode(config: Any) -> None:
     Raises:
         SettingRefusedError: for a pipeline that generates without asynchronous scheduling.
     """
-    staged = config.parallel_config.pipeline_parallel_size > 1 and config.model_config.runner_type != "pooling"
+    staged = (
+        config.parallel_config.pipeline_parallel_size > 1 and config.model_config.runner_type != "pooling"
+    )
     if staged and not config.scheduler_config.async_scheduling:
         raise SettingRefusedError(
             "pipeline parallelism is steered with asynchronous scheduling only, which vLLM turns off for its V1 model"
