@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from coxswain.control import accounts as module
 from coxswain.control.accounts import Accounts
@@ -77,6 +78,12 @@ def _same(kept: Fleet, whole: Fleet) -> None:
                 assert module.admitted(now, before) >= module.admitted(view.rows[name], old)
 
 
+def _risen(new: TenantStatus, old: TenantStatus) -> TenantStatus:
+    """Totals of input fall in no incarnation: of a tenant that waits they are not looked at again and again."""
+    names = ("uncached_input_tokens_total", "cached_input_tokens_total")
+    return replace(new, **{name: max(getattr(new, name), getattr(old, name)) for name in names})
+
+
 @pytest.mark.parametrize("places", [module.MAX_SHARED, 2])
 @settings(max_examples=100, deadline=None)
 @given(frames)
@@ -85,8 +92,11 @@ def test_accounts_say_what_rows_say(places: int, said: list[Any]) -> None:
     kept, whole = Fleet(rows=False), Fleet()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MAX_SHARED", places)
+        totals: dict[tuple[str, int, str], TenantStatus] = {}
         for seq, (worker, life, news, full, settle) in enumerate(said):
-            each = frame(worker, f"01{life}", seq, *news, full=full)
+            risen = [_risen(new, totals.get((worker, life, new.tenant), new)) for new in news]
+            totals.update(((worker, life, new.tenant), new) for new in risen)
+            each = frame(worker, f"01{life}", seq, *risen, full=full)
             assert kept.merge(each, seq * 0.1) == whole.merge(each, seq * 0.1)
             for fleet in (kept, whole):
                 fleet.age(seq * 0.1)
@@ -102,6 +112,20 @@ def _accounts(places: dict[str, int], *said: TenantStatus) -> Accounts:
     for _ in accounts.put(said, dict.fromkeys(TENANTS, 0.0)):
         pass
     return accounts
+
+
+def test_a_full_frame_says_who_is_idle_now() -> None:
+    """A tenant whose last request just ran has the same numbers as before: that it was busy makes it news."""
+    accounts = _accounts({}, row("a", running=1), row("b"), row("c", running=1))
+    said = [row("a"), row("b"), row("c")]
+    assert [each.tenant for each in accounts.differing(said, {"a"})] == ["a"]
+    fleet = Fleet(rows=False)
+    fleet.merge(frame("w1", "01A", 1, row("a", running=1)), 0.0)
+    fleet.age(0.0)
+    assert set(fleet.presence.busy) == {"a"}
+    fleet.merge(frame("w1", "01A", 2, row("a")), 0.1)
+    fleet.validate()
+    assert set(fleet.presence.busy) == set()
 
 
 def test_what_other_workers_know_is_not_known_here() -> None:
