@@ -16,7 +16,7 @@ whose length grows with the prefill in it. `prefill_tokens: null` makes this str
 
 Workers do all of it, in the very step; this policy only writes the class table, and operators' own caps, budgets
 and ageing stay. So does `stand_aside`, which is worth setting for batch where vLLM replays whole CUDA graphs: on an
-H200 it took 15 to 43 % off the median time to first token (docs/results/gpu.md). The lab's devices know no such graphs.
+H200 it took a sixth off the median time to first token (docs/results/gpu.md). The lab's devices know no such graphs.
 """
 
 from typing import Annotated, ClassVar
