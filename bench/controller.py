@@ -178,7 +178,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         )
     rows[0][0].set_ylabel("CPU per step of 50 ms (ms)")
     rows[1][0].set_ylabel("MB per second")
-    rows[0][0].legend()
+    rows[0][0].legend(loc="upper left")
     rows[1][0].legend()
     for axes in rows.flat:
         axes.set_ylim(bottom=0)
