@@ -20,6 +20,8 @@ FULL_SHARE: Final = 0.05
 """Part of the bus's time that full frames may take: everything comes less often where there is much of it."""
 MAX_FULL_S: Final = 30.0
 """But so often, whatever it costs."""
+PATIENCE: Final = 64
+"""Drafts that a board which knows nothing passes over before it asks again: the answer must have been lost."""
 
 
 class Tenant(NamedTuple):
@@ -63,6 +65,7 @@ class Board:
 
     def _clear(self) -> None:
         self._frame: st.Frame | None = None
+        self._passed_over = 0
         self.complete = False
         """Whether everything was told: else there is no full frame."""
         self._full_at = -inf
@@ -90,6 +93,9 @@ class Board:
         if draft.fresh:
             self._clear()
         elif self._frame is None:
+            self._passed_over += 1
+            if self._passed_over % PATIENCE == 0:
+                self._begin_anew()
             return False
         elif draft.number != self._number + 1:
             self._clear()

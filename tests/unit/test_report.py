@@ -13,7 +13,7 @@ from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import MAX_PAGE, CommandStats, Frame, QueueQuery, RequestStatus, TenantStatus
 from coxswain.service.bus import wire
-from coxswain.service.bus.board import Board
+from coxswain.service.bus.board import PATIENCE, Board
 from coxswain.service.port import Draft
 from coxswain.service.scheduler import rows as module
 from coxswain.service.scheduler.lines import MAX_SKIPPED
@@ -340,6 +340,26 @@ def test_a_bus_that_missed_something_says_so_and_makes_nothing_of_the_rest() -> 
     reported.reporter.anew()
     assert board.take(draft())
     assert [row.tenant for row in board.full().requests] == ["a", "b", "c"]
+
+
+def test_a_bus_asks_again_when_what_it_asked_for_was_lost() -> None:
+    """The first of what is told anew never came: or status would be silent for as long as the bus lives."""
+    reported = Reported()
+    missed: list[None] = []
+    board = Board(1.0, lambda: missed.append(None))
+
+    def draft() -> Draft:
+        return reported.reporter.draft(reported.engine.now, GAUGES, COMMANDS)
+
+    draft()
+    for _ in range(PATIENCE - 1):
+        assert not board.take(draft())
+    assert not missed, "what was under way when it was asked for is no reason to ask again"
+    assert not board.take(draft())
+    assert len(missed) == 1
+    reported.reporter.anew()
+    assert board.take(draft())
+    assert board.complete
 
 
 def test_output_is_charged_by_whoever_looks() -> None:
