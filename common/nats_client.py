@@ -1,12 +1,47 @@
-"""nats-py's client with the habits that nobody of ours may lack: TLS where it was asked for, and an orderly end.
+"""nats-py's client with the habits that nobody of ours may lack: TLS where asked for, an orderly end, and open ears.
 
 Called by `service/bus/connect.py` and `control/link.py`, which have more habits, each its own.
 """
 
-from typing import Any
+import re
+from secrets import token_hex
+from types import FunctionType
+from typing import Any, Final
 
 from nats.aio.client import Client
 from nats.errors import Error
+from nats.nuid import NUID
+from nats.protocol import parser
+
+_NAME: Final = rb"([^ \t\n]+)[ \t]+"
+_LINES: Final = {
+    "MSG_RE": re.compile(rb"\AMSG[ \t]+" + _NAME + rb"(\d+)[ \t]+(" + _NAME + rb")?(\d+)\r\n"),
+    "HMSG_RE": re.compile(rb"\AHMSG[ \t]+" + _NAME + rb"(\d+)[ \t]+(" + _NAME + rb")?(\d+)[ \t]+(\d+)\r\n"),
+}
+"""How a message begins: to nats-server only a space or a tab ends a name. nats-py's own patterns also take \\r, \\v and
+\\f for space: the rest of such a subject becomes the number of a subscription, or a line that it gives up at. Whoever
+may publish anywhere could have a message taken for one from where they may not."""
+if lost := _LINES.keys() - set(parser.Parser.parse.__code__.co_names):
+    raise ImportError(
+        f"this nats-py reads messages in another way: {', '.join(sorted(lost))} of its parser is gone"
+    )
+_parse: Any = FunctionType(
+    parser.Parser.parse.__code__, vars(parser) | _LINES, argdefs=parser.Parser.parse.__defaults__
+)
+
+
+class _Parser(parser.Parser):
+    """nats-py's, with our patterns instead of its own; other clients of this process keep theirs."""
+
+    parse = _parse
+
+
+class _Names(NUID):
+    """Names of inboxes that nobody can guess; nats-py's each add the same to the last, so that two tell all others."""
+
+    def next(self) -> bytearray:
+        """22 characters, as many as nats-py counts on."""
+        return bytearray(token_hex(11), "ascii")
 
 
 class NatsClient(Client):
@@ -14,7 +49,16 @@ class NatsClient(Client):
 
     A connection that breaks with bytes unsent is closed as any other; nats-py (2.15, `_close`) writes them into it once
     more, which uvloop answers with a RuntimeError: nobody would be told, and its subscriptions never end.
+
+    No message ends our hearing. nats-server passes on any bytes in a subject, a reply subject or headers, whoever sends
+    them; nats-py (2.16) stops reading at some, and believes itself connected. Here names are made readable, and headers
+    that nobody can read are none. The message stays: a stream's reader that never gets one asks for it for ever.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ps = _Parser(self)
+        self._nuid = _Names()
 
     @property
     def unsent(self) -> int:
@@ -33,3 +77,19 @@ class NatsClient(Client):
         if not self.options.get("allow_reconnect"):
             self._pending, self._pending_data_size = [], 0
         await super()._process_op_err(e)
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        try:
+            await super()._process_msg(sid, _readable(subject), _readable(reply), data, headers)
+        except Exception as error:  # noqa: BLE001 - nats-py's reader would end in silence
+            await self._error_cb(error)
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        try:
+            return await super()._process_headers(headers)
+        except (ValueError, IndexError):
+            return None
+
+
+def _readable(name: bytes) -> bytes:
+    return name if name.isascii() else name.decode(errors="replace").encode()

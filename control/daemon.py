@@ -37,8 +37,7 @@ from coxswain.control.transport import public_urls
 from coxswain.control.web.board import Standing
 from coxswain.control.web.page import Page, Web
 from coxswain.schemas.commands import Rank, encode
-from coxswain.schemas.errors import UNREADABLE, Code, RefusedError
-from coxswain.schemas.metrics import OTHER
+from coxswain.schemas.errors import UNREADABLE, RefusedError
 from coxswain.schemas.names import sanitise_token
 from coxswain.schemas.policy import ClassPolicy, LeaseHolder, TenantPolicy
 from coxswain.schemas.status import QueueQuery, RequestStatus
@@ -52,9 +51,6 @@ MAX_QUEUE_PAGES: Final = 10
 QUERY_TIMEOUT_S: Final = 0.5
 COMMAND_TIMEOUT_S: Final = 0.75 * ANSWER_S
 """Shorter than the core's patience: it had better hear that there was no answer than guess."""
-NOBODY: Final = "none"
-"""In numbers, the code of commands that nobody answered."""
-CODES: Final = frozenset(map(int, Code))
 JETSTREAM_TIMEOUT_S: Final = 1.0
 SET_UP_RETRY_S: Final = 2.0
 OTHERS_TRY_S: Final = 2 * LEASE_TTL_S
@@ -89,7 +85,7 @@ class Controller:
         self.stopping = asyncio.Event()
         self._connection = connection
         self._cadence_s = cadence_s
-        self._reader = Reader(self.core.fleet, requests=policy.sees != "tenants")
+        self._reader = Reader(self.core.fleet)
         self._answers: list[Answer] = []
         self._listings: list[Listing] = []
         self._listed: set[str] = set()
@@ -238,7 +234,7 @@ class Controller:
         if isinstance(send.command, Rank):
             self.meter.ranks += len(send.command.tenants)
         if len(self._sending) >= MAX_IN_FLIGHT:
-            self.meter.refused[send.verb, NOBODY] += 1
+            self.meter.refuse(send.verb, None)
             self._answers.append(Answer(send, ok=False))
             return
         self._spawn(self._send(client, send))
@@ -266,20 +262,23 @@ class Controller:
             self._listings.append(Listing(worker, rows))
 
     async def _send(self, client: Client, send: Send) -> None:
-        ok, code, why = False, None, ""
         try:
             (reply,) = await client.command(
                 send.worker, send.verb, send.command, role=CONTROLLER, timeout_s=COMMAND_TIMEOUT_S
             )
-            ok, code, why = reply.outcome != "rejected", reply.code, reply.error or ""
+            answer = Answer(send, reply.outcome != "rejected", reply.code, reply.ignored)
+            why = reply.error or ", ".join(reply.ignored[:8])
         except (ControlError, RefusedError) as error:
-            why = str(error)
-        self._answers.append(Answer(send, ok=ok, code=code))
+            answer, why = Answer(send, ok=False), str(error)
+        ok, code = answer.ok, answer.code
+        self._answers.append(answer)
         self.page.told(send.worker, send.verb, ok=ok, code=code, reason=why)
         if not ok:
-            self.meter.refused[send.verb, _label(code)] += 1
-        if not ok and self._throttle.allow("command", send.worker, send.verb, code) is not None:
-            log.warning("command.refused", worker=send.worker, verb=send.verb, code=code, reason=why)
+            self.meter.refuse(send.verb, code)
+        event = "command.fields_ignored" if ok else "command.refused"
+        tell = answer.ignored or not ok
+        if tell and self._throttle.allow(event, send.worker, send.verb, code) is not None:
+            log.warning(event, worker=send.worker, verb=send.verb, code=code, reason=why)
 
     async def _follow(self, table: Table[Row], last: LastRead[Row]) -> None:
         """Keep one table as it is in KV; a new watch after each reconnection (nats-py's own takes 17 s)."""
@@ -338,11 +337,6 @@ class Controller:
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopping.wait(), seconds)
-
-
-def _label(code: int | None) -> str:
-    """A refusal's code for numbers: of what workers answer there are no more than we know of."""
-    return NOBODY if code is None else str(code) if code in CODES else OTHER
 
 
 @asynccontextmanager

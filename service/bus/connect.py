@@ -3,6 +3,7 @@
 * A client never reconnects by itself: its buffers would outlive the connection and deliver what is stale, and
   some errors close it for good. A fresh client each time has neither problem; `loop.py` retries.
 * A callback that raises kills the client's read loop in silence: ours cannot raise.
+* Whoever asks chooses where the answer goes, and `Msg.respond` (service discovery) takes any subject: ours does not.
 * `close` can wait for ever for a frozen server to take the last bytes: ours gives up.
 
 Called by `loop.py` and `edge/status.py`.
@@ -16,15 +17,23 @@ from collections.abc import Callable
 from typing import Final
 
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from coxswain.common.connection import Connection
 from coxswain.common.nats_client import NatsClient
+from coxswain.service.bus.intake import answerable
 
 BACKOFF_S: Final = (0.1, 5.0)
 """First and longest pause between connections; doubled each time, and jittered against herds."""
 CONNECT_TIMEOUT_S: Final = 2
 CLOSE_S: Final = 1.0
 """How long a client may take to close before it is left behind."""
+
+
+class _Asked(Msg):
+    async def respond(self, data: bytes) -> None:
+        if self.reply and answerable(self.reply):
+            await super().respond(data)
 
 
 class Backoff:
@@ -70,6 +79,7 @@ async def connect(
         on_closed()
 
     client = NatsClient()
+    client.msg_class = _Asked
     try:
         await client.connect(
             **connection.options(),

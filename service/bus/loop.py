@@ -6,9 +6,9 @@ and stops in bounded time. Run by `child.py` in a process of its own, or by `thr
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from math import inf
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from nats.errors import Error as NatsError
 from nats.errors import SlowConsumerError
@@ -24,10 +24,12 @@ from coxswain.service.bus.eventlog import EventLog
 from coxswain.service.bus.frames import Frames
 from coxswain.service.bus.session import LOG_PERIOD_S, Session
 from coxswain.service.config import Settings
-from coxswain.service.port import AnswerOut, Draft, EventOut, FrameOut, Inbound, LeadIn, Port, ReplyOut
+from coxswain.service.port import AnswerOut, Draft, EventOut, Inbound, LeadIn, Outbound, Port, ReplyOut
 
 DENIED: Final = "permissions violation"
 """In the error by which nats-py says that the server refused a subject; only `on_error` hears of it."""
+
+T = TypeVar("T")
 
 
 class Bus:
@@ -128,13 +130,9 @@ class Bus:
             except TimeoutError:
                 pass
             self._work.clear()
-            try:
-                sent = await self._move()
-                if time.monotonic() >= beat_at and self._session is not None:
-                    await self._session.heartbeat()
-                    sent = True
-            except Exception:  # noqa: BLE001 - one bad item must not stop the rest
-                self._log.exception("bus.pump_failed")
+            sent = await self._move()
+            if time.monotonic() >= beat_at and self._session is not None:
+                await self._tried(self._session.heartbeat())
                 sent = True
             if self._session is None or not self._frames.idle:
                 beat_at = inf
@@ -143,27 +141,43 @@ class Bus:
 
     async def _move(self) -> bool:
         """Hand on everything that waits; whether a frame was among it."""
-        session = self._session
         frame_sent = False
         for item in self._port.collect():
-            if isinstance(item, EventOut):
-                self._events.add(item.event(self._settings.worker, self._incarnation))
-            elif session is None:
-                # Who asked is gone with the connection; what was told is not, nor what an idle engine last said.
-                if isinstance(item, FrameOut) and self._board.take(item.draft):
-                    idle = item.idle and self._board.complete
-                    frame = self._board.full(peek=True) if idle else item.draft.frame
-                    self._frames.remember(frame, self._port.unix(), idle=idle)
-                elif isinstance(item, AnswerOut) and isinstance(item.answer, Draft):
-                    self._board.take(item.answer)
-            elif isinstance(item, ReplyOut):
-                await session.reply(item)
-            elif isinstance(item, AnswerOut):
-                await session.answer(self._complete(item))
-            elif isinstance(item, FrameOut) and self._board.take(item.draft):
-                await self._show(session, idle=item.idle)
-                frame_sent = True
+            frame_sent |= await self._tried(self._hand_on(item)) or False
         return frame_sent
+
+    async def _tried(self, work: Awaitable[T]) -> T | None:
+        """What comes of it; None if it fails: one bad item must not stop the rest."""
+        try:
+            return await work
+        except Exception as error:  # noqa: BLE001 - whatever it was
+            if (held := self._throttle.allow("failed", type(error).__name__)) is not None:
+                self._log.exception("bus.pump_failed", times=held + 1)
+            return None
+
+    async def _hand_on(self, item: Outbound) -> bool:
+        """Hand on one item; whether it was a frame that was sent.
+
+        Without a connection, who asked is gone; what was told is not, nor what an idle engine last said.
+        """
+        session = self._session
+        if isinstance(item, EventOut):
+            self._events.add(item.event(self._settings.worker, self._incarnation))
+        elif isinstance(item, ReplyOut):
+            if session is not None:
+                await session.reply(item)
+        elif isinstance(item, AnswerOut):
+            whole = self._complete(item)
+            if session is not None:
+                await session.answer(whole)
+        elif self._board.take(item.draft):
+            if session is not None:
+                await self._show(session, idle=item.idle)
+                return True
+            idle = item.idle and self._board.complete
+            frame = self._board.full(peek=True) if idle else item.draft.frame
+            self._frames.remember(frame, self._port.unix(), idle=idle)
+        return False
 
     def _complete(self, item: AnswerOut) -> AnswerOut:
         """The answer, whole: of status the engine told only what is new."""

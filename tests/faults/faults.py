@@ -19,7 +19,7 @@ from nats.js.api import DiscardPolicy
 from nats.js.errors import Error as JetStreamError
 
 from coxswain.control.lease import KEY
-from tests.faults import cluster, stops  # noqa: F401 - adds its own
+from tests.faults import cluster, stops, unreadable  # noqa: F401 - adds its own
 from tests.faults.fleet import Clock, Worker
 from tests.faults.hands import FAULTS, Hands, fault
 from tests.faults.load import STORM

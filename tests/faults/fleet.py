@@ -31,7 +31,7 @@ from tests.support.cluster import NatsCluster
 from tests.support.nats import NatsServer, free_port
 from tests.support.proxy import Proxy
 
-FLEET: Final = "faults"
+FLEET: Final = "prod"
 PRESET: Final = "a10g-7b"
 """Some 30 ms a step: on two cores there is room for everybody else."""
 SLOTS: Final = 3
@@ -173,12 +173,15 @@ class Leader:
         self.name = name
         self.log = folder / f"{name}.log"
         self.clock = Clock(folder / f"{name}.clock")
+        self.arguments: tuple[str, ...] = ()
+        """More of its command line, from its next start on."""
         self._env = _environment(folder, url) | self.clock.env
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it."""
         words = ["controller", "--policy", "vtc", "--set", "preempt_gap=60", "--name", self.name]
+        words += self.arguments
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", COX, *words],

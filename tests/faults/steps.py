@@ -27,12 +27,14 @@ MODES: Final[tuple[dict[str, Any], ...]] = tuple(
 SPECIAL: Final[tuple[dict[str, Any], ...]] = (
     {"kind": "drafts", "v2": False, "asynchronous": False, "enable_prefix_caching": True},
     {"kind": "drafts", "v2": True, "asynchronous": True, "enable_prefix_caching": True},
+    {"kind": "scarce", "v2": False, "asynchronous": False, "enable_prefix_caching": True},
+    {"kind": "scarce", "v2": True, "asynchronous": True, "enable_prefix_caching": True},
     {"kind": "offload", "v2": False, "asynchronous": True, "enable_prefix_caching": True},
     {"kind": "offload", "v2": True, "asynchronous": True, "enable_prefix_caching": False},
     {"kind": "all kinds", "v2": False, "asynchronous": False, "enable_prefix_caching": True},
     {"kind": "all kinds", "v2": True, "asynchronous": True, "enable_prefix_caching": True},
 )
-"""Speculative decoding, KV offloading, and requests with adapters, grammars and sessions."""
+"""Speculative decoding, few blocks, KV offloading, and requests with adapters, grammars and sessions."""
 
 
 class Taken(msgspec.Struct, kw_only=True):
@@ -115,7 +117,7 @@ def prepared(
 ) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
     """What a mode stands for: its requests, and vLLM's engine arguments for the stock and for the steered engine."""
     from coxswain.service.tiny import make_model
-    from tests.support.modes import DRAFTS, LORAS, OFFLOAD
+    from tests.support.modes import DRAFTS, LORAS, OFFLOAD, SCARCE
     from tests.support.random_cases import cases, kinds
 
     plain = {name: value for name, value in mode.items() if name != "kind"}
@@ -123,6 +125,8 @@ def prepared(
         case "drafts":
             options = plain | {"speculative_config": DRAFTS[plain["asynchronous"]]}
             return cases(seed, requests), options, options
+        case "scarce":
+            return cases(seed, requests), plain, plain | SCARCE
         case "offload":
             return cases(seed, requests), plain, plain | {"kv_transfer_config": OFFLOAD}
         case "all kinds":

@@ -6,23 +6,26 @@ The engine is a thread that drains the port; `test_bus_faults.py` is about outag
 import asyncio
 import json
 import time
+from typing import Any
 
 import msgspec
 import nats
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from coxswain.common.connection import Connection
 from coxswain.control.client import Client
-from coxswain.schemas.commands import decode_reply
+from coxswain.schemas.commands import Reply, decode_reply
 from coxswain.schemas.errors import CODE_HEADER, ERROR_HEADER
-from coxswain.schemas.status import decode_config, decode_frame, decode_page, decode_report
+from coxswain.schemas.status import QueuePage, decode_config, decode_frame, decode_page, decode_report
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus import intake
 from coxswain.service.bus.intake import MAX_PAYLOAD
-from coxswain.service.port import MAX_COMMANDS, CommandIn, LeadIn, QueryIn
-from tests.support.bus import FLEET, Worker
-from tests.support.engine import INCARNATION, WORKER, frame
+from coxswain.service.bus.session import Session
+from coxswain.service.port import MAX_COMMANDS, AnswerOut, CommandIn, FrameOut, LeadIn, QueryIn, ReplyOut
+from tests.support.bus import FLEET, Worker, add_stream, stored
+from tests.support.engine import INCARNATION, WORKER, event, frame
 from tests.support.nats import NatsServer
 from tests.support.waiting import eventually
 
@@ -329,3 +332,49 @@ async def test_flood_of_rubbish_does_not_stop_the_bus(client, worker: Worker) ->
     counted = decode_frame((await status.next_msg(timeout=30)).data)
     assert counted.commands.rejected_total == {"400": 3_000}
     assert counted.commands.outcomes_total == {"abort": {"400": 3_000}}
+
+
+async def test_an_item_that_cannot_be_sent_costs_no_other(client, nats_server: NatsServer) -> None:
+    """Of what waits together one item of each kind is broken: the others go out, and the log says that some failed."""
+    await add_stream(nats_server.url)
+    bad: Any = object()
+    reply = Reply(id="c1", worker=WORKER, incarnation=INCARNATION, worker_now=1.0, step=1, outcome="applied")
+    answers, status = await client.subscribe("in.*"), await client.subscribe(SUBJECTS.status(WORKER))
+    with Worker(nats_server.url, COX_BUS="thread") as worker:
+        await worker.connected()
+        waiting = worker.port.outbound
+        waiting.extend([event(1), replace(event(2), kind="none"), event(3)])
+        waiting.extend(
+            [ReplyOut("in.1", bad), ReplyOut("in.2", reply), AnswerOut("in.3", bad), FrameOut(bad, False)]
+        )
+        waiting.extend(
+            [AnswerOut("in.4", QueuePage(requests=(), next=None, total=7)), ReplyOut("in.5", reply)]
+        )
+        worker.engine.send_frame(frame(requests=3))
+        assert [(await answers.next_msg(timeout=30)).subject for _ in range(3)] == ["in.2", "in.4", "in.5"]
+        assert len(decode_frame((await status.next_msg(timeout=30)).data).requests) == 3
+        worker.bus.stop()
+        assert worker.logged("bus.pump_failed")
+    assert await stored(nats_server.url) == [1, 3]
+
+
+async def test_a_heartbeat_that_fails_is_tried_again(
+    client, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that fails is followed by others when they are due, no sooner."""
+    beat, tried = Session.heartbeat, []
+
+    async def fail_once(session: Session) -> None:
+        tried.append(time.monotonic())
+        if len(tried) == 1:
+            raise ValueError("once")
+        await beat(session)
+
+    monkeypatch.setattr(Session, "heartbeat", fail_once)
+    status = await client.subscribe(SUBJECTS.status(WORKER))
+    with Worker(nats_server.url, COX_BUS="thread") as worker:
+        await worker.connected()
+        worker.engine.send_frame(frame(requests=3), idle=True)
+        await status.next_msg(timeout=30)
+        await status.next_msg(timeout=30)
+    assert tried[1] - tried[0] > 0.9

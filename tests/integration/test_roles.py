@@ -208,6 +208,32 @@ async def test_answers_cannot_be_sent_where_one_may_not_publish(server: Secured,
     await admin.close()
 
 
+async def test_nobody_has_a_worker_write_its_own_subjects(server: Secured) -> None:
+    """Whatever a viewer asks a worker, no answer lands in the event log or among status, and it still may ask."""
+    viewer, _ = await connected(server, "viewer")
+    edge, _ = await connected(server, "edge")
+    asks = sorted(
+        each for each in matching(MAY_PUBLISH["viewer"]) if re.fullmatch(rf"{DISCOVERY}|.*w1\.\w+", each)
+    )
+    asks = [each for each in asks if not each.endswith(".id")]
+    log = await viewer.jetstream().stream_info(STREAMS[0])
+    heard = await edge.subscribe("cox.v1.main.status.*")
+    await edge.flush()
+    with Worker(server.nats.url, **server.env("worker-w1")) as worker:
+        await worker.connected()
+        for subject in asks:
+            for target in ("cox.v1.main.event.w1.held", "cox.v1.main.status.w1"):
+                await viewer.publish(subject, b"", reply=target)
+        for subject in asks:  # each is answered behind what came before on its subject
+            assert (await viewer.request(subject, b"", timeout=30)).data
+    await settled(edge)
+    assert heard.pending_msgs == 0
+    assert (await viewer.jetstream().stream_info(STREAMS[0])).state.last_seq == log.state.last_seq
+    assert {"$SRV.INFO.coxswain-worker", "cox.v1.main.query.w1.status"} <= set(asks)
+    await viewer.close()
+    await edge.close()
+
+
 def test_the_document_says_how_many_subjects_were_tried() -> None:
     """docs/security.md counts what the tests above try and what each role may of it."""
     count = len(every_subject())

@@ -115,3 +115,11 @@ def test_what_waits_for_a_deaf_server_is_bounded_in_bytes() -> None:
     assert len(waits) > 2
     assert MAX_UNSENT - bytes_each < full <= MAX_UNSENT + 10_000  # NATS's own words come to it
     assert full + 2_000 < last < full + 20_000
+
+
+def test_no_inbox_tells_of_another() -> None:
+    """A worker that a controller commands hears some of its inboxes: the others have nothing in common with them."""
+    client = NatsClient()
+    names = [client.new_inbox().rpartition(".")[2] for _ in range(100)]
+    assert {len(name) for name in names} == {22}
+    assert len({name[:12] for name in names} | {name[12:] for name in names}) == 200

@@ -3,16 +3,19 @@
 import asyncio
 from typing import Any
 
+import structlog
+
 from coxswain.common.connection import Connection
 from coxswain.control.core import Answer, Send
-from coxswain.control.daemon import NOBODY, Controller
+from coxswain.control.daemon import Controller
 from coxswain.control.errors import NoAnswerError
 from coxswain.control.failures import PATIENCE
 from coxswain.control.lease import RETRY_S
+from coxswain.control.metrics import NOBODY
 from coxswain.control.policies.edf import Edf
 from coxswain.control.tables import LEASE_TTL_S
 from coxswain.control.told import ANSWER_S
-from coxswain.schemas.commands import Limit, Reply, Targets
+from coxswain.schemas.commands import Configure, Limit, Reply, Targets
 from coxswain.schemas.errors import Code
 from coxswain.schemas.metrics import OTHER
 from coxswain.schemas.policy import LEADER_LEASE_S
@@ -91,6 +94,33 @@ async def test_codes_that_nobody_knows_are_counted_as_one() -> None:
     assert controller.meter.refused == {
         ("limit", "409"): 1, ("limit", "503"): 1, ("limit", OTHER): 3, ("limit", NOBODY): 1,
     }  # fmt: skip
+
+
+class OlderClient(SlowClient):
+    """Applies each command but for fields that it does not know."""
+
+    async def command(self, worker: str, _verb: str, command: Any, **__: Any) -> list[Reply]:
+        """As far as it can."""
+        return [
+            Reply(
+                id=command.id, worker=worker, incarnation="01A", worker_now=0.0, step=0, outcome="applied",
+                ignored=("classes.chat.spare",),
+            )
+        ]  # fmt: skip
+
+
+async def test_fields_that_a_worker_does_not_know_are_logged_and_told_to_the_core() -> None:
+    """It applied the rest, so nothing was refused; the line says what is missing there, once a minute."""
+    controller = Controller(Connection(urls=(), fleet="main"), Edf(Edf.Params()))
+    send = Send("w1", "configure", Configure(id="a1"))
+    with structlog.testing.capture_logs() as lines:
+        for _ in range(3):
+            await controller._send(OlderClient(), send)
+    assert controller._answers == [Answer(send, ok=True, ignored=("classes.chat.spare",))] * 3
+    assert controller.meter.refused == {}
+    assert [(line["event"], line["reason"]) for line in lines] == [
+        ("command.fields_ignored", "classes.chat.spare")
+    ]
 
 
 class HeldLease:
