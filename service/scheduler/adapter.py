@@ -12,7 +12,7 @@ from vllm.v1.core.sched.request_queue import PriorityRequestQueue, RequestQueue
 from coxswain.service.scheduler.compat import expected_cached_tokens
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.mechanism import Mechanism
-from coxswain.service.scheduler.states import HELD, State
+from coxswain.service.scheduler.states import HELD, RUNNING
 
 
 class SteeredRequestQueue(RequestQueue):
@@ -43,7 +43,7 @@ class SteeredRequestQueue(RequestQueue):
         record = request.steering
         if record.state in HELD:
             return
-        if record.state is State.RUNNING:
+        if record.state is RUNNING:
             self._core.not_admitted(record)
             self._queue.put_back(record)
         else:
@@ -91,10 +91,15 @@ class KvHoldingQueue(PriorityRequestQueue):
         self._core.running(request.steering)
         return request
 
+    def remove_requests(self, requests: Any) -> None:
+        """Take requests out; where nobody waits, as mostly, vLLM's own would make a set and a heap all the same."""
+        if self:
+            super().remove_requests(requests)
+
     def prepend_requests(self, requests: Any) -> None:
         """Put back what was skipped in this step, or put here what begins to load."""
         for request in requests:
             record = request.steering
-            if record.state is State.RUNNING:
+            if record.state is RUNNING:
                 self._core.loading(record)
             self.add_request(request)

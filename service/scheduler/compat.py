@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 import vllm
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequestType, FinishReason
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.request import RequestStatus
 
 from coxswain.service.config import SettingRefusedError
@@ -30,6 +31,7 @@ PRIVATE: Final = {
         "allocate_slots", "get_blocks", "get_computed_blocks", "empty_kv_cache_blocks",
     ),
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": ("get_num_blocks_to_allocate",),
+    "vllm.v1.core.block_pool:BlockPool": ("evict_blocks", "get_num_free_blocks"),
     "vllm.v1.engine.core:EngineCoreProc": ("_send_abort_outputs", "_process_input_queue", "run_engine_core"),
     "vllm.v1.core.sched.request_queue:RequestQueue": (
         "add_request", "pop_request", "peek_request", "prepend_request", "prepend_requests", "remove_request",
@@ -37,6 +39,13 @@ PRIVATE: Final = {
     ),
 }  # fmt: skip
 """What we override or call that vLLM does not promise to keep."""
+
+
+_REASONS: Final = {
+    status: str(reason)
+    for status in RequestStatus
+    if (reason := RequestStatus.get_finished_reason(status)) is not None  # `stop` is 0
+}
 
 
 class UnknownVllmError(RuntimeError):
@@ -182,6 +191,35 @@ def blocks_needed(scheduler: Any, request: Any, enough: int) -> int:
     )  # fmt: skip
 
 
+def take_back(scheduler: Any, request: Any) -> None:
+    """Take out of the prefix cache what a request, about to be preempted, was to compute in this very step.
+
+    `allocate_slots` enters full blocks as it allocates them. Where vLLM chooses victims by priority, one may have had
+    its chunk before somebody behind it ran out of blocks; vLLM takes the tokens back and leaves the entries
+    (Scheduler.schedule, the PRIORITY branch), so whoever has the prefix next attends to KV that nobody wrote. Stock
+    vLLM does it too, with `--scheduling-policy priority`; by `fcfs` the victim is the last, which has had nothing yet.
+
+    What earlier steps have in flight counts as computed, and is: nothing of it is taken out, nor of what it shares.
+    """
+    manager = scheduler.kv_cache_manager
+    groups = manager.coordinator.single_type_managers
+    for group, blocks in zip(groups, manager.get_blocks(request.request_id).blocks, strict=True):
+        scheduled = blocks[request.num_computed_tokens // group.block_size :]
+        group.block_pool.evict_blocks({block.block_id for block in scheduled if block.block_hash is not None})
+
+
+def can_take_back(scheduler: Any) -> bool:
+    """Whether blocks of attention are all that a scheduled chunk leaves behind.
+
+    Inputs of an encoder count as encoded for whoever comes later in the step, and Mamba's states are copied and
+    offered to connectors: vLLM takes neither back.
+    """
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    return not scheduler.vllm_config.model_config.supports_multimodal_inputs and all(
+        isinstance(group.kv_cache_spec, AttentionSpec) for group in groups
+    )
+
+
 def may_run(request: Any) -> bool:
     """Whether a waiting request waits for nothing but its turn."""
     return request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
@@ -264,8 +302,7 @@ def rejected_drafts(requests: Mapping[str, Any], scheduled: Any, result: Any) ->
 
 def finish_reason(request: Any) -> str:
     """vLLM's word for how the request ended: `stop`, `length`, `abort`, `error`, `repetition`."""
-    reason = request.get_finished_reason()
-    return "unknown" if reason is None else str(reason)  # `stop` is 0
+    return _REASONS.get(request.status, "unknown")
 
 
 def settings(config: Any) -> dict[str, str | int | float | bool | None]:

@@ -27,7 +27,7 @@ from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Progress, Record
 from coxswain.service.scheduler.room import Room
 from coxswain.service.scheduler.roster import Roster
-from coxswain.service.scheduler.states import HELD, State, Transition
+from coxswain.service.scheduler.states import HELD, QUEUED, Transition
 from coxswain.service.scheduler.tenants import Tenants
 
 BUILT_IN_CLASSES: Final = {DEFAULT: ClassPolicy()}
@@ -117,7 +117,7 @@ class SteeringCore:
 
     def running(self, record: Record) -> None:
         """The engine takes a request that waited with KV of its own."""
-        if record.state is State.QUEUED:
+        if record.state is QUEUED:
             self.roster.move(record, Transition.ADMIT)
 
     def loading(self, record: Record) -> None:
@@ -131,7 +131,7 @@ class SteeringCore:
         `computed`: positions that were there without computing; of these, `external` came by a KV connector,
         the others from the prefix cache.
         """
-        if record.state is State.QUEUED:  # it waited in one of vLLM's own queues
+        if record.state is QUEUED:  # it waited in one of vLLM's own queues
             self.roster.move(record, Transition.ADMIT)
         first = record.admitted_at is None
         if first:
@@ -150,7 +150,7 @@ class SteeringCore:
             now, record, ev.Admitted,
             uncached_input_tokens=record.uncached_tokens if first else max(0, record.lost_mark - computed),
             cached_input_tokens=record.cached_tokens if first else computed, external_input_tokens=external,
-            queued_s=waited, resumed=not first, virtual_time=record.account.virtual_time, waiting=len(self.queue),
+            queued_s=waited, resumed=not first, virtual_time=record.account.rank[0], waiting=len(self.queue),
         )  # fmt: skip
 
     def _began(self, now: float, record: Record) -> None:
@@ -207,7 +207,6 @@ class SteeringCore:
     def finished(self, now: float, record: Record, reason: str) -> None:
         """The request ended, in whatever state it was."""
         was = record.state
-        self.holds.forget(record)
         self.roster.move(record, Transition.FINISH)
         self.ledger.close(record)
         if record in self.roster.awaiting_first:
@@ -217,10 +216,10 @@ class SteeringCore:
                 del self.roster.awaiting_first[record]
         if was in HELD:
             record.held_s += now - record.held_since
-            self.holds.tidy()
-        elif was is State.QUEUED:
+            self.holds.forget(record)
+        elif was is QUEUED:
             record.queued_s += now - record.queued_since
-        self.queue.remove(record)
+            self.queue.remove(record)
         record.account.finished += 1
         self.roster.leave(record)
         if self.emit is not None:
@@ -380,4 +379,4 @@ class SteeringCore:
             room.validate()
         for record in self.roster.records.values():
             assert self.roster.classes[record.class_] is record.group, record
-            assert record.state is State.QUEUED or record not in self.queue, record
+            assert record.state is QUEUED or record not in self.queue, record

@@ -15,12 +15,12 @@ from coxswain.service.scheduler.ledger import Ledger
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Hold, Record
 from coxswain.service.scheduler.roster import Roster
-from coxswain.service.scheduler.states import HELD, KV, State, Transition
+from coxswain.service.scheduler.states import HELD, HELD_KEPT, HELD_PARKED, KV, QUEUED, Transition
 
 LEASES_EACH: Final = len({*ROLES, ENGINE})
 """Leases that one request can have: one per role."""
 WAITS: Final = "released, waits for room"
-WITH_KV: Final = (State.HELD_KEPT, State.HELD_PARKED)
+WITH_KV: Final = (HELD_KEPT, HELD_PARKED)
 """Held states that have KV to lose."""
 
 
@@ -97,7 +97,7 @@ class Holds:
         self._roster.move(record, Transition.HOLD_DROP if kv == "drop" else Transition.HOLD_KEEP)
         self._ledger.settle(record)
         record.held_since = now
-        if was is State.QUEUED:
+        if was is QUEUED:
             record.queued_s += now - record.queued_since
             self._engine.dequeue(record)
             self._queue.remove(record)
@@ -162,15 +162,15 @@ class Holds:
 
     def _can_go_on(self, record: Record) -> bool:
         """Whether a released request needs nothing that it has not got: if not, `Room` sees to it."""
-        if record.state is State.HELD_KEPT:
+        if record.state is HELD_KEPT:
             return self._engine.resumable(record) and self._may_run(record)
-        return record.state is not State.HELD_PARKED
+        return record.state is not HELD_PARKED
 
     def _go_on(self, now: float, record: Record, by: str, reason: str) -> None:
         was = record.state
         held_s = now - record.held_since
         record.held_s += held_s
-        if was is not State.HELD_KEPT:  # a parked one passes admission, if only for the step at hand
+        if was is not HELD_KEPT:  # a parked one passes admission, if only for the step at hand
             record.queued_since = now
         # No counter lift here: a tenant whose requests were all held was kept from its share, it did not idle.
         self._roster.move(record, Transition.RELEASE)
@@ -179,16 +179,17 @@ class Holds:
             self._engine.resume(record)
         else:
             self._engine.enqueue(record)
-        if was is State.HELD_KEPT:
+        if was is HELD_KEPT:
             self._began(now, record)
         self._tell(
             now, record, ev.Continued, by=by, reason=reason, held_s=held_s, output_tokens=len(record.outputs)
         )
 
     def forget(self, record: Record) -> None:
-        """The request ended: so did its holds."""
+        """A held request ended: so did its holds."""
         record.holds.clear()
         self._note_returning(record)
+        self.tidy()
 
     def end_leases(self, now: float) -> None:
         """End the holds whose lease is over."""

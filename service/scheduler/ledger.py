@@ -16,7 +16,7 @@ from collections.abc import Callable
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.roster import Roster
-from coxswain.service.scheduler.states import SLOTTED, State
+from coxswain.service.scheduler.states import HELD_KEPT, SLOTTED
 from coxswain.service.scheduler.tenants import Account, Tenants
 
 
@@ -271,7 +271,8 @@ class Ledger:
     def close(self, record: Record) -> None:
         """The request ended: charge what it was delivered and count what was computed for nothing, or never."""
         if record.admitted_at is None:
-            self.refund_input(record)
+            if record.uncached_tokens or record.cached_tokens:  # its KV was being loaded
+                self.refund_input(record)
             return
         self._expect_no_more(record)
         # Its tenant is settled when somebody looks at it: it may have a thousand that run.
@@ -293,7 +294,7 @@ class Ledger:
             assert 0 <= record.settled <= len(record.outputs), record
             assert (record in record.account.meter.lists) == (record.state in SLOTTED), record
             assert record.lost_mark <= record.resumed_at or record in self._recomputing, record
-            assert record.has_kv or record.state is not State.HELD_KEPT, record
+            assert record.has_kv or record.state is not HELD_KEPT, record
         for account in self._tenants.accounts.values():
             assert account in self._tenants.ahead or not (account.ahead or account.meter.expected), account
             assert account.meter.expected.keys() <= set(self._roster.records.values()), account

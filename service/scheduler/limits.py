@@ -15,7 +15,7 @@ from coxswain.schemas.subjects import CONTROLLER
 from coxswain.service.scheduler.groups import NO_CAPS, Caps, ClassGroup, Group
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.states import RUNNING
 from coxswain.service.scheduler.tenants import Account, Tenants
 
 MAX_LIMITS: Final = MAX_TARGETS
@@ -195,7 +195,7 @@ class Limits:
         """Whether a request runs on room that its tenant or class borrowed: who is within caps may have it back."""
         group = record.group
         return (
-            record.state is State.RUNNING
+            record.state is RUNNING
             and group.policy.borrow
             and (record.account.excess > 0 or group.excess > 0)
         )

@@ -51,12 +51,9 @@ class Line:
         return items[0][4]
 
     def compact(self) -> None:
-        """Drop stale items when they outnumber live ones, and all of them when nothing is left."""
-        if not self.size:
-            self.items.clear()
-        elif len(self.items) > 2 * self.size + 64:
-            self.items = [item for item in self.items if item[3] == item[4].ticket]
-            heapq.heapify(self.items)
+        """Drop stale items."""
+        self.items = [item for item in self.items if item[3] == item[4].ticket]
+        heapq.heapify(self.items)
 
     def walk(self) -> Iterator[Item]:
         """Live items in order, lazily: the first k cost O(k log k), whatever the length."""
@@ -229,10 +226,12 @@ class ClassLine:
         line, lines = self.lines[account.name], self.of(account)
         line.size -= 1
         lines.size -= 1
-        line.compact()
         if not line.size:
+            line.items.clear()  # a heap may know the line for a while yet
             lines.heap.discard(line)
             del self.lines[account.name]
+        elif len(line.items) > 2 * line.size + 64:  # stale ones outnumber the others
+            line.compact()
 
     def age(self, now: float) -> bool:
         """Read the clock; whether it has waited for too long."""

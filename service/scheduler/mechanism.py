@@ -22,7 +22,7 @@ from coxswain.service.scheduler import compat
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.groups import Group
 from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.states import HELD_KEPT, QUEUED, RUNNING
 from coxswain.service.scheduler.tenants import Account
 
 CLASS_STRIDE: Final = 2**33
@@ -139,7 +139,7 @@ class Mechanism:
     def reprioritized(self, record: Record) -> None:
         """Write class and priority where vLLM's own choice of victims reads them."""
         record.payload.priority = record.group.place * CLASS_STRIDE + record.priority
-        self._unsorted |= record.state is State.RUNNING
+        self._unsorted |= record.state is RUNNING
 
     def abort(self, records: list[Record]) -> None:
         """End requests and tell their clients."""
@@ -157,20 +157,15 @@ class Mechanism:
             return "a streaming session cannot be held in this version"
         if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
             return "its KV is being loaded from a remote store: try again"
-        if record.state is State.QUEUED and record not in self.core.queue:
+        if record.state is QUEUED and record not in self.core.queue:
             return "vLLM itself has it waiting for something: try again"
-        if (
-            kv == "keep"
-            and record.state is State.RUNNING
-            and request.lora_request is not None
-            and not self.parks
-        ):
+        if kv == "keep" and record.state is RUNNING and request.lora_request is not None and not self.parks:
             return "with LoRA and a KV connector only `kv: drop` is safe: continuing could exceed max_loras"
         return None
 
     def in_flight(self, record: Record) -> int:
         """Output tokens of steps that were scheduled and whose output has not come back."""
-        return int(record.payload.num_output_placeholders) if record.state is State.RUNNING else 0
+        return int(record.payload.num_output_placeholders) if record.state is RUNNING else 0
 
     def ready(self, record: Record) -> bool:
         """Whether vLLM would not skip this waiting request: nothing it waits for, nothing stale."""
@@ -188,7 +183,7 @@ class Mechanism:
         """Whether it was released from a park and has not been scheduled since."""
         request = record.payload
         return bool(
-            record.state is State.RUNNING
+            record.state is RUNNING
             and request.status == RequestStatus.PREEMPTED
             and request.num_computed_tokens
         )
@@ -212,9 +207,7 @@ class Mechanism:
     def needs(self, record: Record, enough: int) -> int:
         """Blocks that vLLM would ask for to admit it or, kept, for its next token."""
         return (
-            1
-            if record.state is State.HELD_KEPT
-            else compat.blocks_needed(self._scheduler, record.payload, enough)
+            1 if record.state is HELD_KEPT else compat.blocks_needed(self._scheduler, record.payload, enough)
         )
 
     # Questions about room
@@ -239,7 +232,7 @@ class Mechanism:
     def released(self) -> list[Record]:
         """Of vLLM's queue for what waits with KV, those that run as far as steering is concerned."""
         waiting = (request.steering for request in self._scheduler.kv_holding_waiting)
-        return [record for record in waiting if record.state is State.RUNNING]
+        return [record for record in waiting if record.state is RUNNING]
 
     def worst_running(self) -> Iterator[Record]:
         """From the end of vLLM's running list, where `sort` keeps it in order; else of a copy that is."""

@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 from coxswain.schemas.events import Event, Queued
 from coxswain.schemas.status import StoryLine
 from coxswain.service.scheduler.groups import ClassGroup
-from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.states import QUEUED
 from coxswain.service.scheduler.tenants import Account
 
 MAX_STORY: Final = 64
@@ -81,7 +81,7 @@ class Record:
         self.payload: Any = payload
         self.outputs = outputs
         """vLLM's own list of delivered output tokens: its length is how many."""
-        self.state = State.QUEUED
+        self.state = QUEUED
         self.holds: dict[str, Hold] = {}
         self.ticket = 0
         """The queue's: which heap item stands for this request; 0 when it is not in the queue."""

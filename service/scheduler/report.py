@@ -76,8 +76,8 @@ class Reporter:
         core, roster = self.core, self.core.roster
         core.ledger.settle_counts()
         limit = sys.maxsize if answer else ROWS_PER_STEP
-        requests, gone, head, tokens = self._requests.told(limit)
-        tenants, charges = self._tenants.told(limit)
+        requests, gone, head, tokens, due = self._requests.told(limit)
+        tenants, charges = self._tenants.told(limit, due)
         fresh, self._fresh = self._fresh, False
         self._number += 1
         self._owed = max(0, self._owed - 1)

@@ -29,7 +29,7 @@ from coxswain.service.scheduler.limits import Limits, Over
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.roster import Roster
-from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.states import HELD_KEPT, QUEUED, RUNNING
 
 CUTS: Final = ("slots", "kv")
 """Values of `cut_in` that may take room."""
@@ -203,7 +203,7 @@ class Room:
     def _find_room(self, record: Record, slots: int, claimed: int, *, borrows: bool = False) -> bool:
         """Whether there is room for this request in the step at hand, made if need be."""
         engine = self._engine
-        if record.state is State.HELD_KEPT and not engine.resumable(record):
+        if record.state is HELD_KEPT and not engine.resumable(record):
             if not engine.parkable(record):
                 return False
             self._holds.park(self._now, record, "goes on by admission")
@@ -317,7 +317,7 @@ class Room:
     def give_way(self, asker: Record) -> bool:
         """Inside a step, blocks are short for `asker`: drop the least urgent held KV; False if none may go."""
         able = self._giving_way(asker)
-        if asker.state is State.QUEUED:
+        if asker.state is QUEUED:
             free = self._engine.free_blocks()
             enough, short = self._enough(able, self._engine.needs(asker, free) - free)
             able = iter(enough if short <= 0 else ())
@@ -334,7 +334,7 @@ class Room:
         outranks it; what others hold may stay held for ever, so it gives way to everything.
         """
         held = [*self._roster.kept, *self._roster.parked]
-        running = asker.state is State.RUNNING
+        running = asker.state is RUNNING
         able = [
             record
             for record in held

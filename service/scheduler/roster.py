@@ -10,7 +10,18 @@ from coxswain.service.scheduler.families import Families
 from coxswain.service.scheduler.groups import ClassGroup
 from coxswain.service.scheduler.limits import Limits
 from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.states import HELD, SLOTTED, State, Transition, after
+from coxswain.service.scheduler.states import (
+    FINISHED,
+    HELD,
+    HELD_KEPT,
+    HELD_PARKED,
+    QUEUED,
+    RUNNING,
+    SLOTTED,
+    State,
+    Transition,
+    after,
+)
 from coxswain.service.scheduler.tenants import Account, Tenants
 
 
@@ -40,7 +51,7 @@ class Roster:
         """Admitted, no token yet."""
         self.touched: dict[Record, None] = {}
         """Changed since the last status frame, running ones' token counts apart; also those that ended since,
-        if that frame listed them."""
+        if that frame listed them. Not those that only came: if they are among the first that wait, they are told."""
         self.changed = True
         """Whether there is anything new for status."""
 
@@ -50,7 +61,6 @@ class Roster:
         self.families.enter(record)
         self._tenants.joined(record.account, record)
         record.group.joined(record)
-        self.touched[record] = None
         self.changed = True
 
     def leave(self, record: Record) -> None:
@@ -71,21 +81,21 @@ class Roster:
         old = record.state
         new = after(old, transition)
         account, group = record.account, record.group
-        if old is State.QUEUED:
+        if old is QUEUED:
             self._tenants.left(account, record)
             group.left()
-        elif old is State.RUNNING:
+        elif old is RUNNING:
             del self.running[record]
             self._count(account, group, -1)
         else:
             self._leave_hold(record, account, group, new)
-        if new is State.QUEUED:
+        if new is QUEUED:
             self._tenants.joined(account, record)
             group.joined(record)
-        elif new is State.RUNNING:
+        elif new is RUNNING:
             self.running[record] = None
             self._count(account, group, 1)
-        elif new is not State.FINISHED:
+        elif new is not FINISHED:
             self._enter_hold(record, account, group, old, new)
         if (new in SLOTTED) is not (old in SLOTTED):
             (account.meter.start if new in SLOTTED else account.meter.stop)(record)
@@ -102,9 +112,9 @@ class Roster:
             self.held[record] = None
             account.held += 1
             group.held += 1
-        if new is State.HELD_KEPT:
+        if new is HELD_KEPT:
             self.kept[record] = None
-        elif new is State.HELD_PARKED:
+        elif new is HELD_PARKED:
             self.parked[record] = None
 
     def _leave_hold(self, record: Record, account: Account, group: ClassGroup, new: State) -> None:
@@ -137,11 +147,11 @@ class Roster:
         """Another class for a request; the queue must not have it at the moment."""
         old, new = record.group, self.classes[class_]
         record.group = new
-        if record.state is State.QUEUED:
+        if record.state is QUEUED:
             old.left()
             new.joined(record)
             new.reordered = True
-        elif record.state is State.RUNNING:
+        elif record.state is RUNNING:
             self._count_class(record.account, old, -1)
             self._count_class(record.account, new, 1)
         else:
@@ -157,9 +167,9 @@ class Roster:
             group.reordered = True
         for record in self.records.values():
             record.group = group = group_of(record)
-            if record.state is State.QUEUED:
+            if record.state is QUEUED:
                 group.joined(record)
-            elif record.state is State.RUNNING:
+            elif record.state is RUNNING:
                 self._count_class(record.account, group, 1)
             else:
                 group.held += 1
@@ -176,13 +186,13 @@ class Roster:
         by_class: dict[str, list[int]] = {name: [0, 0, 0] for name in self.classes}
         borrowing = 0
         for record in self.records.values():
-            assert record.state is not State.FINISHED
+            assert record.state is not FINISHED
             assert (record.state in HELD) == bool(record.holds) == (record in self.held), record
-            assert (record.state is State.RUNNING) == (record in self.running), record
-            assert (record.state is State.HELD_KEPT) == (record in self.kept), record
-            assert (record.state is State.HELD_PARKED) == (record in self.parked), record
-            assert (record.state is State.QUEUED) == (record in record.account.waiting), record
-            index = 0 if record.state is State.QUEUED else 1 if record.state is State.RUNNING else 2
+            assert (record.state is RUNNING) == (record in self.running), record
+            assert (record.state is HELD_KEPT) == (record in self.kept), record
+            assert (record.state is HELD_PARKED) == (record in self.parked), record
+            assert (record.state is QUEUED) == (record in record.account.waiting), record
+            index = 0 if record.state is QUEUED else 1 if record.state is RUNNING else 2
             counts[record.account.name][index] += 1
             by_class[record.class_][index] += 1
             borrowing += index == 1 and record.group.policy.borrow
@@ -197,5 +207,5 @@ class Roster:
         for some in (self.running, self.held, self.kept, self.parked, self.awaiting_first):
             assert some.keys() <= live
         ended = self.touched.keys() - live
-        assert all(record.state is State.FINISHED and record.number for record in ended)
+        assert all(record.state is FINISHED and record.number for record in ended)
         self.families.validate(live)

@@ -14,7 +14,7 @@ from coxswain.service.port import Charge, RequestTold, TenantTold
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.groups import ClassGroup
 from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.states import HELD, KV, State
+from coxswain.service.scheduler.states import FINISHED, HELD, KV, QUEUED, RUNNING, SLOTTED
 from coxswain.service.scheduler.tenants import Account, Tenants
 
 ROWS_PER_STEP: Final = 256
@@ -45,27 +45,36 @@ class RequestRows:
         roster = self._core.roster
         for record in chain(roster.touched, self._head, self._served, roster.held):
             record.number = 0
-        for record in [record for record in roster.touched if record.state is State.FINISHED]:
+        for record in [record for record in roster.touched if record.state is FINISHED]:
             del roster.touched[record]
         self._head, self._served = {}, {}
         roster.touched |= roster.running | roster.held
 
-    def told(self, limit: int) -> tuple[list[RequestTold], list[tuple[int, int]], list[int], list[int]]:
-        """Rows that nobody knows as they are, what is no longer listed, who waits first, and output tokens so far."""
+    def told(
+        self, limit: int
+    ) -> tuple[list[RequestTold], list[tuple[int, int]], list[int], list[int], Iterable[Record]]:
+        """Rows that nobody knows as they are, what is no longer listed, who waits first, and output tokens so far.
+
+        Last, whom rows and what is gone are about.
+        """
         core, served = self._core, self._served
         touched = core.roster.touched
         head = dict.fromkeys(islice(core.queue.walk(), self._size))
         due = _take(touched, limit)
+        if touched:
+            # Their outputs may be in their tenant's row already: shown here too, they would count twice.
+            left = [record for record in served if record in touched and record.state not in SLOTTED]
+            due |= {record: touched.pop(record) for record in left}
         due |= {record: None for record in head if not record.number}
         due |= {record: None for record in self._head if record not in head and record not in touched}
         rows: list[RequestTold] = []
         gone: list[tuple[int, int]] = []
         for record in due:
             served.pop(record, None)
-            if record in head or record.state not in (State.QUEUED, State.FINISHED):
+            if record in head or record.state not in (QUEUED, FINISHED):
                 record.number = record.number or next(self._numbers)
                 grows = record.state in HELD and record.admitted_at is not None
-                if grows or record.state is State.RUNNING:
+                if grows or record.state is RUNNING:
                     served[record] = record.outputs
                 rows.append((record.number, row(core, record, None), record in served))
             elif record.number:
@@ -73,7 +82,7 @@ class RequestRows:
                 record.number = 0
         self._head = head
         tokens = [*map(len, served.values()), *[len(record.outputs) for record in head]]
-        return rows, gone, [record.number for record in head], tokens
+        return rows, gone, [record.number for record in head], tokens, due
 
 
 class TenantRows:
@@ -86,12 +95,22 @@ class TenantRows:
         """Nobody knows anything: every row is to be told."""
         self._tenants.touched |= dict.fromkeys(self._tenants.accounts.values(), True)
 
-    def told(self, limit: int) -> tuple[list[TenantTold], list[Charge]]:
-        """Rows that nobody knows as they are, and those of which only charge and output are other than was told."""
+    def told(self, limit: int, due: Iterable[Record]) -> tuple[list[TenantTold], list[Charge]]:
+        """Rows that nobody knows as they are, and those of which only charge and output are other than was told.
+
+        `due`: requests of which something is told in the same draft.
+        """
         rows: list[TenantTold] = []
         charges: list[Charge] = []
         price = self._tenants.prices.output
-        for account, changed in _take(self._tenants.touched, limit).items():
+        touched = self._tenants.touched
+        taken = _take(touched, limit)
+        if touched:
+            # Output is what its tenant's row has and what requests with a slot show: were the one told without the
+            # other, whose request just ended would have had less for a frame, and totals do not fall.
+            accounts = {record.account for record in due if record.outputs or record.earlier_outputs}
+            taken |= {account: touched.pop(account) for account in accounts & touched.keys()}
+        for account, changed in taken.items():
             if changed and account.seen:
                 oldest = next(iter(account.waiting), None)
                 since = None if oldest is None else oldest.queued_since
@@ -132,7 +151,7 @@ def row(core: SteeringCore, record: Record, place: int | None) -> st.RequestStat
     return st.RequestStatus(
         request=record.request, child=record.child, tenant=record.account.name, class_=record.class_,
         priority=record.priority,
-        state="running" if state is State.RUNNING else "held" if state in HELD else "queued",
+        state="running" if state is RUNNING else "held" if state in HELD else "queued",
         kv=KV.get(state, "none"), arrived_at=record.arrived_at, prompt_tokens=record.prompt_tokens,
         cached_tokens=record.cached_tokens, output_tokens=len(record.outputs),
         deadline_s=None if slo_s is None else record.arrived_at + slo_s,

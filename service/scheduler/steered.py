@@ -31,7 +31,7 @@ from coxswain.service.scheduler.inbox import Inbox
 from coxswain.service.scheduler.journal import Journal
 from coxswain.service.scheduler.mechanism import Mechanism
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
-from coxswain.service.scheduler.states import HELD, State
+from coxswain.service.scheduler.states import HELD, QUEUED, RUNNING
 from coxswain.service.scheduler.verbs import Commands
 from coxswain.service.scheduler.victims import ChoosesVictims, Victims
 
@@ -263,9 +263,9 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         super().shutdown()
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        self.victims.unmark()
+        self.victims.leaves(request)
         record = request.steering
-        if record.state is State.RUNNING:  # vLLM's own decision; ours has moved the record already
+        if record.state is RUNNING:  # vLLM's own decision; ours has moved the record already
             self.core.evicted(self.now(), record)
         super()._preempt_request(request, *args, **kwargs)
 
@@ -278,7 +278,7 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         A session between two turns has a slot as well, which vLLM counts no more when its next turn has come.
         """
         record = request.steering
-        outside = record.state is State.QUEUED and record not in self.core.queue and not request.resumable
+        outside = record.state is QUEUED and record not in self.core.queue and not request.resumable
         return outside and compat.may_run(request) and not self.core.limits.room(record)
 
     def _handle_invalid_blocks(self, invalid: Any, scheduled: Any) -> Any:
@@ -307,7 +307,7 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         finished = bool(super()._handle_stopped_request(request))
         if lost and not finished:
             self._again.append(request)
-        if record.state is State.RUNNING and not finished:  # it waits for its next input
+        if record.state is RUNNING and not finished:  # it waits for its next input
             self.core.waits_again(self.now(), record)
         return finished
 

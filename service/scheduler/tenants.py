@@ -286,8 +286,10 @@ class RankHeap(Generic[R]):
             heapq.heapify(self._heap)
 
     def least(self) -> R | None:
-        """The member that comes first, or None."""
+        """The member that comes first, or None; whoever is alone does, and its rank need not be looked at."""
         heap, serials = self._heap, self._serials
+        if len(serials) == 1:
+            return next(iter(serials))
         while heap:
             entry = heap[0]
             item: R = entry[-1]

@@ -21,7 +21,7 @@ from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.groups import NO_CAPS, Caps
 from coxswain.service.scheduler.limits import Target
 from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.states import State
+from coxswain.service.scheduler.states import HELD_KEPT, QUEUED, RUNNING
 from coxswain.service.scheduler.tenants import MAX_TENANTS, OVERFLOW
 
 Outcome = tuple[c.Outcome, str, int]
@@ -137,9 +137,9 @@ class Commands:
         missing: Results = []
         for name in targets.requests:
             family = core.roster.families.find(name)
-            if family:
-                found.update(dict.fromkeys(family))
-            else:
+            for record in family:
+                found[record] = None
+            if not family:
                 missing.append((name, ("not_found", "no such request: finished, aborted, or never here", 0)))
         unknown = (name for name in targets.classes if name not in core.classes)
         missing.extend((name, ("not_found", "no such class", 0)) for name in unknown)
@@ -198,7 +198,7 @@ class Commands:
         core = self.core
 
         def act(record: Record) -> Outcome:
-            if record.state in (State.QUEUED, State.RUNNING, State.HELD_KEPT):
+            if record.state in (QUEUED, RUNNING, HELD_KEPT):
                 obstacle = core.engine.obstacle(record, command.kv)
                 if obstacle:
                     return "not_possible", obstacle, 0

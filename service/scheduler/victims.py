@@ -5,6 +5,9 @@ least: its requests wait least, so of all that run they came last. And as its te
 at once, to be struck again. So inside a `fair` class the tenant with the greatest virtual time gives way, and of its
 requests the one that vLLM would take. It is also the last that is let in again.
 
+A victim may have had its chunk of the step already: `compat.take_back` takes back what vLLM does not. Where more than
+blocks is to be taken back, the victim is the last that runs, as in stock vLLM's `fcfs`: it has had nothing yet.
+
 Nothing of it costs a step: vLLM asks for its `policy` where it is about to choose, and nowhere else in a step
 (v1/core/sched/scheduler.py, 0.32.0); whom it is to choose is then given a priority beyond all others, until it has.
 """
@@ -13,6 +16,7 @@ from typing import Any, Final
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
+from coxswain.service.scheduler import compat
 from coxswain.service.scheduler.record import Record
 
 WORST: Final = 2**62
@@ -28,6 +32,8 @@ class Victims:
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
+        self.any: bool = compat.can_take_back(scheduler)
+        """Whether anybody that runs may be chosen, or only the last."""
         self.marked: Any | None = None
         """vLLM's request that bears the mark."""
 
@@ -49,6 +55,11 @@ class Victims:
         self.marked = max((record for record in records if record.group is worst), key=had).payload
         self.marked.priority += WORST
 
+    def leaves(self, request: Any) -> None:
+        """VLLM is about to preempt a request, chosen here or not."""
+        self.unmark()
+        compat.take_back(self._scheduler, request)
+
     def unmark(self) -> None:
         """It was preempted, or could not be."""
         if self.marked is not None:
@@ -64,8 +75,11 @@ class ChoosesVictims:
     @property
     def policy(self) -> SchedulingPolicy:
         """What vLLM asks where it is about to choose."""
-        if hasattr(self, "victims"):  # vLLM asks while it is made, too
-            self.victims.mark()
+        if not hasattr(self, "victims"):  # vLLM asks while it is made, too
+            return SchedulingPolicy.PRIORITY
+        if not self.victims.any:
+            return SchedulingPolicy.FCFS
+        self.victims.mark()
         return SchedulingPolicy.PRIORITY
 
     @policy.setter

@@ -1,4 +1,4 @@
-"""One real worker for all acceptance tests: it takes half a minute to start."""
+"""One real worker for all tests that it suits: it takes half a minute to start."""
 
 from collections.abc import AsyncIterator, Iterator
 

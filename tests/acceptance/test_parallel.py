@@ -11,7 +11,7 @@ from tests.acceptance.test_hold import empty, frame
 from tests.support.serving import WORKER, Api, Served, serving
 from tests.support.steered import Steer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.nats, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.nats, pytest.mark.slow, pytest.mark.timeout(400)]
 
 PROMPT = "The wind turned in the night and the boat"
 TOKENS = 200

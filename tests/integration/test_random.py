@@ -13,10 +13,12 @@ import pytest
 
 from coxswain.schemas import events as ev
 from coxswain.service.tiny import make_model
-from tests.support.modes import DRAFTS, LORAS, OFFLOAD
+from tests.support.modes import DRAFTS, LORAS, OFFLOAD, SCARCE, taken_back
 from tests.support.random_cases import Case, cases, kinds, undisturbed
 from tests.support.random_run import Run
 from tests.support.simulated import engine
+
+__all__ = ["taken_back"]
 
 pytestmark = pytest.mark.vllm
 
@@ -47,6 +49,15 @@ def test_disturbed_requests_say_what_undisturbed_ones_say(
     """Under KV pressure, whatever is done to them: stock vLLM's tokens, no rule broken, nothing leaked, all counted."""
     run = check(tmp_path, v2=v2, asynchronous=asynchronous, enable_prefix_caching=caching)
     assert any(kind is ev.Held and "cut-in" in fields["reason"] for _, kind, fields in run.events)
+
+
+@pytest.mark.timeout(120 + REQUESTS)
+@pytest.mark.parametrize(("v2", "asynchronous"), [(False, False), (True, True)], ids=["v1-sync", "v2-async"])
+def test_scarce_blocks(tmp_path: Path, taken_back: list[int], v2: bool, asynchronous: bool) -> None:
+    """Some lose what was scheduled for them in the very same step; their prefix is cached as far as it was computed."""
+    modes: dict[str, Any] = {"v2": v2, "asynchronous": asynchronous, "enable_prefix_caching": True}
+    play(tmp_path, cases(SEED, REQUESTS // 2), **modes, **SCARCE)
+    assert any(taken_back)
 
 
 @pytest.mark.timeout(120 + REQUESTS)
@@ -102,21 +113,27 @@ def test_adapters_with_kv_offloading(tmp_path: Path) -> None:
 
 
 def check(tmp_path: Path, wanted: list[Case] | None = None, **options: Any) -> Run:
-    """Run everything undisturbed on stock vLLM and disturbed on ours."""
+    """Run everything on both; all that can happen did."""
     wanted = cases(SEED, REQUESTS) if wanted is None else wanted
-    plain = {name: value for name, value in options.items() if name != "kv_transfer_config"}
-    with engine(tmp_path, scheduler=None, num_gpu_blocks_override=400, **plain) as stock:
-        expected = undisturbed(stock, wanted)
-    with engine(tmp_path, **options) as steered, rerun():
-        run = Run(steered, wanted, SEED)
-        run.play()
-        run.check(expected)
-    assert steered.steps > 2 * len(wanted)
+    run = play(tmp_path, wanted, **options)
+    assert run.engine.steps > 2 * len(wanted)
     assert run.ledger.preempted_total > len(wanted) / 4
     assert run.ledger.recomputed_total > 5 * len(wanted)
     assert min(run.done.values()) > 0
     kinds = {kind for _, kind, _ in run.events}
     assert ev.Dropped in kinds
-    assert (ev.Parked in kinds) == steered.scheduler.mechanism.parks
+    assert (ev.Parked in kinds) == run.engine.scheduler.mechanism.parks
     assert 0 < len(run.gone) < len(wanted) / 3
+    return run
+
+
+def play(tmp_path: Path, wanted: list[Case], **options: Any) -> Run:
+    """Run everything undisturbed on stock vLLM and disturbed on ours: they say the same."""
+    plain = {name: value for name, value in options.items() if name != "kv_transfer_config"}
+    with engine(tmp_path, scheduler=None, **{**plain, "num_gpu_blocks_override": 400}) as stock:
+        expected = undisturbed(stock, wanted)
+    with engine(tmp_path, **options) as steered, rerun():
+        run = Run(steered, wanted, SEED)
+        run.play()
+        run.check(expected)
     return run

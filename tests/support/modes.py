@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from coxswain.service.scheduler import compat
 from coxswain.service.simulated.tokens import Vocabulary, seed_of
 from tests.support.simulated import Engine, engine
 
@@ -27,6 +29,11 @@ DRAFTS: dict[bool, dict[str, Any]] = {
     for asynchronous, method in ((False, "ngram"), (True, "ngram_gpu"))
 }
 """Speculative decoding without and with asynchronous scheduling."""
+SCARCE: dict[str, Any] = {
+    "num_gpu_blocks_override": 24, "long_prefill_token_threshold": 16, "max_num_batched_tokens": 192,
+    "max_num_seqs": 12, "max_num_active_seqs": 9,
+}  # fmt: skip
+"""Many prompts at once in few blocks: some lose them in the very step in which a chunk of theirs was scheduled."""
 LORAS: dict[str, Any] = {
     "enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "lora_dtype": "bfloat16"
 }  # fmt: skip
@@ -53,6 +60,22 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             return known[key]
 
         yield started
+
+
+@pytest.fixture
+def taken_back() -> Iterator[list[int]]:
+    """How many blocks each preemption took out of the prefix cache."""
+    counts: list[int] = []
+    take_back = compat.take_back
+
+    def counted(scheduler: Any, request: Any) -> None:
+        pool = scheduler.kv_cache_manager.block_pool
+        before = len(pool.cached_block_hash_to_block)
+        take_back(scheduler, request)
+        counts.append(before - len(pool.cached_block_hash_to_block))
+
+    with patch.object(compat, "take_back", counted):
+        yield counts
 
 
 def words(prompt: list[int], tokens: int) -> list[int]:

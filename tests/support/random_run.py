@@ -147,6 +147,7 @@ class Run:
             self.idle[name] = 0 if held or name in self.engine.scheduled else self.idle.get(name, 0) + 1
         self.check_caps()
         self.check_order()
+        self.engine.check_prefix_cache()
         self.longest_idle = max(self.longest_idle, *self.idle.values(), 0)
 
     def over(self, name: str, case: Case) -> bool:

@@ -38,6 +38,8 @@ class Engine:
         """Positions that the device computed, each as often as it did."""
         self.scheduled: dict[str, int] = {}
         """What the last step computed."""
+        self._cached: dict[Any, list[int | None]] = {}
+        """What a key of the prefix cache stands for."""
         self._commands = 0
         self._watch(core.model_executor.driver_worker)
 
@@ -163,6 +165,17 @@ class Engine:
         counted = {b.block_id: b.ref_cnt for b in pool.blocks if b.ref_cnt and not b.is_null}
         assert counted == used
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 - len(used)
+
+    def check_prefix_cache(self) -> None:
+        """Between two steps: whatever the prefix cache offers was computed, of the tokens that its key stands for."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        for block in pool.blocks:
+            if block.block_hash is not None:
+                cells = self.checker.kv.cells(block.block_id)
+                assert None not in cells, f"{block} is offered, and was not computed"
+                assert self._cached.setdefault(block.block_hash, cells) == cells, (
+                    f"{block} holds other tokens"
+                )
 
     def check_empty(self) -> None:
         """No request, queue entry, slot or block is left, anywhere."""

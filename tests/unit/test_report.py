@@ -1,5 +1,6 @@
 """Status frames and queries: what a listener knows after any stream of deltas is what is the case."""
 
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from coxswain.schemas.status import MAX_PAGE, CommandStats, Frame, QueueQuery, R
 from coxswain.service.bus import wire
 from coxswain.service.bus.board import PATIENCE, Board
 from coxswain.service.port import Draft
+from coxswain.service.scheduler import report
 from coxswain.service.scheduler import rows as module
 from coxswain.service.scheduler.lines import MAX_SKIPPED
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
@@ -185,6 +187,72 @@ def test_delta_has_recomputed_totals() -> None:
     assert row.recomputed_tokens_total == 20
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(OPERATIONS, st.booleans()), min_size=30, max_size=60))
+def test_no_tenants_output_falls_where_rows_wait_for_the_next_frame(
+    happenings: list[tuple[tuple[int, int, int], bool]],
+) -> None:
+    """With more to tell than a draft holds, a tenant and its requests that come and go are told together."""
+    reported, most = Reported(), dict[str, int]()
+    requests, tenants = module.RequestRows.told, module.TenantRows.told
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.RequestRows, "told", lambda self, _limit: requests(self, 1))
+        patch.setattr(module.TenantRows, "told", lambda self, _limit, due: tenants(self, 1, due))
+        for operation, tells in happenings:
+            act(reported.engine, *operation)
+            if tells:
+                reported.tell()
+                for each in reported.board.full(peek=True).tenants:
+                    assert each.output_tokens_total >= most.get(each.tenant, 0)
+                    most[each.tenant] = each.output_tokens_total
+
+
+def test_no_tenants_output_rises_beyond_what_it_is_where_many_requests_end_at_once() -> None:
+    """What has ended is in the tenant's row: a draft too small for all that ended tells that it has."""
+    count = module.ROWS_PER_STEP + 44
+    reported = Reported(slots=count)
+    records = [reported.engine.submit("f") for _ in range(count)]
+    for _ in records:
+        reported.engine.admit()
+    for record in records:
+        reported.engine.deliver(record, 20)
+    reported.frame(full=True)
+    for record in records:
+        reported.engine.finish(record)
+    for _ in range(3):
+        reported.tell()
+        (tenant,) = reported.board.full(peek=True).tenants
+        assert tenant.output_tokens_total == 20 * count
+
+
+def test_a_delta_says_what_a_full_frame_would_where_rows_wait_for_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a tenant's requests that end at once one is told before the other, and the tenant's row once."""
+    reported, listener = Reported(slots=6), Listener()
+    engine = reported.engine
+    for name in "abcdff":
+        engine.submit(name)
+    last = [engine.admit() for _ in "abcdff"][-2:]
+    for record in last:
+        engine.deliver(record, 20)
+    listener.apply(reported.frame(full=True))
+    for name in "abcd":
+        rank(engine, name, base=3.0)
+    for record in last:
+        engine.finish(record)
+    for where in (module, report):
+        monkeypatch.setattr(where, "ROWS_PER_STEP", 1)
+    assert {record.account.name for record in last} == {"f"}
+    while engine.core.roster.changed:
+        reported.tell()
+        delta = reported.board.delta()
+        assert delta is not None
+        listener.apply(delta)
+        listener.knows(reported.board.full(peek=True))
+    listener.knows_the_truth(reported)
+
+
 def test_what_was_in_flight_of_a_dropped_request_is_in_the_next_full_frame() -> None:
     """Tokens that arrive after the KV was freed touch nothing: deltas may miss them, a full frame does not."""
     reported = Reported()
@@ -228,6 +296,18 @@ def test_frame_builds_only_the_rows_that_changed(monkeypatch: pytest.MonkeyPatch
         # A charge alone needs no new row: its numbers go beside the old one.
         assert made == ["row"]
         assert len(frame.requests) == len(frame.tenants) == (2_000 if full else 1)
+
+
+def test_requests_that_come_to_wait_are_looked_at_only_where_a_frame_lists_them() -> None:
+    """Of a thousand that come between two frames the first few are told, and no frame after it passes the rest."""
+    reported = Reported(head=8)
+    engine = reported.engine
+    for _ in range(1_000):
+        engine.submit()
+    first = [record.request for record in islice(engine.core.queue.walk(), 8)]
+    assert [each.request for _, each, _ in reported.tell().requests] == first
+    assert not engine.core.roster.touched
+    assert not engine.core.roster.changed
 
 
 def test_request_that_ends_between_frames_leaves_nothing_behind() -> None:

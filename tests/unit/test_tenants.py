@@ -201,6 +201,19 @@ def test_walk_mends_a_heap_of_which_all_has_grown() -> None:
     heap.validate()
 
 
+def test_tenant_that_waits_alone_is_next_whatever_it_was_served() -> None:
+    """With one tenant, as where nobody says who asks, all that runs need not be counted for every admission."""
+    engine = FakeEngine(slots=2)
+    running = engine.submit()
+    engine.step()
+    waiting, account = engine.submit(), running.account
+    before = account.virtual_time
+    engine.deliver(running, 5)
+    assert engine.core.queue.peek() is waiting
+    assert account.virtual_time == before
+    assert account.rank[0] > before
+
+
 def _check_rank_heap(operations: Operations) -> None:
     heap: RankHeap[Account] = RankHeap()
     accounts = [account(f"t{i}") for i in range(8)]
