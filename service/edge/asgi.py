@@ -89,7 +89,7 @@ class EdgeMiddleware:
             return await self._app(scope, receive, send)
         if self._keyring is not None:
             self._keyring.refresh(time.monotonic())
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _routed(scope)
         if self._edge.is_open(scope.get("method", "GET"), path):
             return await self._probe(scope, path.rstrip("/"), receive, send)
         ulid = str(ULID())
@@ -201,6 +201,13 @@ class EdgeMiddleware:
         if websocket and isinstance(passage, Passage):
             passage.left()  # it may stay open for hours without asking for anything
         return passage
+
+
+def _routed(scope: Scope) -> str:
+    """The path by which Starlette finds a route: without the root path, which ends where a part of the path does."""
+    path: str = scope["path"]
+    rest = path.removeprefix(scope.get("root_path", ""))
+    return rest if rest[:1] in ("", "/") else path
 
 
 def _naming(send: Send, request: str, own_id: bytes | None) -> Send:

@@ -65,6 +65,7 @@ def serving(folder: Path) -> Iterator[tuple[str, Path]]:
         "PYTHONPATH": os.pathsep.join(sys.path),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",  # of so small a model: more would mostly wait for each other
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

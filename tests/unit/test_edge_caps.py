@@ -464,7 +464,7 @@ async def test_http_answer_is_openais_with_retry_after() -> None:
     """429 with Retry-After, a body in OpenAI's form, and the public id; what passes again passes."""
     edge = Listening()
     running = asyncio.create_task(edge.client.post("/v1/completions"))
-    await asyncio.sleep(0.01)
+    await eventually(lambda: edge.passed == 1)
     answer = await edge.client.post("/v1/chat/completions")
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     error = answer.json()["error"]
@@ -643,6 +643,26 @@ async def test_websocket_is_refused_before_it_opens() -> None:
     app: Any = edge.client._transport.app  # type: ignore[attr-defined]
     await app({"type": "websocket", "path": "/v1/realtime", "headers": [], "client": None}, None, send)
     assert sent == [{"type": "websocket.close", "code": 1013}]
+
+
+async def test_an_open_websocket_leaves_its_tenants_place_to_others() -> None:
+    """It may stay open for hours without asking for anything: what it asks for then is counted as it comes."""
+    edge, ended = Listening(), AsyncMock()
+    app: Any = edge.client._transport.app  # type: ignore[attr-defined]
+    scope = {
+        "type": "websocket",
+        "path": "/v1/realtime",
+        "headers": [(b"x-tenant", b"a")],
+        "client": ("127.0.0.1", 1),
+    }
+    open_ = asyncio.create_task(app(scope, None, ended))
+    await eventually(lambda: edge.passed == 1)
+    posted = asyncio.create_task(edge.client.post("/v1/completions"))
+    await eventually(lambda: edge.passed == 2 or posted.done())
+    assert not open_.done()
+    edge.go.set()
+    assert (await posted).status_code == 200
+    await open_
 
 
 def test_hook_counts_what_the_engine_is_given() -> None:

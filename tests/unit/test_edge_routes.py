@@ -5,12 +5,17 @@ it needs a key with `admin`.
 """
 
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
-from coxswain.service.edge.core import Edge, is_api
+from coxswain.service import keys
+from coxswain.service.edge.asgi import EdgeMiddleware
+from coxswain.service.edge.core import Edge, EdgeSettings, is_api
+from coxswain.service.keys import Grant, Keyring
 
 pytestmark = pytest.mark.vllm
 
@@ -100,3 +105,38 @@ def test_every_path_is_ruled_as_documented(routes: list[tuple[str, str]]) -> Non
     for kind, paths in wanted.items():
         assert seen[kind] - set(paths.split()) == set(), f"new, and ruled as {kind}"
         assert set(paths.split()) - seen[kind] <= OPTIONAL, f"gone, or not ruled as {kind}"
+
+
+@pytest.mark.parametrize("root", ["", "/api", "/api/", "/", "/v", "/v1"])
+async def test_a_root_path_changes_no_ruling(root: str, tmp_path: Path) -> None:
+    """With any `--root-path` what FastAPI serves is ruled as the route that it found: work, probes and the rest."""
+    from fastapi import FastAPI
+
+    def ok() -> None:
+        pass
+
+    key = {"authorization": f"Bearer {keys.add(tmp_path / 'keys', Grant(tenant='acme'), now=0.0)}"}
+    ring = Keyring(tmp_path / "keys")
+    bare, edge = FastAPI(root_path=root), FastAPI(root_path=root)
+    for app in (bare, edge):
+        for path in ("/v1/completions", "/health", "/pause"):
+            app.add_api_route(path, ok, methods=["GET" if path == "/health" else "POST"])
+    edge.add_middleware(EdgeMiddleware, edge=Edge(EdgeSettings(b"k" * 32), ring), keyring=ring)
+
+    async def status(app: Any, path: str, headers: dict[str, str]) -> int:
+        method = "GET" if path.endswith("/health") else "POST"
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return (await client.request(method, path, headers=headers)).status_code
+
+    served = 0
+    for prefix in ("", root.rstrip("/")):
+        for path, known, unknown in (
+            ("/v1/completions", 200, 401),
+            ("/health", 200, 200),
+            ("/pause", 403, 401),
+        ):
+            if await status(bare, prefix + path, {}) == 200:
+                served += 1
+                assert await status(edge, prefix + path, key) == known
+                assert await status(edge, prefix + path, {}) == unknown
+    assert served >= 3

@@ -357,20 +357,6 @@ async def test_websocket_needs_a_key_too(file: Path) -> None:
     assert rig.inside.ticket is not None
 
 
-async def test_root_path_is_not_part_of_the_rule(file: Path) -> None:
-    """Behind `--root-path` the same paths are open and closed."""
-    rig, _ = with_key(file, Grant(tenant="acme"))
-    for path, count in (("/api/health", 1), ("/api/v1/models", 1)):
-        sent: list[Any] = []
-
-        async def send(message: Any, sent: list[Any] = sent) -> None:
-            sent.append(message)
-
-        scope = {"type": "http", "method": "GET", "path": path, "root_path": "/api", "headers": []}
-        await rig.app(scope, None, send)  # type: ignore[arg-type]
-        assert len(rig.inside.scopes) == count
-
-
 @pytest.mark.parametrize(
     ("env", "named"),
     [
