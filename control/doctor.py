@@ -232,9 +232,8 @@ def _bucket(name: str, stored: Stored) -> Finding:
         return Finding(
             check=name, level="fail", found="; ".join(wrong), mend=f"remove the bucket, run `cox init`{again}"
         )
-    return Finding(
-        check=name, level="ok", found=f"{stored.messages} revisions" if not lease else "as it must be"
-    )
+    revisions = f"{stored.messages} revision{'' if stored.messages == 1 else 's'}"
+    return Finding(check=name, level="ok", found="as it must be" if lease else revisions)
 
 
 def _workers(facts: Facts) -> Iterable[Finding]:
@@ -270,7 +269,7 @@ def _workers(facts: Facts) -> Iterable[Finding]:
     if len({seen.frame.config for seen in facts.workers}) > 1:
         yield Finding(
             check="workers", level="warn", found="workers have different tables in force",
-            mend="see whether a controller leads; `cox ps`, `cox classes`",
+            mend="see whether a controller leads, and whether all have one version; `cox ps`, `cox classes`",
         )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""What people see, as text: `docs/screens.md`, from a fleet that runs. `python -m scripts.screens` renews it.
+"""What people see: `docs/screens.md` and the page's picture, from a fleet that runs. `python -m scripts.screens`.
 
 A real nats-server, two workers on the simulated device, two controllers; `cox` in a real terminal (tmux) of the given
-size. Times and ids differ from run to run, so nothing compares the page: look at it before it is committed.
+size, the page in a real browser (`make browser`). Times and ids differ from run to run, so nothing compares what comes
+out: look at it before it is committed.
 """
 
 import asyncio
@@ -19,12 +20,20 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import httpx
+from playwright.async_api import Error, ViewportSize, async_playwright, expect
+from playwright.async_api import Page as Tab
 
 from coxswain.control.tables import LEASE_TTL_S
 from tests.faults.fleet import FLEET, TENANT_HEADER, Fleet, Worker, running
+from tests.support.nats import free_port
 from tests.support.serving import Stream
+from tests.support.web import browser_path
 
-PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "screens.md"
+DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
+PAGE: Final = DOCS / "screens.md"
+PICTURE: Final = DOCS / "images" / "page.png"
+VIEW: Final = ViewportSize(width=1280, height=680)
+"""Of the picture, in pixels: all of the page."""
 WITHIN_S: Final = 60.0
 SEEN_S: Final = 10.0
 """So long `cox top` looks before it is looked at: rates and waits are of what it saw."""
@@ -129,8 +138,8 @@ class Clients:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def screens(fleet: Fleet) -> AsyncIterator[Screen]:
-    """One after the other, while the fleet is at work."""
+async def screens(fleet: Fleet, tab: Tab) -> AsyncIterator[Screen]:
+    """One after the other, while the fleet is at work; in the middle, the picture of the page in `tab`."""
     nats = fleet.nats.url
 
     async def show(title: str, about: str, command: str, wanted: str) -> Screen:
@@ -141,25 +150,30 @@ async def screens(fleet: Fleet) -> AsyncIterator[Screen]:
             terminal.close()
 
     async def top(about: str, columns: int, rows: int, *keys: str) -> Screen:
-        """While somebody holds a request, and lets it go on."""
+        """While somebody holds a request."""
         terminal = Terminal("top", nats, columns, rows)
         try:
             await terminal.until("w1 ", "w2 ", "night ")
             await asyncio.sleep(SEEN_S)
             for key in keys:
                 terminal.press(key)
-            held = clients.ask(worker, "globex", 200)
-            await held.until(1)
-            _cox(nats, f"hold {held.request} --lease 10m")
-            await asyncio.sleep(1)
-            shown = await terminal.until()
-            _cox(nats, f"continue {held.request}")
-            return Screen(f"`cox top`, {columns}×{rows}", about, "top", shown)
+            async with held():
+                return Screen(f"`cox top`, {columns}×{rows}", about, "top", await terminal.until())
         finally:
             terminal.close()
 
+    @asynccontextmanager
+    async def held() -> AsyncIterator[None]:
+        """An operator holds a request meanwhile, and what shows it has had time to."""
+        stream = clients.ask(worker, "globex", 200)
+        await stream.until(1)
+        await _cox(nats, f"hold {stream.request} --lease 10m")
+        await asyncio.sleep(1)
+        yield
+        await _cox(nats, f"continue {stream.request}")
+
     for words in SETUP:
-        _cox(nats, words)
+        await _cox(nats, words)
     clients = Clients(fleet)
     worker = fleet.workers["w1"]
     try:
@@ -172,6 +186,8 @@ async def screens(fleet: Fleet) -> AsyncIterator[Screen]:
         yield await top(about, 80, 24, "Up")
         about = "Classes, models and costs stand beside it; `a` lists the requests of all tenants."
         yield await top(about, 200, 60, "a")
+        async with held():
+            await tab.screenshot(path=PICTURE)
         await victim.end()
         about = "A request of the batch: whom it waited for, who cut in on it, and what it cost."
         yield await show(
@@ -198,19 +214,49 @@ async def small_fleet() -> AsyncIterator[Fleet]:
             yield fleet
 
 
+@asynccontextmanager
+async def page_of(fleet: Fleet) -> AsyncIterator[Tab]:
+    """The page of the controller that leads, in a browser: what it draws over time begins now."""
+    first, second = fleet.leaders.values()
+    for leader in (first, second):
+        leader.kill()
+    port = free_port()
+    first.arguments = ("--web", str(port))
+    first.start()
+    async with async_playwright() as driver:
+        browser = await driver.chromium.launch(executable_path=browser_path())
+        tab = await browser.new_page(viewport=VIEW, color_scheme="dark")
+        deadline = time.monotonic() + WITHIN_S
+        while True:
+            try:
+                await tab.goto(f"http://127.0.0.1:{port}/")
+                break
+            except Error:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.2)
+        await expect(tab.locator("#controller")).to_contain_text("leads", timeout=WITHIN_S * 1000)
+        second.start()
+        yield tab
+        await browser.close()
+
+
 async def write() -> None:
     """Make the page."""
-    async with small_fleet() as fleet:
-        sections = [screen.markdown() async for screen in screens(fleet)]
+    async with small_fleet() as fleet, page_of(fleet) as tab:
+        sections = [screen.markdown() async for screen in screens(fleet, tab)]
     PAGE.write_text("\n".join([HEAD, *sections]))
 
 
-def _cox(nats: str, words: str) -> None:
+async def _cox(nats: str, words: str) -> None:
+    """Run a command; beside this loop, for the fleet's proxy runs in it."""
     env = {**os.environ, "COX_NATS_URL": nats, "COX_FLEET": FLEET}
     code = "from coxswain.control.cli import main; main()"
-    subprocess.run(
-        [sys.executable, "-c", code, *words.split()], env=env, check=True, stdout=subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, *words.split(), env=env, stdout=subprocess.DEVNULL
     )
+    if await process.wait():
+        raise SystemExit(f"cox {words} failed")
 
 
 def _program(name: str) -> str:

@@ -3,8 +3,9 @@
     cox demo [--report PATH] [--seconds N] [--keep]
 
 Lives here: the order of things, and how they end. What is claimed is in `report`, the acts in `fairness`,
-`hold` and `priority`, what runs in `stack`. Exit code 0 only if every claim was seen; whatever happens,
-nothing stays behind: no process, and no file but the report and, after a failure, the logs.
+`hold` and `priority`, what runs in `stack`, what goes on with `--keep` in `stay`. Exit code 0 only if every
+claim was seen; whatever happens, nothing stays behind: no process, and no file but the report and, after a
+failure, the logs.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from coxswain.control.demo import fairness, hold, priority
+from coxswain.control.demo import fairness, hold, priority, stay
 from coxswain.control.demo.processes import Crew, DemoError, tail
 from coxswain.control.demo.report import Claim, Context, Report, claims
 from coxswain.control.demo.screen import Screen
@@ -33,7 +34,7 @@ SEEN, FAILED, INTERRUPTED = 0, 1, 130
 
 NEXT_STEPS: Final = """\
 Where to go from here
-  steer your own vLLM    docs/adopting.md: two flags for `vllm serve`, or `cox worker MODEL`
+  steer your own vLLM    docs/adopting.md: two flags, or `cox worker MODEL`
   what it all means      docs/concepts.md, docs/protocol.md
   write a policy         docs/policies.md
   the command line       cox --help"""
@@ -113,7 +114,7 @@ async def _show(screen: Screen, crew: Crew, folder: Path, options: argparse.Name
             _write(Path(options.report), report)
         _conclude(screen, seen, options.report)
         if options.keep:
-            await _stay(scene)
+            await stay.play(scene)
     return SEEN if all(claim.holds for claim in seen) else FAILED
 
 
@@ -189,19 +190,6 @@ def _write(path: Path, report: Report) -> None:
         path.write_bytes(report.json())
     except OSError as error:
         raise DemoError(f"the report cannot be written to {path}: {error.strerror}") from error
-
-
-async def _stay(scene: Scene) -> None:
-    """Leave everything running until Ctrl-C, and say how to reach it."""
-    scene.screen.say(
-        f"\nEverything still runs, until Ctrl-C. In another terminal:\n"
-        f"  export COX_NATS_URL={scene.env['COX_NATS_URL']} COX_FLEET={scene.env['COX_FLEET']}\n"
-        f"  cox ps\n"
-        f"The OpenAI endpoint is {scene.endpoint.url}/v1, model `tiny`."
-    )
-    while True:
-        await asyncio.sleep(1)
-        scene.crew.check()
 
 
 def _tell(screen: Screen, crew: Crew, error: Exception) -> None:

@@ -29,6 +29,8 @@ RAMP_S: Final = 2.0
 """From the first request to the measured time: the queue builds up."""
 LAST_POLITE_S: Final = 20.0
 """How long the last polite requests may take after the measured time; then what they waited so far counts."""
+BAR_CHARS: Final = 16
+"""Of a bar that is all of the service: the table fits 80 columns, where one tenant has most of it, too."""
 
 
 @dataclass
@@ -183,7 +185,7 @@ def _view(turn: Round, scene: Scene) -> View:
                 str(row.queued if row else 0),
                 str(row.running if row else 0),
                 str(output[tenant]),
-                Text("█" * round(30 * share), style=_COLOURS[tenant]),
+                Text("█" * round(BAR_CHARS * share), style=_COLOURS[tenant]),
                 f"{share:.0%}",
             )
         shown.caption = _waits(turn)

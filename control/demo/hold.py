@@ -33,7 +33,8 @@ HOLD_AFTER: Final = 40
 HOLD_S: Final = 3.0
 NEIGHBOURS: Final = (FLOOD.tenant, BUSY.tenant)
 NEIGHBOUR_SIZES: Final = Sizes((16, 32), (80, 120))
-SHOWN_CHARS: Final = 64
+SHOWN_CHARS: Final = 38
+"""Of a text's end: the table fits 80 columns."""
 
 
 @dataclass

@@ -54,6 +54,10 @@ class Screen:
         """Print a paragraph."""
         self.console.print(Text(text, style=style))
 
+    def verbatim(self, text: str) -> None:
+        """Print lines to be copied: the terminal wraps them, nothing breaks them."""
+        self.console.print(Text(text), soft_wrap=True)
+
     def result(self, text: str) -> None:
         """Print what was seen."""
         self.console.print(Text("→ ", style="bold green") + Text(text))

@@ -79,7 +79,7 @@ class Endpoint:
 
     def __init__(self, url: str, keys: Mapping[str, str]) -> None:
         self.url = url
-        self._keys = keys
+        self.keys = keys
         # A request may wait or be held for as long as somebody wants. A connection is used once: the server
         # closes idle ones after some seconds, perhaps just as the next request goes out.
         self._http = httpx.AsyncClient(
@@ -117,7 +117,7 @@ class Endpoint:
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
-        headers = {"Authorization": f"Bearer {self._keys[stream.tenant]}"}
+        headers = {"Authorization": f"Bearer {self.keys[stream.tenant]}"}
         stream.sent_at = time.monotonic()
         try:
             async with self._http.stream("POST", "/v1/completions", json=body, headers=headers) as response:

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from coxswain.control.demo import load, metrics, stack
+from coxswain.control.demo import load, metrics, stack, stay
 from coxswain.control.demo.metrics import Gap, Sample, Standing, percentile, service_gap
 from coxswain.control.demo.processes import Crew, DemoError, run_once, tail
 from coxswain.control.demo.report import Context, Fairness, Hold, Priority, Report, claims
@@ -338,6 +338,25 @@ class TestEnvironment:
     def test_scratch_files_stay_in_the_folder(self, tmp_path: Path):
         """Temporary files of every process go when the folder goes."""
         assert Path(stack.environment({}, tmp_path, "nats://x")["TMPDIR"]).parent == tmp_path
+
+
+async def test_who_keeps_asking_bears_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--keep`, a client that is capped or drained by hand asks again: there is always something to steer."""
+    monkeypatch.setattr(stay, "AGAIN_S", 0.0)
+    asked: list[Stream] = []
+
+    async def run(stream: Stream) -> None:
+        asked.append(stream)
+        if len(asked) == 1:
+            raise DemoError("the worker refused a request with 429")
+        if len(asked) == 4:
+            raise asyncio.CancelledError
+
+    endpoint: Any = SimpleNamespace(run=run)
+    with pytest.raises(asyncio.CancelledError):
+        await stay.keep_asking(endpoint, "busy", load.asks("busy", stay.LONG, 4))
+    assert [stream.tenant for stream in asked] == ["busy"] * 4
+    assert len({stream.ask for stream in asked}) == 4
 
 
 def tenant_row() -> TenantStatus:
