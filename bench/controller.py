@@ -55,7 +55,7 @@ def run(
     ids: Iterator[int] = itertools.count()
     chosen = load(policy)
     core = ControlCore(chosen, "bench", lambda: f"id{next(ids)}", cadence_s=CADENCE_S)
-    read = Reader(core.fleet, requests=chosen.sees != "tenants").read
+    read = Reader(core.fleet).read
     answers: list[Answer] = []
     spent: dict[str, list[float]] = {"hear": [], "step": [], "encode": [], "loop": [], "cpu": [], "pace": []}
     sums = dict.fromkeys(("bytes_in", "bytes_out", "commands", "rank_rows"), 0)

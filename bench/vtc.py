@@ -11,7 +11,7 @@ each time, and so is the file, whatever the machine. `real` needs a trace file (
 `--devices 5` runs on five devices, evenly between 2 % faster and 2 % slower: figures of `real` move with small causes.
 `--pace 0.9` runs on a device on which each step takes nine tenths of the time: what a side that serves more is to be
 held against. `--workers 4` runs on so many workers with as much traffic for each: suites are made with as many seeds.
-Such rows are in the file, and not in the tables.
+`--seed 11` makes the traffic with another seed. Such rows are in the file, and not in the tables.
 """
 
 import argparse
@@ -58,11 +58,11 @@ SIDES: Final = {
     "bucket": Side("bucket20"),
     "latest": Side("vtc", "vllm", latest=True),
     "share": Side("vtc", "vllm"),
-    "fill": Side("vtc:fill=0.9", "vllm"),
+    "fill": Side("vtc:fill=0.75", "vllm"),
     "vllm-predict": Side("vtc:predict=average", "vllm"),
     "vllm-oracle": Side("vtc-oracle", "vllm"),
-    "fill95": Side("vtc:fill=0.95", "vllm"),
-    "fill100": Side("vtc:fill=1.0", "vllm"),
+    "fill65": Side("vtc:fill=0.65", "vllm"),
+    "fill85": Side("vtc:fill=0.85", "vllm"),
     "preempt": Side("vtc:preempt_gap=2000", "vllm"),
 }
 SEEDED: Final = tuple(name for name in SIDES if name not in ("oracle", "fcfs", "bucket", "vllm-oracle"))
@@ -90,14 +90,14 @@ def device_of(suite: Suite, number: int, devices: int, pace: float) -> Device:
     return msgspec.structs.replace(device, pace=device.pace * pace)
 
 
-def traffic(suite: Suite, workers: int) -> tuple[Arrival, ...]:
+def traffic(suite: Suite, workers: int, seed: int) -> tuple[Arrival, ...]:
     """The suite's; for several workers that of as many seeds, together."""
-    return ordered([each for more in range(workers) for each in suite.arrivals(seed=SEED + more)])
+    return ordered([each for more in range(workers) for each in suite.arrivals(seed=seed + more)])
 
 
-def measured(suite: Suite, name: str, device: Device, workers: int = 1) -> Row:
+def measured(suite: Suite, name: str, device: Device, workers: int = 1, seed: int = SEED) -> Row:
     """One run."""
-    arrivals = traffic(suite, workers)
+    arrivals = traffic(suite, workers, seed)
     side = SIDES[name]
     policy, *settings = side.policy.split(":")
     setup = Setup(
@@ -110,7 +110,7 @@ def measured(suite: Suite, name: str, device: Device, workers: int = 1) -> Row:
     theirs = peer(suite.name, side.policy) if side.admission is None and workers == 1 else None
     row = {
         "suite": suite.name, "side": name, "policy": side.policy, "admission": setup.admission,
-        "device": suite.device, "pace": setup.device.pace, "workers": workers,
+        "device": suite.device, "pace": setup.device.pace, "workers": workers, "seed": seed,
         "tenants": len(tenants(arrivals)), "metrics": metrics, "gap": apart,
         "alone": _alone(outcome.lives, setup) if workers > 1 else None,
         "commands": outcome.commands, "rejected": outcome.rejected,
@@ -135,9 +135,9 @@ def _rounded(value: Any) -> Any:
     return round(value, DIGITS) if isinstance(value, float) else value
 
 
-def key(row: Row) -> tuple[str, str, float, int]:
+def key(row: Row) -> tuple[str, str, float, int, int]:
     """What makes a row another one."""
-    return row["suite"], row["side"], row["pace"], row["workers"]
+    return row["suite"], row["side"], row["pace"], row["workers"], row["seed"]
 
 
 def wanted(suites: Iterable[str], sides: Sequence[str], devices: int) -> Iterable[tuple[Suite, str, int]]:
@@ -151,7 +151,7 @@ def wanted(suites: Iterable[str], sides: Sequence[str], devices: int) -> Iterabl
 
 def tables(rows: Sequence[Row]) -> str:
     """Markdown: a line per suite and a column per side, for each figure; then `real` over devices."""
-    rows = [row for row in rows if row["workers"] == 1]
+    rows = [row for row in rows if row["workers"] == 1 and row["seed"] == SEED]
     plain = [row for row in rows if row["pace"] == 1.0]
     parts = [
         ("service difference, maximum / average (published), weighted tokens/s", _differences),
@@ -214,6 +214,9 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--pace", type=float, default=1.0, help="how much longer each step takes than usual")
     parser.add_argument("--workers", type=int, default=1, help="so many, with as many times the traffic")
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="of the traffic, where it is made; the authors'"
+    )
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []
@@ -223,9 +226,9 @@ def main() -> None:
     order = {name: place for place, name in enumerate([*SUITES, *SIDES])}
     for suite, side, number in wanted(options.suite, options.side, options.devices):
         device = device_of(suite, number, options.devices, options.pace)
-        if (suite.name, side, round(device.pace, DIGITS), options.workers) in map(key, rows):
+        if (suite.name, side, round(device.pace, DIGITS), options.workers, options.seed) in map(key, rows):
             continue
-        row = measured(suite, side, device, options.workers)
+        row = measured(suite, side, device, options.workers, options.seed)
         rows.append(row)
         rows.sort(key=lambda each: (order[each["suite"]], order[each["side"]], abs(each["pace"] - 1.0)))
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from math import isnan, nan
 from sys import intern
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -31,10 +31,10 @@ class Account(msgspec.Struct, frozen=True, gc=False):
     lift: float
     input_tokens: float
     """Of admitted requests, cached or not. Of a tenant that waits as of when it began to, or was last lifted."""
-    weight: float
-    expected_output: float
-    max_running: int | None
-    max_queued: int | None
+    weight: float = 1.0
+    expected_output: float = 0.0
+    max_running: int | None = None
+    max_queued: int | None = None
 
     @property
     def virtual_time(self) -> float:
@@ -42,16 +42,9 @@ class Account(msgspec.Struct, frozen=True, gc=False):
         return self.base + self.charged + self.lift
 
 
-class Terms(NamedTuple):
-    """What a tenant was given on a worker, by its row of the table and by commands."""
-
-    weight: float
-    expected_output: float
-    max_running: int | None
-    max_queued: int | None
-
-
-USUAL: Final = Terms(1.0, 0.0, None, None)
+Terms = tuple[float, float, int | None, int | None]
+"""What a tenant was given on a worker, by its row of the table and by commands: weight, expected output, caps."""
+USUAL: Final[Terms] = (1.0, 0.0, None, None)
 
 Row = TenantStatus | Account
 """Of a tenant on one worker, what is kept of it."""
@@ -95,10 +88,10 @@ class Rows(dict[str, TenantStatus]):
         """The row of a tenant that is known, if it had nothing queued, running or held."""
         return msgspec.structs.replace(self[tenant], queued=0, running=0, held=0)
 
-    def spent(self, tenant: str) -> float:
-        """What its virtual time is over its base."""
-        row = self.get(tenant)
-        return 0.0 if row is None else row.charged + row.lift
+    def spent(self, tenants: Iterable[str]) -> list[float]:
+        """What the virtual time of each is over its base; of one that is not known, 0."""
+        rows = map(self.get, tenants)
+        return [0.0 if row is None else row.charged + row.lift for row in rows]
 
     def waiting(self) -> set[str]:
         """Tenants with anything queued."""
@@ -117,7 +110,9 @@ class Accounts(Mapping[str, Account]):
         self._shared = True
         self._known: dict[str, None] = {}
         """Tenants of this worker; others' places are empty."""
-        self._base, self._charged, self._lift, self._input = array("d"), array("d"), array("d"), array("d")
+        self._base, self._charged, self._lift = array("d"), array("d"), array("d")
+        self._input = array("d")
+        """Of tenants that are not this worker's, not a number."""
         self._steady = array("d")
         """The lift of a tenant that waits. Of others it is not a number, and so unequal to every lift."""
         self._columns = (self._base, self._charged, self._lift, self._input, self._steady)
@@ -127,17 +122,22 @@ class Accounts(Mapping[str, Account]):
     def put(self, rows: Iterable[TenantStatus], served: MutableMapping[str, float]) -> News:
         """Take rows, and add to `served`, per tenant, what was charged since those before."""
         # Thousands of rows in every step of a large fleet, most of tenants that wait, and were served a little.
-        places, size, terms = self._places, len(self._charged), self._terms
+        places, terms = self._places, self._terms
         bases, charges, steady = self._base, self._charged, self._steady
+        if len(charges) < len(places):
+            self._grow()
         for row in rows:
             name = row.tenant
-            at = places.get(name)
-            if at is None or at >= size:
+            try:
+                at = places[name]
+            except KeyError:
                 at = self._place(name)
-                places, size = self._places, len(charges)
+                places = self._places
             if row.lift != steady[at] or not row.queued:
-                old = self.find(name)
-                self._note(row, at)
+                if (old := self.find(name)) is None:
+                    self._known[intern(name)] = None
+                self._lift[at], self._input[at] = row.lift, _input(row)
+                steady[at] = row.lift if row.queued else nan
                 yield row, old
             if (
                 row.weight != 1.0
@@ -162,13 +162,13 @@ class Accounts(Mapping[str, Account]):
 
     def find(self, tenant: str) -> Account | None:
         """The account of a tenant, if it is known."""
-        if tenant not in self._known:
+        at = self._places.get(tenant)
+        if at is None or at >= len(self._input) or isnan(tokens := self._input[at]):
             return None
-        at = self._places[tenant]
-        return Account(
-            tenant, self._base[at], self._charged[at], self._lift[at], self._input[at],
-            *self._terms.get(tenant, USUAL),
-        )  # fmt: skip
+        base, charged, lift = self._base[at], self._charged[at], self._lift[at]
+        if tenant not in self._terms:
+            return Account(tenant, base, charged, lift, tokens)
+        return Account(tenant, base, charged, lift, tokens, *self._terms[tenant])
 
     def idle(self, tenant: str) -> TenantStatus:
         """A row of a tenant that is known, if it had nothing queued, running or held."""
@@ -180,10 +180,11 @@ class Accounts(Mapping[str, Account]):
             expected_output=account.expected_output,
         )  # fmt: skip
 
-    def spent(self, tenant: str) -> float:
-        """What its virtual time is over its base."""
-        at = self._places.get(tenant)
-        return 0.0 if at is None or at >= len(self._charged) else self._charged[at] + self._lift[at]
+    def spent(self, tenants: Iterable[str]) -> list[float]:
+        """What the virtual time of each is over its base; of one that is not known, 0."""
+        charges, lifts, size = self._charged, self._lift, len(self._charged)
+        places = map(self._places.get, tenants)
+        return [0.0 if at is None or at >= size else charges[at] + lifts[at] for at in places]
 
     def waiting(self) -> set[str]:
         """Tenants with anything queued."""
@@ -214,14 +215,10 @@ class Accounts(Mapping[str, Account]):
             == (row.weight, row.expected_output, row.max_running, row.max_queued)
         )
 
-    def _note(self, row: TenantStatus, at: int) -> None:
-        """What stays as it is while a tenant waits."""
-        self._known[intern(row.tenant)] = None
-        self._lift[at], self._input[at] = row.lift, _input(row)
-        self._steady[at] = row.lift if row.queued else nan
-
     def _agree(self, row: TenantStatus) -> None:
-        terms = Terms(row.weight, row.expected_output, row.max_running, row.max_queued)
+        terms = (row.weight, row.expected_output, row.max_running, row.max_queued)
+        if terms == self._terms.get(row.tenant):
+            return
         if terms != USUAL:
             self._terms[intern(row.tenant)] = terms
         else:
@@ -232,10 +229,13 @@ class Accounts(Mapping[str, Account]):
         if tenant not in self._places and self._shared and len(self._places) >= MAX_SHARED:
             self._move()
         at = self._places.setdefault(intern(tenant), len(self._places))
+        self._grow()
+        return at
+
+    def _grow(self) -> None:
         more = len(self._places) - len(self._charged)
         for column in self._columns:
-            column.extend([nan if column is self._steady else 0.0] * more)
-        return at
+            column.extend([nan if column is self._steady or column is self._input else 0.0] * more)
 
     def _move(self) -> None:
         """To places of one's own: shared ones, of which each worker uses few, would take too much memory."""

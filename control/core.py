@@ -45,7 +45,7 @@ CLOSE: Final = 0.05
 """So is an expectation that is off by no more than this part of itself."""
 MAX_RANK_ROWS: Final = 2_000
 """Rows in one `rank`, well under NATS's default payload limit: those told longest ago. The next one has the rest."""
-RANK_ROWS_PER_STEP: Final = 1_000
+RANK_ROWS_PER_STEP: Final = 750
 """Rows that one step compares. In large fleets workers take turns: a step's length is bounded, not a rank's age."""
 ASK_S: Final = 0.5
 """How often a worker is asked for the part of its queue that frames do not list."""
@@ -83,6 +83,8 @@ class Answer(NamedTuple):
     ok: bool
     code: int | None = None
     """The refusal's; None also if nobody answered."""
+    ignored: Sequence[str] = ()
+    """Fields that the worker does not know: the rest was applied."""
 
 
 class Send(NamedTuple):
@@ -265,7 +267,7 @@ class ControlCore:
             about = verb in ABOUT_REQUESTS and answer.code in NOT_FAILURES
             # None of the classes is there any more: other caps stand, and there is nothing to try again.
             ok = answer.ok or about or (verb == "limit" and answer.code == Code.NOT_FOUND)
-            told.answered(verb, command.id, now, ok=ok)
+            told.answered(verb, command.id, now, ok=ok, partly=bool(answer.ignored))
 
     def _configure(
         self, now: float, directives: Directives, classes: Mapping[str, ClassPolicy], tables: Tables
@@ -277,11 +279,14 @@ class ControlCore:
         config = self._config
         self._vetting.error = self._vetting.error or config.error
         for view in self.fleet.live():
-            told = self._told[view.worker]
-            echoed = told.config[0] == config.digest and now - told.config[1] < ECHO_S
-            if view.frame.config == config.digest or echoed or not told.ready("configure", now):
+            told, has = self._told[view.worker], view.frame.config
+            if (
+                has == config.digest
+                or not told.ready("configure", now)
+                or not told.wants(config.digest, has, now)
+            ):
                 continue
-            told.config = (config.digest, now)
+            told.config, told.part = (config.digest, now), ("", "")
             fields = {"classes": dict(config.classes), "tenants": dict(config.tenants)}
             self._send(now, view, told, "configure", fields)
 
@@ -312,8 +317,9 @@ class ControlCore:
     ) -> dict[str, TenantRank]:
         """The rows that a worker does not have: by what it was just told, else by what it reports."""
         rows: dict[str, TenantRank] = {}
-        ranks, told_at, find = told.ranks, told.ranks_at, view.tenants.find
+        ranks, told_at, find, vet = told.ranks, told.ranks_at, view.tenants.find, self._vetting.rank
         for tenant, rank in wanted.items():
+            said: TenantRank | None = None
             try:
                 said = ranks.get(tenant)
                 has: TenantRank | Row
@@ -323,13 +329,13 @@ class ControlCore:
                     has = find(tenant) or said or TenantRank(weight=weight_of(tables.tenants, tenant))
                 expected = rank.expected_output
                 has_it = (  # what is not a number is never close to anything
-                    abs(rank.base - has.base) <= TOLERANCE
+                    -TOLERANCE <= rank.base - has.base <= TOLERANCE
                     and abs(expected - has.expected_output) <= CLOSE * expected
                     and rank.weight == has.weight
                 )
             except Exception:  # noqa: BLE001 - what a policy says may be anything: vetting tells what is wrong
                 has_it = False
-            if not has_it and (taken := self._vetting.rank(tenant, rank)) is not None:
+            if not has_it and (taken := vet(tenant, rank, named=said is not None)) is not None:
                 rows[tenant] = taken
         if len(rows) <= MAX_RANK_ROWS:
             return rows

@@ -231,10 +231,11 @@ class Fleet:
         liveness changed, with the row before: None where there was none, or the worker was not heard in full."""
         self.served: Charges = defaultdict(float)
         """What tenants were charged since `settle` by workers that were heard in full. What such a worker charged
-        before it was heard of is in it once: when it is, unless it `returned`."""
+        before it was heard of is in it once: when it is, unless it `returned`. Some are in it at zero."""
         self.presence = Presence()
         self.rivals: dict[str, str] = {}
         """Workers of which a second incarnation is alive under the same name, and that incarnation."""
+        self.rows = rows
         self._seen = seen
         self._places: dict[str, int] | None = None if rows else {}
         self._retired: dict[str, deque[str]] = {}
@@ -271,7 +272,10 @@ class Fleet:
     def settle(self) -> None:
         """Everything that changed was seen by who needs it."""
         self.changed.clear()
+        # Who was charged will be again: sums that would have to grow anew each turn are a fiftieth of it.
+        charged = {intern(name): 0.0 for name, charge in self.served.items() if charge}
         self.served.clear()
+        self.served.update(charged)
         self.presence.moved.clear()
         for view in self.workers.values():
             if view.left:

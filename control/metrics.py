@@ -15,11 +15,15 @@ from coxswain import __version__
 from coxswain.control.errors import ControlError
 from coxswain.control.fleet import Fleet
 from coxswain.schemas import metrics as names
-from coxswain.schemas.metrics import Metric
+from coxswain.schemas.errors import Code
+from coxswain.schemas.metrics import OTHER, Metric
 from coxswain.schemas.policy import Epoch
 
 STEP_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 LAG_BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+NOBODY: Final = "none"
+"""The code of commands that nobody answered."""
+CODES: Final = frozenset(map(int, Code))
 
 Sample = tuple[Metric, float, tuple[str, ...]]
 
@@ -82,6 +86,11 @@ class Meter:
         if epoch != self._epoch:
             self._epoch, self._since = epoch, time.monotonic()
             self.terms += epoch is not None
+
+    def refuse(self, verb: str, code: int | None) -> None:
+        """A command was refused, or not answered; of what workers answer there are no more codes than we know of."""
+        label = NOBODY if code is None else str(code) if code in CODES else OTHER
+        self.refused[verb, label] += 1
 
     def samples(self) -> Iterator[Sample]:
         """Every value but those of histograms. Called from another thread."""

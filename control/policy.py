@@ -194,16 +194,22 @@ def describe(entry: EntryPoint) -> Description:
     """What an installed policy is and takes; never raises for one that cannot be used."""
     try:
         policy = _type_of(entry)
-        schemas = msgspec.json.schema(policy.Params).get("$defs", {})
+        fields = _fields(policy)
     except (PolicyError, TypeError) as error:  # TypeError: a parameter of a type that has no schema
         return Description(name=entry.name, source=entry.value, error=str(error))
     what = (policy.__doc__ or "").strip().partition("\n")[0]
-    fields = schemas.get(policy.Params.__name__, {}).get("properties", {})
     parameters = tuple(
         Parameter(name=name, kind=_kind(field), default=_text(field.get("default", "")))
         for name, field in fields.items()
     )
     return Description(name=entry.name, source=entry.value, what=what, parameters=parameters)
+
+
+def _fields(policy: PolicyType) -> dict[str, dict[str, Any]]:
+    """The JSON schema of each parameter by its name."""
+    schemas = msgspec.json.schema(policy.Params).get("$defs", {})
+    fields: dict[str, dict[str, Any]] = schemas.get(policy.Params.__name__, {}).get("properties", {})
+    return fields
 
 
 def _text(value: Any) -> str:
@@ -249,7 +255,16 @@ def params_of(policy: PolicyType, settings: Iterable[str]) -> msgspec.Struct:
     try:
         return msgspec.convert(values, policy.Params, strict=False)
     except msgspec.ValidationError as error:
-        raise PolicyError(f"policy {policy.name!r}: {error}") from error
+        raise PolicyError(f"policy {policy.name!r}: {_misfit(policy, values, str(error))}") from error
+
+
+def _misfit(policy: PolicyType, values: Mapping[str, Any], said: str) -> str:
+    """Which value does not fit, and what would; msgspec ends with where: "… - at `$.wq`"."""
+    name = said.rpartition("`$.")[2].rstrip("`")
+    try:
+        return f"{name}={_text(values[name])} does not fit: {_kind(_fields(policy)[name])}"
+    except (KeyError, TypeError):  # deeper inside, or of a type that has no schema
+        return said
 
 
 def _value(text: str) -> Any:

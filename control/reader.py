@@ -13,7 +13,9 @@ import msgspec
 from msgspec.structs import replace
 
 from coxswain.control.fleet import Fleet
-from coxswain.schemas.status import Frame, decode_frame, decode_glance
+from coxswain.schemas.names import DEFAULT
+from coxswain.schemas.policy import Count
+from coxswain.schemas.status import ONE, ZERO, Frame, decode_frame, decode_glance
 
 MAX_UNREAD: Final = 599
 """Full frames in a row of which only the head is read. The next is read whole, so that no mistake lasts: after ten
@@ -24,6 +26,34 @@ MAX_INCARNATIONS: Final = 4_096
 """Of which it is remembered what was read; beyond, all begin anew."""
 _HEAD_BYTES: Final = 512
 """Within these a frame says whether it is full: names have 64 characters at most."""
+
+
+class TenantSeen(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """As much of a `TenantStatus` as `Accounts` look at: a tenth of the time that reading takes is for the rest."""
+
+    tenant: str
+    class_: str = msgspec.field(name="class", default=DEFAULT)
+    queued: Count = 0
+    running: Count = 0
+    held: Count = 0
+    base: float = ZERO
+    charged: float = ZERO
+    lift: float = ZERO
+    weight: float = ONE
+    uncached_input_tokens_total: int = 0
+    cached_input_tokens_total: int = 0
+    max_running: int | None = None
+    max_queued: int | None = None
+    expected_output: float = ZERO
+
+
+class FrameSeen(Frame, frozen=True, kw_only=True):
+    """A frame for a fleet that keeps accounts."""
+
+    tenants: tuple[TenantSeen, ...] = ()  # type: ignore[assignment]  # such a fleet looks at nothing else of them
+
+
+_decode_seen = msgspec.json.Decoder(FrameSeen).decode
 
 
 class ImpostorError(msgspec.ValidationError):
@@ -77,13 +107,13 @@ class Reader:
     """Reads the status of all workers.
 
     Args:
-        fleet: into which all that is read is merged, before more is.
-        requests: whether rows of single requests are wanted; frames come without them otherwise.
+        fleet: into which all that is read is merged, before more is. If it keeps accounts only, frames come without
+            single requests, and rows with no more than an account is made of.
     """
 
-    def __init__(self, fleet: Fleet, *, requests: bool) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._decode: Callable[[bytes], Frame] = decode_frame if requests else decode_glance
+        self._decode: Callable[[bytes], Frame] = decode_frame if fleet.rows else _glance
         self._heard: dict[tuple[str, str], _Heard] = {}
 
     def read(self, worker: str, payload: bytes) -> Frame:
@@ -125,6 +155,10 @@ class Reader:
             return None
         heard.unread += head.part + 1 == head.parts
         return replace(head, full=False)
+
+
+def _glance(payload: bytes) -> Frame:
+    return decode_glance(payload, _decode_seen)
 
 
 def _head(payload: bytes) -> Frame | None:

@@ -54,6 +54,9 @@ class Told(msgspec.Struct):
     prices: Prices | None = None
     config: tuple[str, float] = ("", 0.0)
     """Digest of the tables."""
+    part: tuple[str, str] = ("", "")
+    """Tables of which it took all but fields that it does not know: their digest, and the one that it reports since,
+    empty until its status could show it."""
     ranked_at: float = float("-inf")
     places: dict[str, tuple[int, str, float]] = {}
     """Per request, priority and class."""
@@ -76,6 +79,15 @@ class Told(msgspec.Struct):
         self.ranks.update(rows)
         self.ranks_at.update(dict.fromkeys(rows, now))
 
+    def wants(self, config: str, reported: str, now: float) -> bool:
+        """Whether these tables would be news to a worker that reports others."""
+        if self.config[0] == config and now - self.config[1] < ECHO_S:
+            return False
+        if self.part[0] != config:
+            return True
+        self.part = (config, self.part[1] or reported)
+        return self.part[1] != reported
+
     def ready(self, verb: str, now: float) -> bool:
         """Whether more commands of the verb may go out; those that nobody answers for too long have failed."""
         retry = self.retries[verb]
@@ -90,8 +102,16 @@ class Told(msgspec.Struct):
         retry.pending.add(command_id)
         retry.sent_at = now
 
-    def answered(self, verb: str, command_id: str, now: float, *, ok: bool) -> None:
-        """Take an answer; the last one decides when the next command may go. One that comes too late says nothing."""
+    def answered(self, verb: str, command_id: str, now: float, *, ok: bool, partly: bool = False) -> None:
+        """Take an answer; the last one decides when the next command may go. One that comes too late says nothing.
+
+        Args:
+            verb: of the command, as are the id and the answer.
+            command_id: its.
+            now: when it came.
+            ok: whether the command was applied.
+            partly: but for fields that the worker does not know.
+        """
         retry = self.retries[verb]
         if command_id not in retry.pending:
             return
@@ -101,6 +121,8 @@ class Told(msgspec.Struct):
             retry.close(now, ok=not retry.failed)
         if not ok:
             self._failed(verb)
+        elif partly and verb == "configure":
+            self.part = (self.config[0], "")
 
     def _failed(self, verb: str) -> None:
         """A command was not applied, or nobody knows: what it told counts as never said."""

@@ -72,9 +72,12 @@ class Vetting:
             return None
         return taken
 
-    def rank(self, tenant: str, rank: TenantRank) -> TenantRank | None:
-        """A tenant's. There may be a thousand in a step: the usual is not converted."""
-        usual = type(tenant) is str and tenant.isascii() and 0 < len(tenant) <= MAX_TENANT_BYTES
+    def rank(self, tenant: str, rank: TenantRank, *, named: bool = False) -> TenantRank | None:
+        """A tenant's, of which the name was looked at before if it is `named`.
+
+        There may be a thousand in a step: the usual is not converted.
+        """
+        usual = type(tenant) is str and (named or (tenant.isascii() and 0 < len(tenant) <= MAX_TENANT_BYTES))
         if not usual and not self._named(f"rank of tenant {tenant!r}", check_tenant, tenant):
             return None
         if (

@@ -16,12 +16,8 @@ from coxswain.control.cli.app import Cox, option, or_none
 from coxswain.control.cli.exits import CliError, Exit
 from coxswain.control.cli.words import printable
 from coxswain.control.errors import ControlError
-from coxswain.schemas.policy import (
-    ClassPolicy,
-    CutIn,
-    Order,
-    TenantPolicy,
-)
+from coxswain.schemas.names import DEFAULT
+from coxswain.schemas.policy import ClassPolicy, CutIn, Order, TenantPolicy
 
 if TYPE_CHECKING:
     from coxswain.control.client import Client
@@ -108,7 +104,14 @@ async def tenants_set(
         max_queued=max_queued,
     )
     async with cox.client() as client:
-        return await _set(cox, client, client.tenants, name, TenantPolicy(), given, view_tables.tenants)
+        code = await _set(cox, client, client.tenants, name, TenantPolicy(), given, view_tables.tenants)
+        named = {given.get("class_"), *given.get("classes", ())} - {None, DEFAULT}
+        if named and (new := named - (await client.classes.get_all()).good.keys()):
+            which = ", ".join(sorted(new))
+            cox.warn(
+                f"cox: no row for class {which}: it has the defaults until `cox classes set` gives it one"
+            )
+        return code
 
 
 async def tenants_rm(cox: Cox, name: TenantArgument) -> Exit:

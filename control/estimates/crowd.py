@@ -1,10 +1,12 @@
 """How many requests may run so that their KV lasts: what keeps vLLM from preempting what it has just admitted. Pure.
 
 vLLM lets a request in when its prompt fits. Output comes later: with a queue that never ends the pool is always full,
-and every request that grows throws another one out, whose work is done again. Here as many may run as have a part of
-the pool together, by what one of those that run has had on average lately. A worker is bounded once it loses KV, until
-its queue has ended. What that takes is the head of its frames: nobody looks at single requests for it. Called by
-`policies.vtc`.
+and every request that grows throws another one out, whose work is done again. Here those that run leave a part of the
+pool for what they will have. Below a low mark, as many more may run as the room below it holds of the size of those
+that run; above a high mark, no more than run then; between the two, the number stays. So few caps are sent, and
+requests that came together do not end together for ever, as they do under a constant cap: while they are small, others
+come between them. A worker is bounded once it loses KV, until its queue has ended. What that takes is the head of its
+frames: nobody looks at single requests for it. Called by `policies.vtc`.
 
 Workers bound classes, not the sum of them, so what may run is divided between classes. A share changes only when
 somebody waits at it: at each look half of what others leave unused goes there, so that they keep some for who comes;
@@ -13,64 +15,47 @@ bounded, since a cap is what nobody cuts in on; what they run is taken from what
 """
 
 from collections.abc import Mapping, Sequence
-from math import ceil
 from typing import Final
 
 from coxswain.control.fleet import WorkerView
 from coxswain.schemas.policy import ClassPolicy
 
-SPAN_S: Final = 30.0
-"""Over which time what a request has is averaged: requests that came together have little, later much."""
 CALM_S: Final = 60.0
 """A worker on which nobody has waited for so long is bounded no more."""
-STEADY: Final = 1.0
-NEAR: Final = 0.1
-"""A cap moves when what it should be is further off than `STEADY`, or than that part of it if this is less: it does not
-follow every request that ends, and one or two places more are much where there are few."""
-FEW: Final = 4
-"""Below so many, what may run is rounded up: where two nearly fit, one alone would leave half of the pool unused."""
-LOOK_S: Final = 5.0
-"""What is seen stands for no longer than this, however long nobody looked, or wherever the clock jumped."""
 PLAIN: Final = ClassPolicy()
 
 
 class _Worker:
     """What is known of one incarnation of a worker."""
 
-    __slots__ = ("at", "blocks", "cap", "crowded_at", "incarnation", "lost_total", "running", "since")
+    __slots__ = ("cap", "crowded_at", "incarnation", "lost_total")
 
-    def __init__(self, view: WorkerView, now: float) -> None:
+    def __init__(self, view: WorkerView) -> None:
         self.incarnation = view.incarnation
-        self.since = self.at = now
-        self.blocks = self.running = 0.0
-        """Means over the last `SPAN_S` in which anything ran: blocks of those that run, and how many they are."""
         self.lost_total = view.frame.preempted_total
         self.crowded_at: float | None = None
         """When somebody last waited, since it lost KV; None: it has lost none."""
         self.cap: int | None = None
 
     def look(self, view: WorkerView, now: float) -> None:
-        frame, passed, self.at = view.frame, min(LOOK_S, now - self.at), now
+        frame = view.frame
         lost, self.lost_total = frame.preempted_total != self.lost_total, frame.preempted_total
         if lost or (self.crowded_at is not None and frame.queued):
             self.crowded_at = now
         elif self.crowded_at is not None and now - self.crowded_at > CALM_S:
             self.crowded_at = self.cap = None
-        if frame.running and passed > 0:
-            part = passed / max(passed, min(SPAN_S, now - self.since))
-            self.blocks += part * (frame.kv_blocks.used - frame.kv_blocks.held - self.blocks)
-            self.running += part * (frame.running - self.running)
 
 
 class Crowd:
     """Bounds how many run on each worker that loses KV, until nobody waits there.
 
     Args:
-        fill: the part of the pool that those who run may have together on average; the rest is for when they have more.
+        fill: the low mark, as a part of the pool; the high one is halfway between it and the whole.
     """
 
     def __init__(self, fill: float) -> None:
-        self.fill = fill
+        self.low = fill
+        self.high = (1.0 + fill) / 2
         self._workers: dict[str, _Worker] = {}
         self._shares: dict[str, dict[str, int]] = {}
         """Per worker, what of its cap each class has."""
@@ -79,7 +64,7 @@ class Crowd:
         """Take note of what a worker's last frame says of its KV."""
         known = self._workers.get(view.worker)
         if known is None or known.incarnation != view.incarnation:
-            known = self._workers[view.worker] = _Worker(view, now)
+            known = self._workers[view.worker] = _Worker(view)
         known.look(view, now)
 
     def forget(self, worker: str) -> None:
@@ -89,15 +74,15 @@ class Crowd:
 
     def cap(self, view: WorkerView) -> int | None:
         """How many may run on a worker; None while it is not bounded."""
-        known = self._workers.get(view.worker)
-        if known is None or known.crowded_at is None or known.blocks <= 0:
+        known, frame = self._workers.get(view.worker), view.frame
+        if known is None or known.crowded_at is None:
             return None
-        wanted = self.fill * view.frame.kv_blocks.total * known.running / known.blocks
-        if known.cap is not None:
-            off = min(STEADY, NEAR * known.cap)
-            if _places(wanted - off) <= known.cap <= _places(wanted + off):
-                return known.cap
-        known.cap = _places(wanted)
+        used, total = frame.kv_blocks.used - frame.kv_blocks.held, frame.kv_blocks.total
+        if frame.running and used > 0:
+            if known.cap is None or used > self.high * total:
+                known.cap = frame.running
+            if (room := self.low * total - used) > 0:
+                known.cap = max(known.cap, frame.running + int(room * frame.running / used))
         return known.cap
 
     def shares(self, view: WorkerView, table: Mapping[str, ClassPolicy]) -> dict[str, int]:
@@ -130,10 +115,6 @@ class Crowd:
         if waits:
             _give(shares, running, waits)
         return {name: max(1, share) for name, share in shares.items()}
-
-
-def _places(wanted: float) -> int:
-    return max(1, int(wanted) if wanted >= FEW else ceil(wanted))
 
 
 def _at(cap: int | None, running: int) -> bool:

@@ -22,7 +22,7 @@ returns waits up to a request longer. Nor is a long output charged ahead whole w
 (`NEAR`): as these end, who comes next is decided anew. `preempt_gap` goes beyond the paper, whose engine cannot:
 while the least counter of those that wait on a worker is more than that below a running request's, the request is
 held. `fill`, where it is set, bounds how many run on a worker that loses KV (`crowd`): what vLLM preempts is
-computed again, and a tenant whose requests are struck falls behind meanwhile. Who comes new waits longer for it.
+computed again, and a tenant whose requests are struck falls behind meanwhile. Who comes new may wait longer for it.
 
 What a frame shows is up to a frame period old, and a visit may begin and end between two: a tenant that was
 idle and whose lift or input total grew has visited. How far to lift: at least to what the floor was a frame
@@ -47,7 +47,7 @@ from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import Prices, TenantRank
 
 Price = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
-Part = Annotated[float, msgspec.Meta(gt=0, le=10)]
+Part = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 
 KEEP: Final = 1_024
 """Counters kept whatever their tenants do; beyond, those that a lift would overtake anyway are forgotten."""
@@ -106,7 +106,7 @@ class Vtc:
         preempt_gap: Price | None = None
         """Hold running requests of tenants that are this far ahead of one that waits; none: never."""
         fill: Part | None = None
-        """Where KV is lost, let as many run as have this part of it on average; none: as many as fit at first."""
+        """Where KV is lost, let in more while less than this part of it is in use; none: as many as fit at first."""
 
     def __init__(self, params: Params) -> None:
         self.prices = Prices(input=params.wp, cached=params.cached, output=params.wq)
@@ -306,7 +306,7 @@ class Vtc:
         """Tenants whom a worker's own lift would put too low if it had not heard of them."""
         if not self.active:
             return list(self.virtual)
-        floor = min(self.virtual[tenant] for tenant in self.active)
+        floor = min(map(self.virtual.__getitem__, self.active))
         return [tenant for tenant, virtual in self.virtual.items() if virtual > floor]
 
     def ranks_of(self, view: WorkerView, above: list[str]) -> dict[str, TenantRank]:
@@ -314,11 +314,12 @@ class Vtc:
         turn = self._turn.get(view.worker, 0) if len(above) > ABSENT_ROWS else 0
         chosen = [*above[turn : turn + ABSENT_ROWS], *above[: max(0, turn + ABSENT_ROWS - len(above))]]
         self._turn[view.worker] = (turn + ABSENT_ROWS) % max(1, len(above))
-        virtual, spent, table, lengths = self.virtual, view.tenants.spent, self._tables.tenants, self.lengths
+        virtual, table, lengths = self.virtual, self._tables.tenants, self.lengths
         usual, near = weight_of(table, DEFAULT), self._near(view)
         ranks = {}
-        for tenant in {**dict.fromkeys(sorted(view.waiting)), **dict.fromkeys(chosen)}:
-            base = virtual.get(tenant, 0.0) - spent(tenant)
+        names = {**dict.fromkeys(sorted(view.waiting)), **dict.fromkeys(chosen)}
+        for tenant, spent in zip(names, view.tenants.spent(names), strict=True):
+            base = virtual.get(tenant, 0.0) - spent
             weight = table[tenant].weight if tenant in table else usual
             expected = min(near, lengths.expect(tenant)) if lengths is not None else 0.0
             ranks[tenant] = TenantRank(base=base, weight=weight, expected_output=expected)

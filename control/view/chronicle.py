@@ -9,6 +9,7 @@ from typing import Final
 
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
 from coxswain.control.view.picture import Happening, Weight
+from coxswain.schemas.errors import Code
 from coxswain.schemas.policy import Epoch
 from coxswain.schemas.status import Frame, RequestStatus, StoryLine
 
@@ -19,6 +20,9 @@ MAX_TRAIL: Final = 64
 """Changes remembered of one."""
 TOGETHER_S: Final = 10.0
 """What a role does to requests of one worker, again and again, is one line for so long."""
+
+NOT_HERE: Final = str(int(Code.NOT_FOUND))
+"""No happening: of a command to all that names a request, every worker but one answers so."""
 
 Trail = list[StoryLine]
 
@@ -85,6 +89,8 @@ class Chronicle:
         if new.config != old.config:
             self._say(now, worker, f"tables {old.config[:8]} → {new.config[:8]}")
         for code, count in new.commands.rejected_total.items():
+            if code == NOT_HERE:
+                continue
             if (more := count - old.commands.rejected_total.get(code, 0)) > 0:
                 self._say(now, worker, f"refused {_commands(more)} ({code})", "warning")
         if (more := new.events_dropped_total - old.events_dropped_total) > 0:

@@ -93,6 +93,79 @@ def test_a_table_edit_reaches_every_worker_once() -> None:
     assert [send.worker for send in driver.sends(later, echoed, frame("w2", "01A", 2))] == ["w2"]
 
 
+class Older:
+    """Times at which a worker that does not know a field of the class table is sent both tables."""
+
+    def __init__(self, driver: Driver, config: str) -> None:
+        self.config = config
+        self.ignored: tuple[str, ...] = ("classes.batch.new",)
+        self.sent: list[float] = []
+        self._driver = driver
+        self._answers: list[Answer] = []
+        self._tick = 0
+
+    def live(
+        self, seconds: float, *, lost: frozenset[int] = frozenset(), applies: str | None = None
+    ) -> list[float]:
+        """Its status goes out twenty times a second but for the `lost` ticks; `configure` leaves it with `applies`."""
+        began = len(self.sent)
+        for tick in range(int(seconds * 20)):
+            self._tick += 1
+            now = self._tick * 0.05
+            status = () if tick in lost else (frame(seq=self._tick, config=self.config),)
+            sends = self._driver.sends(now, *status, answers=self._answers)
+            assert {send.verb for send in sends} <= {"configure"}
+            self._answers = [Answer(send, ok=True, ignored=self.ignored) for send in sends]
+            self.sent += [now for _ in sends]
+            self.config = applies if sends and applies else self.config
+        return self.sent[began:]
+
+
+def test_a_worker_that_does_not_know_a_field_is_sent_the_tables_once() -> None:
+    """What it reports then is all that it can have of them: it is told again when the tables or its report change."""
+    driver = Driver(Fixed())
+    driver.classes = CLASSES
+    worker = Older(driver, digest({}, {}))
+    assert len(worker.live(20.0, applies="less")) == 1
+    driver.tenants = TENANTS
+    assert len(worker.live(20.0, applies="less and more")) == 1
+    worker.config = "an operator's own"
+    assert len(worker.live(20.0, applies="less and more")) == 1
+    driver.tenants = {}
+    assert len(worker.live(20.0, applies="less")) == 1
+
+
+def test_tables_that_were_replaced_at_once_are_sent_again_when_they_come_back() -> None:
+    """Others came before the worker's report of its part was read: what it reports later is not of that part."""
+    driver = Driver(Fixed())
+    driver.classes, known = CLASSES, {"batch": ClassPolicy(position=7)}
+    worker = Older(driver, digest({}, {}))
+    worker.live(1.0, applies="less")
+    driver.classes, ignored, worker.ignored = known, worker.ignored, ()
+    worker.live(5.0, applies=digest(known, {}))
+    driver.classes, worker.ignored = CLASSES, ignored
+    assert len(worker.live(20.0, applies="less")) == 1
+
+
+def test_a_worker_that_took_part_of_the_tables_is_told_again_after_a_restart() -> None:
+    """It may be another version by now."""
+    driver = Driver(Fixed())
+    driver.classes = CLASSES
+    worker = Older(driver, digest({}, {}))
+    worker.live(5.0, applies="less")
+    (send,) = driver.sends(6.0, frame("w1", "01B", 1, config="less"))
+    assert send.verb == "configure"
+
+
+def test_what_a_worker_has_of_the_tables_is_read_from_its_status_and_not_guessed() -> None:
+    """Frames that are lost after it took what it knows cost one `configure` more, not one for ever, nor silence."""
+    driver = Driver(Fixed())
+    driver.classes = CLASSES
+    worker = Older(driver, digest({}, {}))
+    lost = frozenset(range(1, int(20 * (ECHO_S + 0.5))))
+    assert len(worker.live(20.0, lost=lost, applies="less")) == 2
+
+
 def test_an_edit_of_one_row_in_place_is_one() -> None:
     """The shell keeps one table and puts into it what it reads: one class edited alone must reach the workers."""
     driver = Driver(Fixed())

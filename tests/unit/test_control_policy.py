@@ -28,8 +28,9 @@ def test_shipped_policies_are_found_by_name() -> None:
         ("vtcc", [], "installed: andes, colocate, edf, fcfs, strict, vtc"),
         ("vtc", ["wz=1"], "it takes wp, wq, cached, predict, preempt_gap, fill"),
         ("vtc", ["wq"], "write key=value"),
-        ("vtc", ["wq=-1"], ">= 0.0"),
-        ("vtc", ["wq=much"], "wq"),
+        ("vtc", ["wq=-1"], "wq=-1 does not fit: number, at least 0"),
+        ("vtc", ["wq=much"], "wq=much does not fit: number"),
+        ("vtc", ["predict=foo"], r"predict=foo does not fit: average \| none"),
         ("fcfs", ["x=1"], "it takes none"),
     ],
 )

@@ -139,24 +139,30 @@ def test_who_cannot_preempt_shows_what_theorem_4_8_says_and_who_can_does_not():
 
 
 def test_a_bounded_crowd_keeps_its_kv():
-    """Short prompts with long outputs: vLLM lets all in and throws them out again; bounded, it hardly has to."""
+    """Short prompts with long outputs: vLLM lets all in and throws them out again; bounded, it hardly has to.
+
+    A pool for so few leaves more unused than a large one: that costs a few percent of the throughput.
+    """
     arrivals = [
         Arrival(at_s=0.3 * n, tenant="ab"[n % 2], prompt_tokens=20, output_tokens=150 + 50 * (n % 5))
         for n in range(80)
     ]
     runs = {
         settings: measure(run(arrivals, Setup(policy="vtc", settings=settings, device=small(4_000))).lives)
-        for settings in ((), ("fill=0.9",))
+        for settings in ((), ("fill=0.75",))
     }
     free, bounded = runs.values()
     assert free.done == bounded.done == 80
     assert free.preempted > 20
-    assert bounded.preempted < free.preempted / 2
-    assert bounded.throughput > 0.98 * free.throughput
+    assert bounded.preempted < free.preempted / 10
+    assert bounded.throughput > 0.95 * free.throughput
 
 
 def test_a_bound_on_several_classes_holds_hardly_anybody():
-    """Chat and a batch share it: bounded by what the other runs at the moment, they are held in turns."""
+    """Chat and a batch share it: bounded by what the other runs at the moment, they would be held in turns.
+
+    A bound that stops at what runs is older than what has entered since: that one is held for a moment.
+    """
     names = ("chat", "bulk")
     arrivals = [
         Arrival(at_s=number / 6, tenant=tenant, class_=tenant, prompt_tokens=128, output_tokens=192)
@@ -167,10 +173,11 @@ def test_a_bound_on_several_classes_holds_hardly_anybody():
         {name: ClassPolicy(position=place) for place, name in enumerate(names)},
         {name: TenantPolicy(class_=name) for name in names},
     )
-    setup = Setup(policy="vtc", settings=("fill=0.9",), device=DEVICES["vtc-a10g"], tables=tables)
+    setup = Setup(policy="vtc", settings=("fill=0.75",), device=DEVICES["vtc-a10g"], tables=tables)
     outcome = run(arrivals, setup)
     assert all(life.done for life in outcome.lives)
-    assert sum(state == "held" for life in outcome.lives for _, _, state in life.spans()) < 10
+    assert sum(state == "held" for life in outcome.lives for _, _, state in life.spans()) < 16
+    assert measure(outcome.lives).held_s < 2.0
 
 
 def test_with_prediction_short_outputs_are_not_served_in_bursts_between_long_ones():

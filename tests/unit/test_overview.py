@@ -209,11 +209,11 @@ def test_the_leader_is_the_one_of_the_newest_epoch() -> None:
 
 
 def test_what_workers_refuse_and_lose_is_told() -> None:
-    """Refusals by code, dropped events, new tables, a new leader, a change of state."""
+    """Refusals by code, but for requests that are elsewhere; dropped events, new tables, a new leader, a state."""
     calm = frame(seq=1, commands=CommandStats(rejected_total={"410": 1}), config="aaaaaaaaaa")
     storm = frame(
-        seq=2, commands=CommandStats(rejected_total={"410": 3, "409": 1}), config="bbbbbbbbbb", state="paused",
-        events_dropped_total=7, leader=Leader(epoch=(1.0, 4), age_s=0.0, policy="vtc"),
+        seq=2, commands=CommandStats(rejected_total={"410": 3, "404": 5, "409": 1}), config="bbbbbbbbbb",
+        state="paused", events_dropped_total=7, leader=Leader(epoch=(1.0, 4), age_s=0.0, policy="vtc"),
     )  # fmt: skip
     overview = seen((NOW, calm), (NOW + 1, storm))
     assert said(overview)[1:] == [

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from coxswain.control import reader as module
 from coxswain.control.fleet import Fleet
-from coxswain.control.reader import MAX_UNREAD, ImpostorError, Reader
+from coxswain.control.reader import MAX_UNREAD, ImpostorError, Reader, TenantSeen
 from coxswain.schemas.commands import encode
-from coxswain.schemas.status import Frame
+from coxswain.schemas.status import Frame, TenantStatus
 from tests.support.frames import frame, row
 
 TENANTS = ("a", "b", "c")
@@ -74,7 +74,7 @@ def test_what_is_left_out_was_known(
 ) -> None:
     """Whatever is lost, repeated, late or reordered: to read as little as one may is to read all."""
     read, whole = Fleet(), Fleet()
-    reader = Reader(read, requests=True)
+    reader = Reader(read)
     messages: list[Message] = []
     for number, life in enumerate(lives):
         for parts in _life(f"01{number}", life):
@@ -101,7 +101,7 @@ class Listener(Reader):
 
     def __init__(self) -> None:
         self.fleet = Fleet()
-        super().__init__(self.fleet, requests=True)
+        super().__init__(self.fleet)
 
     def read(self, worker: str, payload: bytes) -> Frame:
         """Merged already."""
@@ -196,7 +196,7 @@ def test_a_heartbeat_without_revision_says_nothing_of_what_was_read() -> None:
 def test_what_was_read_while_another_process_had_the_name_is_not_known() -> None:
     """It was read in vain: after the other fell silent, a late frame must not make what was refused count as known."""
     fleet = Fleet()
-    reader = Reader(fleet, requests=True)
+    reader = Reader(fleet)
 
     def hear(now: float, each: Frame) -> bool:
         return fleet.merge(reader.read("w1", encode(each)), now)
@@ -241,3 +241,14 @@ def test_nobody_speaks_for_another_worker() -> None:
         with pytest.raises(ImpostorError, match="it claims to be of worker 'w1'"):
             reader.read("w2", encode(forged))
     assert reader.read("w1", encode(frame("w1", "01A", 2, row("a"), revision=1))).tenants == ()
+
+
+def test_of_a_row_is_read_what_an_account_is_made_of() -> None:
+    """Fields that are read of a tenant are those of its status, with the same names, kinds and defaults."""
+    said = {each.encode_name: each for each in msgspec.structs.fields(TenantStatus)}
+    for each in msgspec.structs.fields(TenantSeen):
+        assert (each.name, each.type, each.default) == (
+            (known := said[each.encode_name]).name,
+            known.type,
+            known.default,
+        )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from coxswain.control import vetting as module
 from coxswain.control.core import Answer, Send
 from coxswain.control.errors import PolicyError
 from coxswain.control.failures import PATIENCE
@@ -76,13 +77,21 @@ def test_a_rank_that_no_worker_would_take_keeps_nobody_elses_from_it(bad: Any) -
     assert "rank of tenant 'acme'" in str(made.failures.error)
 
 
-@pytest.mark.parametrize("name", ["", "é" * 100, "\ud800", 7, b"a"])
+@pytest.mark.parametrize("name", ["", "é" * 100, "a" * 129, "\ud800", 7, b"a"])
 def test_so_does_one_for_a_tenant_that_cannot_be(name: Any) -> None:
     """Names come from workers, which may say anything of their tenants."""
     made = fleet(ranks={"w1": {name: TenantRank(base=9.0), **GOOD}})
     (rank,) = made.steps()
     assert rank.tenants == GOOD
     assert made.failures.total == 1
+
+
+def test_of_what_is_wrong_the_first_is_told() -> None:
+    """What comes after it may be no more than its consequence."""
+    made = fleet(ranks={"w1": {"first": TenantRank(weight=0.0), "second": None, **GOOD}})
+    (rank,) = made.steps()
+    assert rank.tenants == GOOD
+    assert "tenant 'first'" in str(made.failures.error)
 
 
 @pytest.mark.parametrize("prices", [Prices(output=NAN), Prices(input=-1.0)])
@@ -132,6 +141,32 @@ def test_a_class_row_that_no_worker_would_take_is_the_operators_and_tables_go_on
     made.driver.tenants = {"acme": TenantPolicy(weight=2.0)}
     (edited,) = made.steps()
     assert edited.tenants == made.driver.tenants
+
+
+def test_more_classes_than_a_command_may_have_are_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker refuses a table with a row too many whole: then it has the operators', and tables go on."""
+    monkeypatch.setattr(module, "MAX_ROWS", 3)
+    ours = {"chat": ClassPolicy(position=3)}
+    made = Fleet(Fixed(classes={f"c{number}": ClassPolicy() for number in range(4)}), classes=ours)
+    (configure,) = made.steps()
+    assert configure.classes == ours
+    assert "4 rows, at most 3" in str(made.failures.error)
+    made.driver.core.policy.directives = Directives(
+        classes={f"c{number}": ClassPolicy() for number in range(3)}
+    )
+    (configure,) = made.steps()
+    assert list(configure.classes) == ["c0", "c1", "c2"]
+
+
+def test_names_that_were_found_good_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that moves a request to a class of another name in every step has each looked at, not each kept."""
+    monkeypatch.setattr(module, "MAX_ROWS", 3)
+    vetting = module.Vetting(patient=True)
+    names = [f"c{number}" for number in range(5)]
+    for name in names + names:
+        assert vetting.class_("r1", name) == name
+    assert len(vetting._classes) == 3
+    assert vetting.class_("r1", "No Token") is None
 
 
 def test_a_whole_number_in_a_class_row_is_configured_once() -> None:
