@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 FUZZ ?= 60
-# Test files that run at the same time, for most wait for processes that start. Acceptance has the machine to itself.
+# Test files that run at the same time, for most wait for processes that start. Tests marked `alone` do not.
 JOBS ?= 2
 SOAK ?= 600
 STEPS ?= 20000
@@ -22,7 +22,7 @@ endif
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint format generate drift links wheel browser audit fuzz soak lock clean
+.PHONY: help install demo test quick check lint format generate drift links wheel browser audit fuzz soak lock clean
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,9 +53,13 @@ test: install ## the whole test suite; TESTS=tests/unit for a part, ARGS=-x for 
 ifdef TESTS
 	$(BIN)/pytest $(TESTS) $(ARGS)
 else
-	$(BIN)/pytest tests/acceptance $(ARGS)
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/acceptance $(ARGS)
+	$(BIN)/pytest -m alone tests/acceptance $(ARGS)
+	$(BIN)/pytest -m 'not alone' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 endif
+
+quick: install ## what tells most for the least: ruff, and the unit tests that need no vLLM, in a minute or two
+	$(BIN)/ruff check .
+	$(BIN)/pytest -m 'not vllm' -n $(JOBS) --dist worksteal tests/unit $(ARGS)
 
 check: lint drift links wheel test ## what CI runs: everything below down to wheel, then the tests
 

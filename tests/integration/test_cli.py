@@ -270,6 +270,16 @@ def test_tenant_rows_change_field_by_field(url: str) -> None:
     assert _cox("tenants", "rm", "Großkunde, AG").exit_code == Exit.NOT_FOUND
 
 
+def test_a_tenants_class_without_a_row_is_pointed_out(url: str) -> None:
+    """It may be a slip of the pen, or a class that gets its row next: it is stored, and said."""
+    _cox("init")
+    _cox("classes", "set", "chat", "--position", "-1")
+    said = _cox("tenants", "set", "acme", "--class", "chta", "--classes", "chat,default")
+    assert said.exit_code == Exit.DONE
+    assert "no row for class chta: it has the defaults" in said.stderr
+    assert _cox("tenants", "set", "acme", "--class", "chat").stderr == ""
+
+
 def test_a_row_says_whether_anybody_is_there_to_apply_it(url: str, nats_server: NatsServer) -> None:
     """A table is only stored until a controller leads."""
     _cox("init")
