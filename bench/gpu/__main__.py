@@ -2,9 +2,11 @@
 
 import argparse
 import asyncio
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from bench.gpu.plan import Mode
 
@@ -46,6 +48,10 @@ def main() -> int:
         metavar="TOKENS",
         help="CUDA graphs for steps of up to so many tokens",
     )
+    run.add_argument(
+        "--option", action="append", default=[], metavar="NAME=JSON",
+        help="of both large engines, as in async_scheduling=false; several times if need be",
+    )  # fmt: skip
     run.add_argument("--list", action="store_true", help="say what would be run, and for how long")
 
     for word, text in (("summary", "one table from the JSON"), ("plot", "the frontier as a PNG")):
@@ -56,6 +62,7 @@ def main() -> int:
     host.add_argument("--model", type=Path, required=True)
     host.add_argument("--kv-bytes", type=int, default=0)
     host.add_argument("--graphs", type=int, default=0)
+    host.add_argument("--option", action="append", default=[])
     host.add_argument("--mode", type=Mode, default=Mode.GPU)
 
     identity = words.add_parser("identity", help="held requests say the same; alone or inside a run")
@@ -90,6 +97,7 @@ def _do(chosen: argparse.Namespace) -> int:
                 print(listing(chosen.mode, only))
                 return 0
             todo = {"mode": chosen.mode, "deadline_s": chosen.deadline, "only": only, "graphs": chosen.graphs}
+            todo["options"] = _options(chosen.option)
             return asyncio.run(run(chosen.out, **todo))
         case "summary":
             from bench.gpu.summary import summary
@@ -102,7 +110,8 @@ def _do(chosen: argparse.Namespace) -> int:
         case "host":
             from bench.gpu.host import host
 
-            asyncio.run(host(chosen.side, chosen.model, chosen.kv_bytes, chosen.mode, chosen.graphs))
+            options = _options(chosen.option)
+            asyncio.run(host(chosen.side, chosen.model, chosen.kv_bytes, chosen.mode, chosen.graphs, options))
         case "identity":
             from bench.gpu.identity import identity
 
@@ -120,6 +129,11 @@ def _do(chosen: argparse.Namespace) -> int:
 
             asyncio.run(client(chosen.request, chosen.worker, chosen.count))
     return 0
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    pairs = (each.partition("=") for each in given)
+    return {name: json.loads(value) for name, _, value in pairs}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from bench.gpu import wire
 from bench.gpu.plan import STEERED, Mode
 
 IDLE_S = 60.0
+STEERED_SCHEDULER = "coxswain.service.scheduler.SteeredScheduler"
 
 
 def make(model: Path, *, scheduler: str, mode: Mode, **options: Any) -> Any:
@@ -31,7 +32,13 @@ def make(model: Path, *, scheduler: str, mode: Mode, **options: Any) -> Any:
 
 @asynccontextmanager
 async def steered(
-    worker: str, model: Path, mode: Mode, *, ranks: int = 1, **options: Any
+    worker: str,
+    model: Path,
+    mode: Mode,
+    *,
+    ranks: int = 1,
+    scheduler: str = STEERED_SCHEDULER,
+    **options: Any,
 ) -> AsyncIterator[tuple[Any, wire.Wire]]:
     """A steered engine of this name and who commands it, both classes configured; it is shut down at the end.
 
@@ -41,7 +48,7 @@ async def steered(
         os.environ.update(wire.environment(worker, url))
         if ranks > 1:
             options["data_parallel_size"] = ranks
-        llm = make(model, scheduler="coxswain.service.scheduler.SteeredScheduler", mode=mode, **options)
+        llm = make(model, scheduler=scheduler, mode=mode, **options)
         try:
             async with await wire.connect() as client:
                 send = wire.Wire(client, *wire.workers(worker, ranks))
@@ -52,10 +59,10 @@ async def steered(
             llm.shutdown()
 
 
-def make_8b(model: Path, side: str, *, kv_bytes: int, mode: Mode, graphs: int = 0) -> Any:
+def make_8b(model: Path, side: str, *, kv_bytes: int, mode: Mode, graphs: int = 0, **more: Any) -> Any:
     """The engine of one side: 8B shape on the GPU, or on the simulated device.
 
-    `graphs`: CUDA graphs for steps of up to so many tokens; 0 leaves it to vLLM, which stops at 512.
+    `graphs`: CUDA graphs for steps of up to so many tokens; 0 leaves it to vLLM, which stops at 512. `more`: what else the engine is told.
     """
     sizes = mode.sizes
     options: dict[str, Any] = {
@@ -72,8 +79,9 @@ def make_8b(model: Path, side: str, *, kv_bytes: int, mode: Mode, graphs: int = 
             usual = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
             captured = [*usual, *range(640, graphs + 1, 128)]
             options["compilation_config"] = {"cudagraph_capture_sizes": captured}
-    scheduler = f"bench.gpu.schedulers.{'Steered' if side == STEERED else 'Stock'}"
-    return make(model, scheduler=scheduler, mode=mode, **options)
+    stock = "Stock" if more.get("async_scheduling", True) else "StockSynchronous"
+    scheduler = f"bench.gpu.schedulers.{'Steered' if side == STEERED else stock}"
+    return make(model, scheduler=scheduler, mode=mode, **(options | more))
 
 
 def simulated(*, check: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One engine of a run, in a process of its own: takes units over NATS, one at a time, and answers with results.
 
-    python -m bench.gpu host stock|steered --model DIR --kv-bytes N [--graphs TOKENS] [--mode gpu|simulated|dry]
+    python -m bench.gpu host stock|steered --model DIR --kv-bytes N [--graphs TOKENS] [--option NAME=JSON] [--mode gpu|simulated|dry]
 
 Started by `run`. A unit that fails answers with its traceback; the engine is brought to rest and the next one
 is tried.
@@ -35,10 +35,12 @@ def subject(side: str) -> str:
     return f"bench.{side}"
 
 
-async def host(side: str, model: Path, kv_bytes: int, mode: Mode, graphs: int) -> None:
+async def host(
+    side: str, model: Path, kv_bytes: int, mode: Mode, graphs: int, options: dict[str, Any]
+) -> None:
     """Load the engine, say so by listening, run what is asked until the process is ended."""
     os.environ.update(wire.environment(side, os.environ["COX_NATS_URL"]))
-    llm = make_8b(model, side, kv_bytes=kv_bytes, mode=mode, graphs=graphs)
+    llm = make_8b(model, side, kv_bytes=kv_bytes, mode=mode, graphs=graphs, **options)
     client = await wire.connect()
     steer = None
     if side == STEERED:

@@ -46,6 +46,8 @@ class Part(StrEnum):
     SLEEP = "sleep"
     SESSION = "session"
     """A streaming session refuses to be held, and says what it would have said."""
+    SCARCE = "scarce"
+    """Blocks run out: vLLM preempts a request in the step of its own chunk."""
     CONTROL = "control"
     """Sabotage that must be seen; last, for it may leave wrong KV in a cache."""
 
@@ -116,6 +118,7 @@ TENSOR: Final = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
 PIPELINE: Final = {"pipeline_parallel_size": 2}
 SLEEPER: Final = {"enable_sleep_mode": True}
 ASLEEP: Final = (Part.SLEEP, Part.HELD)
+SHORT: Final = (Part.SCARCE, Part.CONTROL)
 
 
 def _drafts(method: str) -> dict[str, Any]:
@@ -151,6 +154,10 @@ MODES: Final = (
     EngineMode(name="FP8 KV on V2 async", on_gpu=FP8, dry=""),
     EngineMode(name="sleep on V2 async", parts=ASLEEP, on_gpu=SLEEPER),
     EngineMode(name="sleep on V1 sync", v2=False, asynchronous=False, parts=ASLEEP, on_gpu=SLEEPER),
+    EngineMode(name="short of blocks on V2 async", parts=SHORT, options=CACHING),
+    EngineMode(name="short of blocks on V2 sync", parts=SHORT, options=CACHING, asynchronous=False),
+    EngineMode(name="short of blocks on V1 async", parts=SHORT, options=CACHING, **_V1),
+    EngineMode(name="short of blocks on V1 sync", parts=SHORT, options=CACHING, **_V1_SYNC),
     EngineMode(name="tensor parallel 2 on V2 async", parts=BOTH, gpus=2, dry="cpu", options=TENSOR),
     EngineMode(
         name="tensor parallel 2 on V2 async compiled", parts=BOTH, gpus=2, dry="", options=TENSOR | CACHING,
@@ -202,6 +209,9 @@ def _case(mode: EngineMode, case: dict[str, Any]) -> list[str]:
         case Part.RESET | Part.SLEEP:
             if set(case["kv_while_held"]) & {"kept", "parked"}:
                 said.append("KV that is gone is said to be there")
+        case Part.SCARCE:
+            if case["preempted"] < case["of"] // 2:
+                said.append(f"{case['preempted']} preempted, {case['of'] // 2} were to be")
         case Part.SESSION:
             if case["code"] != 422:
                 said.append(f"a session was answered {case['code']}, not 422")

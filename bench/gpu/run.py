@@ -221,10 +221,12 @@ def machine() -> dict[str, Any]:
     return {**found, "gpu": name, "gpus": len(lines), "memory_mib": int(memory), "driver": driver}
 
 
-async def run(out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...], graphs: int) -> int:
+async def run(
+    out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...], graphs: int, options: dict[str, Any]
+) -> int:
     """Measure what is not measured yet, print the table; 0 if something is saved and nothing failed to load.
 
-    `graphs`: see `make_8b`.
+    `graphs`: see `make_8b`. `options`: what else both large engines are told.
     """
     end_at = time.monotonic() + deadline_s
     saved = Saved(out)
@@ -235,6 +237,8 @@ async def run(out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...]
         return 2
     if graphs:
         found["cuda_graphs_up_to"] = graphs
+    if options:
+        found["options"] = options
     (out / "machine.json").write_text(json.dumps(found, indent=1) + "\n")
     waves, kv_bytes = (((STOCK, STEERED),), 0)
     if mode is Mode.GPU:
@@ -251,6 +255,8 @@ async def run(out: Path, *, mode: Mode, deadline_s: float, only: tuple[str, ...]
                     await state.start("identity", "identity", "--json", str(out / "identity.json"),
                                       "--deadline", str(max(1.0, state.left_s())))  # fmt: skip
                 how = ["--model", str(model), "--kv-bytes", str(kv_bytes), "--graphs", str(graphs)]
+                for name, value in options.items():
+                    how += ["--option", f"{name}={json.dumps(value)}"]
                 await _waves(state, link, waves, todo, how)
                 await state.identity()
                 await state.modes(wanted_modes(only), found.get("gpus", 0))

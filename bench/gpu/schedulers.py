@@ -13,6 +13,7 @@ from typing import Any
 from msgspec.structs import replace
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 
 from coxswain.service.scheduler import SteeredScheduler
@@ -69,6 +70,10 @@ class Metered:
 
 class Stock(Metered, AsyncScheduler):
     """vLLM's own."""
+
+
+class StockSynchronous(Metered, Scheduler):
+    """vLLM's own for engines without asynchronous scheduling."""
 
 
 class Steered(Metered, SteeredScheduler):
@@ -138,6 +143,11 @@ def connected(scheduler: Any, _: Any) -> bool:
     return bool(scheduler.port.connected)
 
 
+def leave(scheduler: Any, _: Any) -> None:
+    """Sabotage: what a victim was to compute in its step stays in the prefix cache, as in stock vLLM."""
+    scheduler.victims.leaves = lambda _request: scheduler.victims.unmark()
+
+
 OPERATIONS = {
     "meter": meter,
     "stages": stages,
@@ -145,5 +155,6 @@ OPERATIONS = {
     "resize": resize,
     "connect": connect,
     "connected": connected,
+    "leave": leave,
 }
 EngineCore.bench = bench

@@ -8,6 +8,7 @@ again after every case. What must come of it is in `modes`.
 
 import asyncio
 import os
+import random
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,8 +18,8 @@ from typing import Any
 import msgspec
 
 from bench.gpu import wire
-from bench.gpu.engine import simulated, steered
-from bench.gpu.identity import REST_S, Bench
+from bench.gpu.engine import ask, simulated, steered
+from bench.gpu.identity import REST_S, Bench, Lines
 from bench.gpu.load import Request
 from bench.gpu.modes import MODES, EngineMode, Kind, Part, complaints
 from bench.gpu.plan import Mode
@@ -37,6 +38,13 @@ CHOICE = [f" {word}" for word in WORDS[::40]]
 REGEX = f"({'|'.join(CHOICE)}){{100}}"
 SCHEMA = {"type": "array", "minItems": 50, "items": {"enum": CHOICE}}
 
+PAIRS, PAIR_TOKENS = 6, 8
+"""Where blocks are short: requests that fight for them, and what each of the two says."""
+CHUNK, ROOM = 4, 13
+"""In blocks: of the long prompt of a pair in each step, and all that there is. In the third step the long one has
+twelve, and the short one, behind it, needs a second."""
+BLOCK, BLOCK_ON_CPU = 16, 32
+
 Found = dict[str, Any]
 
 
@@ -51,6 +59,20 @@ class Trial(Bench):
         # vLLM's CPU kernels give the last adapter to whoever asks for none (lora_ops.py: an index of -1).
         self.adapters = (0, *ADAPTERS) if mode is Mode.GPU else ADAPTERS
         self.points = (1, tokens // 2) if mode is Mode.GPU else (tokens // 3,)
+        if Part.SCARCE in way.parts:
+            source, block = random.Random(5), _block(way, mode)
+            lengths = [ROOM * block - PAIR_TOKENS - 1, block - 1] * PAIRS
+            self.prompts = [source.choices(range(10, 700), k=length) for length in lengths]
+
+    async def undisturbed(self) -> list[Lines]:
+        """What every prompt says; where blocks are short, each on its own."""
+        if Part.SCARCE not in self.way.parts:
+            return await self.end(self.all())
+        alone = []
+        for index in range(len(self.prompts)):
+            await self.llm.reset_prefix_cache()
+            alone += await self.end(self.begin([index], PAIR_TOKENS))
+        return alone
 
     def ask(self, index: int) -> dict[str, Any]:
         """What sets a request of this mode apart."""
@@ -96,6 +118,16 @@ class Trial(Bench):
                 yield await self.during(part, self._sleep, self.llm.wake_up)
             case Part.SESSION:
                 yield await self.session()
+            case Part.SCARCE:
+                yield await self.scarce()
+            case Part.CONTROL if Part.SCARCE in self.way.parts:
+                await ask(self.llm, "leave")
+                case = await self.scarce()
+                yield {
+                    "requests": case["of"],
+                    "swapped": list(range(0, case["of"], 2)),
+                    "changed": case["changed"],
+                }
             case Part.CONTROL:
                 yield await self.swapped()
 
@@ -136,6 +168,26 @@ class Trial(Bench):
             "of": len(runs), "moved_while_held": moved, **lost,
         }  # fmt: skip
 
+    async def scarce(self) -> Found:
+        """Pairs: a tenant's long prompt takes all blocks in chunks, another's request behind it needs one more."""
+        before = await self.send.status()
+        outputs: list[Lines] = []
+        for index in range(0, len(self.prompts), 2):
+            await self.llm.reset_prefix_cache()
+            await self._pause()  # so that both begin in one step
+            runs = self.begin([index], PAIR_TOKENS, "heavy") + self.begin([index + 1], PAIR_TOKENS, "light")
+            until = time.monotonic() + END_S
+            while (await self.send.status()).queued < len(runs) and time.monotonic() < until:  # noqa: ASYNC110
+                await asyncio.sleep(REST_S)
+            await self.llm.resume_generation()
+            outputs += await self.end(runs)
+        after = await self.send.status()
+        changed = [index for index, mine in enumerate(outputs) if mine != self.reference[index]]
+        return {
+            "equal": len(outputs) - len(changed), "of": len(outputs), "changed": changed,
+            "preempted": after.preempted_total - before.preempted_total,
+        }  # fmt: skip
+
     async def session(self) -> Found:
         """A session of two turns, beside others: told to hold it refuses, in a turn and between two."""
         expected = await self._session(lambda _: asyncio.sleep(0))
@@ -172,6 +224,11 @@ class Trial(Bench):
         turn.set()
         await self.end([session])
         return session.tokens
+
+
+def _block(way: EngineMode, mode: Mode) -> int:
+    """Tokens in a KV block, where that matters."""
+    return BLOCK_ON_CPU if mode is not Mode.GPU and way.dry == "cpu" else BLOCK
 
 
 async def _nothing() -> None:
@@ -230,6 +287,13 @@ def _options(way: EngineMode, mode: Mode) -> dict[str, Any]:
             options |= {"dtype": "float32", "kv_cache_memory_bytes": 2**26}
         else:
             options |= simulated(check=True)
+    if Part.SCARCE in way.parts:
+        block = _block(way, mode)
+        options |= {
+            "scheduler": "bench.gpu.schedulers.Steered", "block_size": block, "num_gpu_blocks_override": ROOM + 1,
+            "max_model_len": ROOM * block, "max_num_batched_tokens": (CHUNK + 2) * block,
+            "long_prefill_token_threshold": CHUNK * block,
+        }  # fmt: skip
     on_cpu = mode is not Mode.GPU and way.dry == "cpu"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(way.v2 and not on_cpu))
     if on_cpu and way.gpus > 1:  # vLLM wants a NUMA node for each
@@ -239,11 +303,11 @@ def _options(way: EngineMode, mode: Mode) -> dict[str, Any]:
 
 async def _measure(bench: Trial, found: Found, save: Callable[[], None]) -> None:
     first = await bench.send.status()
-    bench.reference = await bench.end(bench.all())
+    bench.reference = await bench.undisturbed()
     after = await bench.send.status()
     found["requests"] = len(bench.reference)
     found["undisturbed_steps"] = after.step - first.step
-    found["undisturbed_equal"] = bench.equal(await bench.end(bench.all()))
+    found["undisturbed_equal"] = bench.equal(await bench.undisturbed())
     for part in bench.way.parts:
         if part is Part.CONTROL and found["simulated"]:
             continue  # there is no KV to sabotage

@@ -125,6 +125,7 @@ def test_sabotage_swaps_the_blocks_that_both_have() -> None:
 
 
 MODE = EngineMode(name="plain", parts=(Part.HELD,))
+SHORT = EngineMode(name="short of blocks", parts=(Part.SCARCE, Part.CONTROL))
 RELOADING = EngineMode(name="offloading", parts=(Part.HELD,), parks=False, reloads=True)
 
 
@@ -138,9 +139,22 @@ def tried(where: dict[str, int], kv: str, **fields: Any) -> dict[str, Any]:
     return {"cases": [case], "requests": 6, "undisturbed_equal": 6, "simulated": False, "discarded_tokens": 0}
 
 
+def short(*, preempted: int = 3, equal: int = 6, changed: tuple[int, ...] = (0, 2, 4)) -> dict[str, Any]:
+    """What a trial found in which three pairs fought for blocks, then with what victims leave left in the cache."""
+    cases = [
+        {"part": "scarce", "equal": equal, "of": 6, "preempted": preempted},
+        {"part": "control", "requests": 6, "swapped": [0, 2, 4], "changed": [*changed]},
+    ]
+    return {"cases": cases, "requests": 6, "undisturbed_equal": 6, "simulated": False, "discarded_tokens": 0}
+
+
 @pytest.mark.parametrize(
     ("mode", "found", "complaint"),
     [
+        (SHORT, short(), None),
+        (SHORT, short(equal=5), "1 of 6"),
+        (SHORT, short(preempted=2), "2 preempted, 3 were to be"),
+        (SHORT, short(changed=(0, 2)), "changed [0, 2]"),
         (MODE, tried({"kept": 4}, "keep"), None),
         (MODE, tried({"kept": 1, "parked": 3}, "park"), None),
         (MODE, tried({"dropped": 4}, "drop", recomputed_tokens=9, restored_tokens=40), None),
