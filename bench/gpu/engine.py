@@ -62,7 +62,8 @@ async def steered(
 def make_8b(model: Path, side: str, *, kv_bytes: int, mode: Mode, graphs: int = 0, **more: Any) -> Any:
     """The engine of one side: 8B shape on the GPU, or on the simulated device.
 
-    `graphs`: CUDA graphs for steps of up to so many tokens; 0 leaves it to vLLM, which stops at 512. `more`: what else the engine is told.
+    `graphs`: CUDA graphs for steps of up to so many tokens; 0 leaves it to vLLM, which stops at 512. `more`: what
+    else the engine is told.
     """
     sizes = mode.sizes
     options: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """One engine of a run, in a process of its own: takes units over NATS, one at a time, and answers with results.
 
-    python -m bench.gpu host stock|steered --model DIR --kv-bytes N [--graphs TOKENS] [--option NAME=JSON] [--mode gpu|simulated|dry]
+    python -m bench.gpu host stock|steered --model DIR --kv-bytes N [--graphs TOKENS] [--option NAME=JSON …]
+        [--mode gpu|simulated|dry]
 
 Started by `run`. A unit that fails answers with its traceback; the engine is brought to rest and the next one
 is tried.
