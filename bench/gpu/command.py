@@ -8,6 +8,8 @@ import asyncio
 import os
 import sys
 import time
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -36,8 +38,9 @@ async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str,
             await asyncio.sleep(sizes.ramp_s[many])
             quiet = await _steps(llm, window_s / 2)
             begin = time.perf_counter()
-            samples = await _client(wire, target.name, sizes.commands)
-            busy = steps(await ask(llm, "meter"), begin, time.perf_counter())
+            spans = await _client(wire, target.name, sizes.commands)
+            lines = await ask(llm, "meter")
+            busy = steps(lines, begin, time.perf_counter())
             bus = {}
             for kind, turn in TURNS:
                 await ask(llm, "connect", kind)
@@ -51,7 +54,26 @@ async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str,
             assert target.task is not None
             target.task.cancel()
             await asyncio.gather(target.task, return_exceptions=True)
-    return {"slots": slots, "in_force_s": samples, "steps": quiet, "steps_with_commands": busy, "bus": bus}
+    return {
+        "slots": slots, "in_force_s": [end - sent for sent, end in spans],
+        "beyond_a_step_s": beyond_a_step([line[0] for line in lines], spans),
+        "steps": quiet, "steps_with_commands": busy, "bus": bus,
+    }  # fmt: skip
+
+
+def beyond_a_step(ends: list[float], spans: list[tuple[float, float]]) -> list[float]:
+    """How much longer each command took than the longest step that it met on its way; s.
+
+    Args:
+        ends: when steps ended, in order.
+        spans: when each command was sent, and its reply came.
+    """
+    found = []
+    for sent, replied in spans:
+        first, last = bisect_right(ends, sent), bisect_left(ends, replied)
+        met = ends[max(0, first - 1) : last + 1]
+        found.append(replied - sent - max((after - before for before, after in pairwise(met)), default=0.0))
+    return found
 
 
 async def _steps(llm: Any, seconds: float) -> dict[str, float]:
@@ -61,7 +83,7 @@ async def _steps(llm: Any, seconds: float) -> dict[str, float]:
     return steps(await ask(llm, "meter"), begin, time.perf_counter())
 
 
-async def _client(wire: Any, request: str, count: int) -> list[float]:
+async def _client(wire: Any, request: str, count: int) -> list[tuple[float, float]]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bench.gpu", "client", request, "--worker", *wire.workers, "--count", str(count),
         stdout=asyncio.subprocess.PIPE, env=dict(os.environ),
@@ -75,4 +97,4 @@ async def _client(wire: Any, request: str, count: int) -> list[float]:
             await process.wait()
     if process.returncode:
         raise RuntimeError(f"the client ended with {process.returncode}")
-    return msgspec.json.decode(out, type=list[float])
+    return msgspec.json.decode(out, type=list[tuple[float, float]])

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from bench.gpu import command
 from bench.gpu.blocks import swap_tables
 from bench.gpu.modes import MODES, EngineMode, Part, complaints, row
 from bench.gpu.plan import DRY, FULL, STEERED, STOCK, choose, share, units
@@ -182,6 +183,13 @@ def test_a_mode_passes_only_if_all_is_as_it_must_be(
     remarks = complaints(mode, found)
     assert bool(remarks) == bool(complaint), remarks
     assert (complaint or "passed") in row(mode, found | {"remarks": remarks})[-1]
+
+
+def test_a_command_is_measured_against_the_longest_step_that_it_met() -> None:
+    """Steps of 10, 20 and 10 ms; sent in the second and answered in the third, or all within the first."""
+    ends = [0.0, 0.010, 0.030, 0.040]
+    beyond = command.beyond_a_step(ends, [(0.012, 0.031), (0.001, 0.004), (0.035, 0.052)])
+    assert beyond == pytest.approx([0.019 - 0.020, 0.003 - 0.010, 0.017 - 0.010])
 
 
 def test_modes_have_names_of_their_own() -> None:
