@@ -40,9 +40,13 @@ def seeds() -> list[bytes]:
 def main() -> None:
     """Fuzz until libFuzzer's options say stop."""
     with tempfile.TemporaryDirectory() as corpus:
-        for number, seed in enumerate(seeds()):
-            (Path(corpus) / str(number)).write_bytes(seed)
-        atheris.Setup([*sys.argv, corpus], one)
+        files = [Path(corpus) / str(number) for number in range(len(seeds()))]
+        for file, seed in zip(files, seeds(), strict=True):
+            file.write_bytes(seed)
+        # Named one by one, they are read in this order on every machine.
+        listed = Path(corpus) / "seeds"
+        listed.write_text(",".join(map(str, files)))
+        atheris.Setup([*sys.argv, f"-seed_inputs=@{listed}"], one)
         atheris.Fuzz()
 
 
