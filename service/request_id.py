@@ -114,7 +114,8 @@ def parse(key: bytes | None, internal_id: str) -> Parsed:
     """
     match = last_signed(internal_id)
     if match is None:
-        return Parsed(normalise(_strip(internal_id)), None)
+        # A client may send an empty id: then vLLM's own is what commands can name.
+        return Parsed(normalise(_strip(internal_id)) or normalise(internal_id), None)
     text, tenant, class_, signature = match.groups()
     public = match[0]
     # Compared as bytes of ASCII text, in constant time.

@@ -120,6 +120,7 @@ def test_normalise_is_a_fixed_point_around_marks(text: str, form: str) -> None:
         (f"resp_{UUID}_0-1a2b3c4d", UUID),
         (f"generate-tokens-{UUID}-1a2b3c4d", UUID),
         (f"cmpl-{UUID}-0-{UUID[::-1]}-beam-2-1a2b3c4d", UUID),
+        ("chatcmpl--1a2b3c4d", "-1a2b3c4d"),
         ("warmup", "warmup"),
     ],
 )
