@@ -13,6 +13,7 @@ from typing import Final
 
 import msgspec
 
+from coxswain.schemas.names import is_tenant
 from coxswain.schemas.status import TenantStatus
 
 MAX_SHARED: Final = 16_384
@@ -64,12 +65,15 @@ class Rows(dict[str, TenantStatus]):
         self._seen = seen
 
     def put(self, rows: Iterable[TenantStatus], served: MutableMapping[str, float]) -> News:
-        """Take rows, and add to `served`, per tenant, what was charged since those before."""
+        """Take rows of whoever can be a tenant; add to `served`, per tenant, what was charged since those before."""
         for row in rows:
             name = row.tenant
-            old = self.get(name)
-            # All workers share one string, which every look-up compares: so it stays in the processor's cache.
-            self[intern(name) if old is None else name] = row
+            if (old := self.get(name)) is None:
+                if not is_tenant(name):
+                    continue
+                # All workers share one string, which every look-up compares: so it stays in the processor's cache.
+                name = intern(name)
+            self[name] = row
             served[name] += row.charged - (0.0 if old is None else old.charged)
             if old is not None and self._seen is not None:
                 self._seen(row, old)
@@ -120,7 +124,7 @@ class Accounts(Mapping[str, Account]):
         """Of tenants that have others than `USUAL`."""
 
     def put(self, rows: Iterable[TenantStatus], served: MutableMapping[str, float]) -> News:
-        """Take rows, and add to `served`, per tenant, what was charged since those before."""
+        """Take rows of whoever can be a tenant; add to `served`, per tenant, what was charged since those before."""
         # Thousands of rows in every step of a large fleet, most of tenants that wait, and were served a little.
         places, terms = self._places, self._terms
         bases, charges, steady = self._base, self._charged, self._steady
@@ -131,6 +135,8 @@ class Accounts(Mapping[str, Account]):
             try:
                 at = places[name]
             except KeyError:
+                if not is_tenant(name):
+                    continue
                 at = self._place(name)
                 places = self._places
             if row.lift != steady[at] or not row.queued:

@@ -2,6 +2,8 @@
 
 Frames may be lost, repeated, late or out of order: values are absolute and totals cumulative per incarnation,
 so the next full frame repairs everything. Of what an incarnation was charged each part is told once, in `served`.
+A row of a tenant, class or request is taken in if there can be one of that name: a worker that was broken into says
+what it likes, and whatever is in here may be named in commands to any worker.
 Pure: the clock is passed in. Called by `core`; policies read it and never change it.
 """
 
@@ -14,7 +16,9 @@ from msgspec.structs import replace
 
 from coxswain.control.accounts import Accounts, Row, Rows, admitted
 from coxswain.control.presence import Presence
+from coxswain.schemas.names import is_class
 from coxswain.schemas.parts import Assembler
+from coxswain.schemas.request_id import MAX_CHARS
 from coxswain.schemas.status import ClassStatus, Frame, RequestStatus, TenantStatus
 
 STALE_S: Final = 3.0
@@ -129,7 +133,7 @@ class WorkerView:
         self._put(frame.tenants, changed)
         self._put_classes(frame)
         if frame.requests:
-            self.requests.update(((row.request, row.child), row) for row in frame.requests)
+            self.requests.update(_keyed(frame.requests))
         for gone in frame.gone:
             self._gone(self.requests.pop((gone.request, gone.child), None), gone.output_tokens)
         self._tidy(frame)
@@ -141,7 +145,7 @@ class WorkerView:
         self._put(map(self.tenants.idle, sorted(gone)), changed)
         self.classes = {}  # one that is listed no more was taken out of the table
         self._put_classes(frame)
-        requests = {(row.request, row.child): row for row in frame.requests}
+        requests = _keyed(frame.requests)
         for key, row in self.requests.items():
             if key not in requests:
                 self._gone(row)
@@ -199,8 +203,9 @@ class WorkerView:
 
     def _put_classes(self, frame: Frame) -> None:
         for row in frame.classes:
-            self.classes[row.class_] = row
-            self._presence.meet(row.class_)
+            if is_class(row.class_):
+                self.classes[row.class_] = row
+                self._presence.meet(row.class_)
 
     def _note(self, mine: set[str], where: dict[str, set[str]], name: str, *, here: bool) -> None:
         (mine.add if here else mine.remove)(name)
@@ -212,6 +217,11 @@ class WorkerView:
             if tokens > row.output_tokens:
                 row = replace(row, output_tokens=tokens)
             self.left.append(row)
+
+
+def _keyed(rows: Iterable[RequestStatus]) -> dict[RequestKey, RequestStatus]:
+    """Those of requests that a command can name."""
+    return {(row.request, row.child): row for row in rows if 0 < len(row.request) <= MAX_CHARS}
 
 
 class Fleet:
@@ -284,8 +294,7 @@ class Fleet:
     def list_queue(self, worker: str, rows: Iterable[RequestStatus]) -> None:
         """Take a worker's whole queue, as asked for a moment ago."""
         if view := self.workers.get(worker):
-            keyed = {(row.request, row.child): row for row in rows}
-            view.beyond = {key: row for key, row in keyed.items() if key not in view.requests}
+            view.beyond = {key: row for key, row in _keyed(rows).items() if key not in view.requests}
 
     def liveness(self, view: WorkerView) -> Liveness:
         """Whether the worker was heard of lately."""

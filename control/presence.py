@@ -1,9 +1,8 @@
 """Where each tenant waits and is busy, over all workers of a fleet. Pure; kept by `fleet`, read by policies."""
 
-from contextlib import suppress
 from typing import Final
 
-from coxswain.schemas.names import NameRefusedError, check_token
+from coxswain.schemas.names import is_class
 
 MAX_CLASSES: Final = 1_024
 """Classes that somebody is known to be in: a policy may configure all of them, on every worker."""
@@ -24,9 +23,8 @@ class Presence:
 
     def meet(self, class_: str) -> None:
         """Somebody is in the class."""
-        if class_ not in self.classes and len(self.classes) < MAX_CLASSES:
-            with suppress(NameRefusedError):  # a worker may say anything; no class can have such a name
-                self.classes.add(check_token("class", class_))
+        if class_ not in self.classes and len(self.classes) < MAX_CLASSES and is_class(class_):
+            self.classes.add(class_)
 
     def note(self, where: dict[str, set[str]], tenant: str, worker: str, *, here: bool) -> None:
         """The tenant is on the worker now, or not any more; `where` is one of the two above."""

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from coxswain.control.fleet import Fleet
 from coxswain.schemas.names import DEFAULT
 from coxswain.schemas.policy import Count
-from coxswain.schemas.status import ONE, ZERO, Frame, decode_frame, decode_glance
+from coxswain.schemas.status import ONE, ZERO, Frame, Number, Total, decode_frame, decode_glance
 
 MAX_UNREAD: Final = 599
 """Full frames in a row of which only the head is read. The next is read whole, so that no mistake lasts: after ten
@@ -36,15 +36,15 @@ class TenantSeen(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     queued: Count = 0
     running: Count = 0
     held: Count = 0
-    base: float = ZERO
-    charged: float = ZERO
-    lift: float = ZERO
-    weight: float = ONE
-    uncached_input_tokens_total: int = 0
-    cached_input_tokens_total: int = 0
-    max_running: int | None = None
-    max_queued: int | None = None
-    expected_output: float = ZERO
+    base: Number = ZERO
+    charged: Number = ZERO
+    lift: Number = ZERO
+    weight: Number = ONE
+    uncached_input_tokens_total: Total = 0
+    cached_input_tokens_total: Total = 0
+    max_running: Count | None = None
+    max_queued: Count | None = None
+    expected_output: Number = ZERO
 
 
 class FrameSeen(Frame, frozen=True, kw_only=True):

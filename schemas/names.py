@@ -52,6 +52,15 @@ def check_token(kind: str, name: str) -> str:
     return name
 
 
+def is_class(name: str) -> bool:
+    """Whether there can be a class of that name."""
+    try:
+        check_token("class", name)
+    except NameRefusedError:
+        return False
+    return True
+
+
 def sanitise_token(name: str) -> str:
     """Turn any text (a host name) into a token: lower case, other characters become `-`; may be empty."""
     return _NOT_TOKEN.sub("-", name.lower()).strip("-")[:MAX_TOKEN_CHARS]
@@ -70,6 +79,15 @@ def check_tenant(name: str) -> str:
     if not 0 < size <= MAX_TENANT_BYTES:
         raise NameRefusedError(f"tenant name has {size} bytes: 1 to {MAX_TENANT_BYTES} are allowed")
     return name
+
+
+def is_tenant(name: str) -> bool:
+    """Whether there can be a tenant of that name."""
+    try:
+        check_tenant(name)
+    except NameRefusedError:
+        return False
+    return True
 
 
 def tenant_key(tenant: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from coxswain.schemas.names import DEFAULT, RequestId
-from coxswain.schemas.policy import ClassPolicy, Count, Epoch, Prices, TenantPolicy
+from coxswain.schemas.policy import ClassPolicy, Count, Epoch, Int32, Prices, TenantPolicy
 
 MAX_PARTS: Final = 4_096
 """Parts of one frame: what NATS takes in a message, as often, is 4 GiB."""
@@ -19,6 +19,9 @@ ZERO: Final = 0.0
 ONE: Final = 1.0
 """Defaults of a tenant's numbers. Rows leave them out where they are these very objects: write `number or ZERO`."""
 
+Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+"""Any that can be. Readers add up many of them, and square some: whoever made them up, the result is a number."""
+Total = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 ShortName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 State = Literal["serving", "draining", "paused"]
 RequestState = Literal["queued", "running", "held"]
@@ -46,20 +49,20 @@ class KvBlocks(msgspec.Struct, frozen=True, kw_only=True):
 class CommandStats(msgspec.Struct, frozen=True, kw_only=True):
     """What became of commands since `incarnation`."""
 
-    applied_total: int = 0
-    rejected_total: dict[str, int] = {}
+    applied_total: Total = 0
+    rejected_total: dict[str, Total] = {}
     """By refusal code, as text."""
-    outcomes_total: dict[str, dict[str, int]] = {}
+    outcomes_total: dict[str, dict[str, Total]] = {}
     """The same by verb, then by outcome: `applied`, `partial`, or the refusal's code. A verb that there is not is
     `other`."""
-    queue_depth: int = 0
+    queue_depth: Total = 0
 
 
 class Leader(msgspec.Struct, frozen=True, kw_only=True):
     """The leader this worker last heard."""
 
     epoch: Epoch | None = None
-    age_s: float | None = None
+    age_s: Number | None = None
     policy: str | None = None
 
 
@@ -71,32 +74,32 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_def
     queued: Count = 0
     running: Count = 0
     held: Count = 0
-    oldest_queued_s: float = ZERO
-    virtual_time: float = ZERO
-    base: float = ZERO
-    charged: float = ZERO
-    lift: float = ZERO
-    weight: float = ONE
-    uncached_input_tokens_total: int = 0
-    cached_input_tokens_total: int = 0
-    output_tokens_total: int = 0
-    recomputed_tokens_total: int = 0
-    finished_total: int = 0
-    external_input_tokens_total: int = 0
+    oldest_queued_s: Number = ZERO
+    virtual_time: Number = ZERO
+    base: Number = ZERO
+    charged: Number = ZERO
+    lift: Number = ZERO
+    weight: Number = ONE
+    uncached_input_tokens_total: Total = 0
+    cached_input_tokens_total: Total = 0
+    output_tokens_total: Total = 0
+    recomputed_tokens_total: Total = 0
+    finished_total: Total = 0
+    external_input_tokens_total: Total = 0
     """Of the cached input: loaded by a KV connector."""
-    uncomputed_input_tokens_total: int = 0
+    uncomputed_input_tokens_total: Total = 0
     """Of the uncached input: never computed after all."""
-    restored_tokens_total: int = 0
-    reloaded_tokens_total: int = 0
+    restored_tokens_total: Total = 0
+    reloaded_tokens_total: Total = 0
     """Positions whose KV was lost and found again: in the prefix cache; by a KV connector."""
-    discarded_tokens_total: int = 0
+    discarded_tokens_total: Total = 0
     """Positions computed in vain."""
-    max_running: int | None = None
-    max_queued: int | None = None
+    max_running: Count | None = None
+    max_queued: Count | None = None
     """Caps in force, the strictest of the table's and every role's `limit`; null: none."""
     classes: tuple[str, ...] = ()
     """Classes that its requests may ask for beside `class`, as its row of the table says."""
-    expected_output: float = ZERO
+    expected_output: Number = ZERO
     """Output tokens that the leader expects of a request of it: charged when that is admitted."""
 
 
@@ -107,9 +110,9 @@ class ClassStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defa
     queued: Count
     running: Count
     held: Count
-    oldest_queued_s: float
-    max_running: int | None = None
-    max_queued: int | None = None
+    oldest_queued_s: Number
+    max_running: Count | None = None
+    max_queued: Count | None = None
     """Caps in force, the strictest of the table's and every role's `limit`; null: none."""
 
 
@@ -117,22 +120,22 @@ class RequestStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_de
     """One request: running, held, or among the first that wait."""
 
     request: str
-    child: int
+    child: Count
     tenant: str
     class_: str = msgspec.field(name="class")
-    priority: int
+    priority: Int32
     state: RequestState
     kv: Kv
-    arrived_at: float
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    deadline_s: float | None
+    arrived_at: Number
+    prompt_tokens: Count
+    cached_tokens: Count
+    output_tokens: Count
+    deadline_s: Number | None
     held_by: tuple[str, ...] = ()
     """Roles that hold it; `engine` made room with it and continues it by itself."""
-    position: int | None = None
+    position: Count | None = None
     """Place in the queue, 0 is next; null unless queued."""
-    protected_until: float | None = None
+    protected_until: Number | None = None
     """Until then (Unix s) a cut-in may not take its place; null: it may now, or never could."""
 
 
@@ -140,8 +143,8 @@ class Gone(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False)
     """A request that a delta no longer lists."""
 
     request: str
-    child: int
-    output_tokens: int = 0
+    child: Count
+    output_tokens: Count = 0
     """As many as it had been delivered: the last that was said of it is of the frame before."""
 
 
@@ -150,36 +153,36 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
 
     worker: ShortName
     incarnation: ShortName
-    seq: int
+    seq: Total
     full: bool
     part: Annotated[int, msgspec.Meta(ge=0, le=MAX_PARTS - 1)]
     """From 0."""
     parts: Annotated[int, msgspec.Meta(ge=1, le=MAX_PARTS)]
-    sent_at: float
-    step: int
+    sent_at: Number
+    step: Total
     model: str
     vllm_version: str
     state: State
     slots: Slots
     kv_blocks: KvBlocks
-    step_s: float
+    step_s: Number
     """Moving median of the time between steps while busy."""
     queued: Count
     running: Count
     held: Count
-    preempted_total: int
+    preempted_total: Total
     """How often a request lost its KV: preempted (event `preempted`) or dropped while held (event `dropped`)."""
-    recomputed_tokens_total: int
+    recomputed_tokens_total: Total
     commands: CommandStats
     leader: Leader
     config: str
     """Digest of the tables in force."""
-    events_dropped_total: int
-    events_waiting: int = 0
+    events_dropped_total: Total
+    events_waiting: Total = 0
     """Events that the log has not acknowledged yet."""
-    events_waiting_s: float = 0.0
+    events_waiting_s: Number = 0.0
     """How long the oldest of them has waited."""
-    revision: int = 0
+    revision: Total = 0
     """Grows by one with every delta. A full frame has that of the last delta, which it repeats in all its rows but for
     ages: whoever merged every revision up to it knows them. 0: nothing is promised."""
     tenants: tuple[TenantStatus, ...] = ()

@@ -32,7 +32,7 @@ only watches.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import inf
+from math import copysign, inf
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 
 import msgspec
@@ -44,7 +44,7 @@ from coxswain.control.estimates.victims import Victims
 from coxswain.control.fleet import Fleet, RequestKey, WorkerView
 from coxswain.control.policy import Cap, Directives, Group, Kv, Sees, Tables, weight_of
 from coxswain.schemas.names import DEFAULT
-from coxswain.schemas.policy import Prices, TenantRank
+from coxswain.schemas.policy import MAX_BASE, Prices, TenantRank
 
 Price = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Part = Annotated[float, msgspec.Meta(gt=0, lt=1)]
@@ -320,6 +320,8 @@ class Vtc:
         names = {**dict.fromkeys(sorted(view.waiting)), **dict.fromkeys(chosen)}
         for tenant, spent in zip(names, view.tenants.spent(names), strict=True):
             base = virtual.get(tenant, 0.0) - spent
+            if not -MAX_BASE <= base <= MAX_BASE:  # a worker was broken into, and says what it likes
+                base = copysign(MAX_BASE, base)
             weight = table[tenant].weight if tenant in table else usual
             expected = min(near, lengths.expect(tenant)) if lengths is not None else 0.0
             ranks[tenant] = TenantRank(base=base, weight=weight, expected_output=expected)

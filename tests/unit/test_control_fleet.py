@@ -278,6 +278,47 @@ def test_classes_that_a_worker_invents_are_bounded() -> None:
     assert fleet.presence.classes == set(names[:MAX_CLASSES])
 
 
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("name", ["", "x" * 129, "é" * 65, "\ud800"])
+def test_a_tenant_that_cannot_be_is_not_taken_in(name: str, *, full: bool, rows: bool) -> None:
+    """Names in here come into commands to any worker: whoever forged one must not keep others' rows from it."""
+    fleet = Fleet(rows=rows)
+    fleet.merge(frame("w1", "01A", 1, row("a")), 0.0)
+    bad = row(name, queued=1, charged=5.0, lift=1.0, weight=2.0, max_running=1, uncached_input_tokens_total=9)
+    for seq in (2, 3):
+        fleet.merge(frame("w1", "01A", seq, bad, row("a", queued=1, charged=3.0), full=full), 0.0)
+    fleet.age(0.0)
+    assert [*fleet.workers["w1"].tenants] == [*fleet.presence.waiting] == ["a"]
+    assert fleet.served == {"a": 3.0}
+    assert fleet.changed.keys() == {"w1"}
+    assert fleet.changed["w1"].keys() == {"a"}
+    fleet.validate()
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("name", ["", "x" * 65, "cha=t", "Chat", "chat\n", "all", "other"])
+def test_nor_is_a_class(name: str, *, full: bool) -> None:
+    """The same of classes, whatever says that there is one."""
+    classes = tuple(
+        ClassStatus(class_=each, queued=1, running=0, held=0, oldest_queued_s=0.0) for each in (name, "b")
+    )
+    fleet = Fleet()
+    fleet.merge(frame("w1", "01A", 1, row("a", class_=name), classes=classes, full=full), 0.0)
+    assert [*fleet.workers["w1"].classes] == ["b"]
+    assert fleet.presence.classes == {"b"}
+
+
+@pytest.mark.parametrize("name", ["", "r" * 513])
+def test_nor_is_a_request_that_no_command_can_name(name: str) -> None:
+    """In full frames, in deltas, and in a queue that was asked for."""
+    for full in (True, False):
+        fleet = Fleet()
+        fleet.merge(frame("w1", "01A", 1, requests=(request(name), request("r")), full=full, queued=2), 0.0)
+        fleet.list_queue("w1", [request(name), request("s")])
+        assert [each.request for each in fleet.workers["w1"].known()] == ["r", "s"]
+
+
 def test_a_tenant_has_one_name_in_memory_on_all_workers() -> None:
     """In a large fleet a hundred equal strings would be compared, each at a place of its own, for every row heard."""
     fleet = Fleet()

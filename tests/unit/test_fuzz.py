@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from coxswain.schemas.commands import COMMANDS, VERBS, encode
 from coxswain.schemas.events import Finished
 from coxswain.schemas.policy import ClassPolicy, Lead, TenantPolicy
-from coxswain.schemas.status import Frame, QueueQuery
+from coxswain.schemas.status import ClassStatus, Frame, KvBlocks, QueueQuery, RequestStatus
+from coxswain.schemas.subjects import CONTROLLER
 from tests.support import structs
+from tests.support.frames import frame, request, row
 from tests.support.fuzz import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +33,24 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 ).map(lambda value: json.dumps(value).encode())
+
+
+KV = KvBlocks(total=100, used=50, held=0)
+
+
+def class_row(name: str) -> ClassStatus:
+    """A class of which one runs and one waits."""
+    return ClassStatus(class_=name, queued=1, running=1, held=0, oldest_queued_s=0.0)
+
+
+def waiting(name: str, **fields: Any) -> RequestStatus:
+    """A request that waits."""
+    return request(name, state="queued", position=0, **fields)
+
+
+def held(name: str) -> RequestStatus:
+    """A request that some controller holds."""
+    return request(name, state="held", kv="kept", held_by=(CONTROLLER,))
 
 
 def good(target: str) -> st.SearchStrategy[bytes]:
@@ -102,6 +123,37 @@ def test_no_input_escapes(target: str) -> None:
         TARGETS[target](data)
 
     run()
+
+
+FORGED = {
+    "a class, and somebody waits": [
+        frame("w1", "01A", 1, row("a", queued=1), kv_blocks=KV, classes=(class_row("cha=t"),), running=2)
+    ],
+    "no tenant": [frame("w1", "01A", 1, row("", queued=1, max_running=1), row("a", queued=1))],
+    "a long tenant": [frame("w1", "01A", 1, row("é" * 65, queued=1, max_running=1), row("a", queued=1))],
+    "no request": [frame("w1", "01A", 1, requests=(waiting("", deadline_s=5.0), held("")))],
+    "a long request": [frame("w1", "01A", 1, requests=(waiting("r" * 513), held("s" * 513)))],
+    "what nobody was charged": [
+        frame("w1", "01A", 1, row("a", queued=1)),
+        frame("w1", "01A", 3, row("a", queued=1, charged=1e30)),
+        frame("w2", "01A", 1, row("a", queued=1)),
+    ],
+    "a request before all time": [
+        frame("w1", "01A", 1, requests=(waiting("r", arrived_at=-1e200),), queued=1)
+    ],
+    "more tokens than there are": [
+        frame("w1", "01A", 1, row("a", queued=1), requests=(request("r", output_tokens=2**62),)),
+        frame("w1", "01A", 3, row("a", queued=1)),
+        frame("w2", "01A", 1, row("a", queued=1)),
+    ],
+}
+"""What a worker may say of names and numbers that nobody can have: the frames of one or more."""
+
+
+@pytest.mark.parametrize("said", FORGED)
+def test_nobody_is_blamed_for_what_a_worker_forges(said: str) -> None:
+    """Policies raise at none of it, and nothing of it comes into a command."""
+    TARGETS["frame"](b"\n".join(map(encode, FORGED[said])))
 
 
 @pytest.mark.parametrize("target", ["command", "question", "lead", "headers", "names"])
