@@ -224,7 +224,10 @@ def _kind(field: Mapping[str, Any]) -> str:
         return " or ".join(_kind(each) for each in field["anyOf"])
     if "enum" in field:
         return " | ".join(map(str, field["enum"]))
-    bounds = (("minimum", "at least"), ("exclusiveMinimum", "over"), ("maximum", "at most"))
+    bounds = (
+        ("minimum", "at least"), ("exclusiveMinimum", "over"),
+        ("maximum", "at most"), ("exclusiveMaximum", "below"),
+    )  # fmt: skip
     # Bounds that only keep a number finite say nothing to anybody.
     words = [f"{word} {field[bound]:g}" for bound, word in bounds if abs(field.get(bound, 1e9)) < 1e6]
     kind = str(field.get("type", "anything"))

@@ -30,6 +30,7 @@ def test_shipped_policies_are_found_by_name() -> None:
         ("vtc", ["wq"], "write key=value"),
         ("vtc", ["wq=-1"], "wq=-1 does not fit: number, at least 0"),
         ("vtc", ["wq=much"], "wq=much does not fit: number"),
+        ("vtc", ["fill=1.5"], "fill=1.5 does not fit: number, over 0, below 1 or none"),
         ("vtc", ["predict=foo"], r"predict=foo does not fit: average \| none"),
         ("fcfs", ["x=1"], "it takes none"),
     ],
