@@ -119,12 +119,12 @@ async def test_a_root_path_changes_no_ruling(root: str, tmp_path: Path) -> None:
     ring = Keyring(tmp_path / "keys")
     bare, edge = FastAPI(root_path=root), FastAPI(root_path=root)
     for app in (bare, edge):
-        for path in ("/v1/completions", "/health", "/pause"):
-            app.add_api_route(path, ok, methods=["GET" if path == "/health" else "POST"])
+        for path in ("/v1/completions", "/v1/models", "/health", "/pause"):
+            app.add_api_route(path, ok, methods=["GET", "POST"])
     edge.add_middleware(EdgeMiddleware, edge=Edge(EdgeSettings(b"k" * 32), ring), keyring=ring)
 
     async def status(app: Any, path: str, headers: dict[str, str]) -> int:
-        method = "GET" if path.endswith("/health") else "POST"
+        method = "GET" if path.endswith(("health", "/models")) else "POST"
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
             return (await client.request(method, path, headers=headers)).status_code
 
@@ -132,6 +132,7 @@ async def test_a_root_path_changes_no_ruling(root: str, tmp_path: Path) -> None:
     for prefix in ("", root.rstrip("/")):
         for path, known, unknown in (
             ("/v1/completions", 200, 401),
+            ("/v1/models", 200, 401),
             ("/health", 200, 200),
             ("/pause", 403, 401),
         ):
@@ -139,4 +140,6 @@ async def test_a_root_path_changes_no_ruling(root: str, tmp_path: Path) -> None:
                 served += 1
                 assert await status(edge, prefix + path, key) == known
                 assert await status(edge, prefix + path, {}) == unknown
-    assert served >= 3
+    assert served >= 4
+    alike = f"{root.rstrip('/') or '/x'}health"
+    assert (await status(edge, alike, key), await status(edge, alike, {})) == (403, 401)

@@ -141,7 +141,7 @@ def test_who_cannot_preempt_shows_what_theorem_4_8_says_and_who_can_does_not():
 def test_a_bounded_crowd_keeps_its_kv():
     """Short prompts with long outputs: vLLM lets all in and throws them out again; bounded, it hardly has to.
 
-    A pool for so few leaves more unused than a large one: that costs a few percent of the throughput.
+    The more of the pool is left for what those that run will have, the fewer lose theirs, and the fewer run.
     """
     arrivals = [
         Arrival(at_s=0.3 * n, tenant="ab"[n % 2], prompt_tokens=20, output_tokens=150 + 50 * (n % 5))
@@ -149,13 +149,15 @@ def test_a_bounded_crowd_keeps_its_kv():
     ]
     runs = {
         settings: measure(run(arrivals, Setup(policy="vtc", settings=settings, device=small(4_000))).lives)
-        for settings in ((), ("fill=0.75",))
+        for settings in ((), ("fill=0.85",), ("fill=0.75",))
     }
-    free, bounded = runs.values()
-    assert free.done == bounded.done == 80
+    free, bounded, low = runs.values()
+    assert free.done == bounded.done == low.done == 80
     assert free.preempted > 20
-    assert bounded.preempted < free.preempted / 10
-    assert bounded.throughput > 0.95 * free.throughput
+    assert bounded.preempted < free.preempted / 2
+    assert bounded.throughput > 0.98 * free.throughput
+    assert low.preempted < free.preempted / 10
+    assert low.throughput > 0.95 * free.throughput
 
 
 def test_a_bound_on_several_classes_holds_hardly_anybody():
@@ -176,7 +178,7 @@ def test_a_bound_on_several_classes_holds_hardly_anybody():
     setup = Setup(policy="vtc", settings=("fill=0.75",), device=DEVICES["vtc-a10g"], tables=tables)
     outcome = run(arrivals, setup)
     assert all(life.done for life in outcome.lives)
-    assert sum(state == "held" for life in outcome.lives for _, _, state in life.spans()) < 16
+    assert sum(state == "held" for life in outcome.lives for _, _, state in life.spans()) < 10
     assert measure(outcome.lives).held_s < 2.0
 
 
