@@ -185,8 +185,11 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     revision: Total = 0
     """Grows by one with every delta. A full frame has that of the last delta, which it repeats in all its rows but for
     ages: whoever merged every revision up to it knows them. 0: nothing is promised."""
-    tenants: tuple[TenantStatus, ...] = ()
     classes: tuple[ClassStatus, ...] = ()
+    charged: dict[str, Number] = {}
+    """Of a delta: tenants that were served and of whom nothing else changed, with their `charged`. Their rows are the
+    last of `tenants`, in this order: who has merged all revisions before and counts no output can do without them."""
+    tenants: tuple[TenantStatus, ...] = ()
     requests: tuple[RequestStatus, ...] = ()
     gone: tuple[Gone, ...] = ()
 
@@ -269,7 +272,7 @@ def decode_glance(payload: bytes, decode: Callable[[bytes], Frame] = decode_fram
     tenants = payload.find(b'"tenants":[')
     # To where their rows end is found many times faster than what comes there.
     end = payload.find(b',"requests":[', payload.find(b"]", tenants))
-    if end > tenants > 0 and payload.rfind(b'"classes":[', tenants, end) > 0:
+    if end > tenants > 0 and payload.find(b'"classes":[', 0, end) > 0:
         try:
             return decode(payload[:end] + b"}")
         except msgspec.MsgspecError:

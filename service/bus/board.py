@@ -84,7 +84,8 @@ class Board:
         # What the next delta may have: numbers, names and what they had been delivered, tenants.
         self._news: dict[int, None] = {}
         self._gone: dict[tuple[str, int], int] = {}
-        self._tenant_news: dict[str, None] = {}
+        self._tenant_news: dict[str, bool] = {}
+        """Whether anything but output and its charge is other."""
 
     # What the engine tells
 
@@ -140,14 +141,15 @@ class Board:
         for told in draft.tenants:
             tenant = Tenant(*told)
             self._tenants[tenant.row.tenant] = tenant
-            self._tenant_news[tenant.row.tenant] = None
+            self._tenant_news[tenant.row.tenant] = True
         for name, charged, output, past, price in draft.charges:
             tenant = self._tenants[name]
             row = _charged(tenant.row, charged, output)
             self._tenants[name] = Tenant(row, tenant.since, past, price)
-            self._tenant_news[name] = None
-        changed = (name for name in live.keys() | self._live.keys() if live[name] != self._live[name])
-        self._tenant_news.update(dict.fromkeys(changed))
+            self._tenant_news.setdefault(name, False)
+        for name in live.keys() | self._live.keys():
+            if live[name] != self._live[name]:
+                self._tenant_news.setdefault(name, False)
         self._live = live
 
     # What is said
@@ -172,18 +174,20 @@ class Board:
                 for name, tokens in self._gone.items()
                 if name not in listed
             )
-        tenants = tuple(
-            self._tenants[name].as_of(frame.sent_at, self._live[name])
-            for name in self._tenant_news
+        tenants = {
+            name: self._tenants[name].as_of(frame.sent_at, self._live[name])
+            for name in sorted(self._tenant_news, key=lambda name: not self._tenant_news[name])
             if name in self._tenants
-        )
+        }
+        charged = {name: row.charged for name, row in tenants.items() if not self._tenant_news[name]}
         self._news, self._gone, self._tenant_news = {}, {}, {}
         old_classes, self._classes = self._classes, {each.class_: each for each in frame.classes}
         classes = tuple(each for each in frame.classes if not _same(each, old_classes.get(each.class_)))
         rows = tuple(row for _, row in requests) if self._shows else ()
         return replace(
-            frame, tenants=tenants, classes=classes, requests=rows, gone=gone if self._shows else ()
-        )
+            frame, tenants=tuple(tenants.values()), charged=charged, classes=classes, requests=rows,
+            gone=gone if self._shows else (),
+        )  # fmt: skip
 
     def full(self, *, peek: bool = False) -> st.Frame:
         """Everything as of now. `peek` takes no note of it: the next delta is what it would have been."""

@@ -147,14 +147,14 @@ def _aged(rows: tuple[Queued, ...], passed: float) -> tuple[Queued, ...]:
 
 
 def split(frame: Frame, limit: int) -> list[bytes]:
-    """A frame as payloads of at most `limit` bytes: every row in exactly one, everything else in each.
+    """A frame as payloads of at most `limit` bytes: every row in exactly one, everything else in each but `charged`.
 
     A single row that is larger than `limit` gets a part of its own, over the limit: rows are never dropped.
     """
     whole = encode(frame)
     if len(whole) <= limit:
         return [whole]
-    bare = replace(frame, **dict.fromkeys(ROWS, ()))
+    bare = replace(frame, charged={}, **dict.fromkeys(ROWS, ()))
     shares = list(_shares(frame, limit - len(encode(bare)) - _SLACK))
     return [encode(replace(bare, part=part, parts=len(shares), **rows)) for part, rows in enumerate(shares)]
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from coxswain.schemas.status import ClassStatus, Frame, RequestStatus
 from coxswain.service.bus.board import Board
@@ -65,6 +66,25 @@ def test_a_board_without_rows_of_requests_says_of_none_that_it_is_gone(shows: bo
     said = engine.delta()
     assert [(each.request, each.output_tokens) for each in said.gone] == [("r1", 9)] * shows
     assert said.requests == ()
+
+
+def test_who_was_served_and_no_more_comes_last_and_is_told_in_short() -> None:
+    """Tokens and charges alone are told in short; a row of which more is other is not, whatever is told after it."""
+    engine = Engine()
+    rows = {name: row(name, charged=1.0) for name in "abc"}
+    request_of_a = (1, request("r1", "a"), True)
+    engine.tell(requests=[request_of_a], tokens=[0], tenants=[(each, None, 0, 2.0) for each in rows.values()])
+    engine.board.full()
+    engine.tell(tokens=[3], charges=[("b", 9.0, 4, 4, 2.0)])
+    engine.tell(tokens=[3], tenants=[(replace(rows["c"], lift=5.0), None, 0, 2.0)])
+    engine.tell(tokens=[3], charges=[("c", 2.0, 0, 0, 2.0)])
+    said = engine.delta()
+    assert said.charged == {"a": 7.0, "b": 9.0}
+    assert [each.tenant for each in said.tenants] == ["c", *said.charged]
+    engine.tell(tokens=[3], charges=[("c", 3.0, 0, 0, 2.0)])
+    assert engine.delta().charged == {"c": 3.0}
+    engine.tell(tokens=[4])
+    assert engine.board.full().charged == {}
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["after a delta", "after a full frame"])

@@ -21,8 +21,10 @@ BARE = len(split(frame(), 1 << 20)[0])
 )
 def test_split_keeps_every_row_and_the_limit(requests: int, tenants: int, gone: int, room: int) -> None:
     """Parts fit into the limit, are numbered, and hold each row exactly once and in order."""
+    served = frame(requests=requests, tenants=tenants)
     whole = msgspec.structs.replace(
-        frame(requests=requests, tenants=tenants),
+        served,
+        charged={row.tenant: row.charged for row in served.tenants},
         gone=tuple(Gone(request=f"gone-{number}", child=0) for number in range(gone)),
     )
     payloads = split(whole, BARE + room)
@@ -32,6 +34,8 @@ def test_split_keeps_every_row_and_the_limit(requests: int, tenants: int, gone: 
     assert {part.parts for part in parts} == {len(parts)}
     for field in ROWS:
         assert tuple(row for part in parts for row in getattr(part, field)) == getattr(whole, field)
+    fits = len(msgspec.json.encode(whole)) <= BARE + room
+    assert all(part.charged == (whole.charged if fits else {}) for part in parts)
     bare = {
         msgspec.json.encode(msgspec.structs.replace(part, part=0, tenants=(), requests=(), gone=()))
         for part in parts

@@ -86,10 +86,17 @@ class Listener:
         assert not rows.keys() & gone, "then the order of applying them would matter"
         if frame.full:
             assert not gone
+            assert not frame.charged
             self.requests, self.tenants = {}, {}
         for name in gone:
             del self.requests[name]  # only what was listed can go
         self.requests |= rows
+        served = frame.tenants[len(frame.tenants) - len(frame.charged) :]
+        assert {each.tenant: each.charged for each in served} == frame.charged
+        for each in served:
+            fields = "charged", "virtual_time", "output_tokens_total", "oldest_queued_s"
+            known = replace(self.tenants[each.tenant], **{field: getattr(each, field) for field in fields})
+            assert each == known, "nothing else is other: who counts charges alone need not read it"
         self.tenants |= {row.tenant: row for row in frame.tenants}
 
     def knows(self, frame: Frame) -> None:
