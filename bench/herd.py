@@ -2,6 +2,7 @@
 
 Each worker serves all its active tenants a little between two frames, lets one leave and another come. It has served
 every tenant before, so that a full frame, one in twenty, lists them all; a delta goes ahead of it, as from a real one.
+As there, a delta's `charged` is of all active tenants but who came and, after a `rank`, whose base is another.
 """
 
 import itertools
@@ -55,6 +56,8 @@ class Worker:
         ]  # their own order
         self.newcomers = itertools.cycle(turned)
         self.active: dict[str, None] = {}
+        self.rebased: set[str] = set()
+        """Tenants whose base is other than the last frame said."""
         self.config = digest({}, {})
         self.epoch: Epoch | None = None
         self.seq = self.revision = 0
@@ -102,6 +105,9 @@ class Worker:
             tenant.output_tokens += 1 + place % 4
         self.tenants[newcomer].charged += 200.0
         self.tenants[newcomer].input_tokens += 200
+        touched = {newcomer, leaver, *self.rebased}
+        self.rebased.clear()
+        rows = sorted([*self.active, leaver], key=lambda name: name not in touched)
         delta = Frame(
             worker=self.name, incarnation=self.incarnation, seq=self._next(), full=False, part=0, parts=1,
             sent_at=now, step=self.beat, model="m", vllm_version="0", state="serving",
@@ -110,12 +116,14 @@ class Worker:
             queued=3 * len(self.active), running=self.running, held=0, preempted_total=0,
             recomputed_tokens_total=0, commands=CommandStats(), leader=Leader(epoch=self.epoch),
             config=self.config, events_dropped_total=0, revision=self.revision,
-            tenants=tuple(map(self._row, {**self.active, leaver: None})), requests=self._requests(), gone=self._gone,
+            charged={name: self.tenants[name].charged for name in rows if name not in touched},
+            tenants=tuple(map(self._row, rows)), requests=self._requests(), gone=self._gone,
         )  # fmt: skip
         frames = [encode(delta)]
         if self.beat % FULL_EVERY == 0:
-            rows = tuple(map(self._row, self.tenants))
-            frames.append(encode(replace(delta, seq=self._next(), full=True, tenants=rows, gone=())))
+            everybody = tuple(map(self._row, self.tenants))
+            full = replace(delta, seq=self._next(), full=True, charged={}, tenants=everybody, gone=())
+            frames.append(encode(full))
         return frames
 
     def _next(self) -> int:
@@ -145,6 +153,7 @@ class Worker:
         if isinstance(command, Rank):
             for name, rank in command.tenants.items():
                 self.tenants[name].base = rank.base
+                self.rebased.add(name)
         elif isinstance(command, Configure):
             self.config = digest(command.classes, command.tenants)
 

@@ -158,6 +158,19 @@ class Accounts(Mapping[str, Account]):
             charges[at] = charged
             bases[at] = row.base
 
+    def charge(self, charged: Mapping[str, float], served: MutableMapping[str, float]) -> None:
+        """Take what tenants of whom a row was put were charged by now, as `put` does."""
+        places, charges = self._places, self._charged
+        if len(charges) < len(places):
+            self._grow()
+        for name, charge in charged.items():
+            try:
+                at = places[name]
+            except KeyError:
+                continue
+            served[name] += charge - charges[at]
+            charges[at] = charge
+
     def differing(self, rows: Iterable[TenantStatus], busy: Collection[str]) -> list[TenantStatus]:
         """Those that say anything else than the ones before, or might."""
         return [

@@ -112,7 +112,7 @@ class WorkerView:
         changed = {} if changed is None else changed
         self.heard_at = now
         # Rows are let go of while they are still at hand: a turn later, to find their memory would be to wait for it.
-        self.frame = replace(frame, tenants=(), requests=(), gone=())
+        self.frame = replace(frame, charged={}, tenants=(), requests=(), gone=())
         if not frame.full:
             self._merge_delta(frame, changed)
         elif whole := self._assembler.add(frame):
@@ -131,6 +131,8 @@ class WorkerView:
     def _merge_delta(self, frame: Frame, changed: Changed) -> None:
         # What a delta names has changed: that is why it is there.
         self._put(frame.tenants, changed)
+        if isinstance(self.tenants, Accounts):  # whose reader may leave out the rows that say the same
+            self.tenants.charge(frame.charged, self._served_now)
         self._put_classes(frame)
         if frame.requests:
             self.requests.update(_keyed(frame.requests))
@@ -159,9 +161,13 @@ class WorkerView:
                     self._served[name] += known.charged
 
     def _put(self, rows: Iterable[TenantStatus], changed: Changed) -> None:
-        served = self._served if self.complete else Charges(float)
-        for row, old in self.tenants.put(rows, served):
+        for row, old in self.tenants.put(rows, self._served_now):
             self._happened(row, old, changed)
+
+    @property
+    def _served_now(self) -> Charges:
+        """Where charges go: before the worker was heard in full, they are none of the fleet's."""
+        return self._served if self.complete else Charges(float)
 
     def _saw(self, row: TenantStatus, old: TenantStatus) -> None:
         if self.complete and self._seen is not None:

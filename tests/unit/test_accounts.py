@@ -148,6 +148,19 @@ def test_what_other_workers_know_is_not_known_here() -> None:
     assert (mine.spent(["b"]), other.spent(["a", "b", "c"])) == ([0.0], [0.0, 7.0, 0.0])
 
 
+def test_charges_alone_are_counted_as_rows_are() -> None:
+    """Of who is known here they are the news; who is known to nobody is none, and who only to others is that here."""
+    places: dict[str, int] = {}
+    accounts = _accounts(places, row("a", charged=5.0, base=2.0, lift=1.0, queued=1))
+    _accounts(places, row("b", charged=7.0))
+    served = dict.fromkeys(TENANTS, 0.0)
+    accounts.charge({"a": 8.0, "b": 1.0, "nobody": 3.0}, served)
+    accounts.charge({"a": 9.0}, served)
+    assert served == {"a": 4.0, "b": 1.0, "c": 0.0}
+    assert _numbers(accounts["a"])[:4] == (2.0, 9.0, 1.0, 12.0)
+    assert (list(accounts), list(places)) == (["a"], ["a", "b"])
+
+
 def test_terms_that_a_tenant_has_no_more_are_forgotten() -> None:
     """Few tenants have a weight, a cap or an expectation, so they are kept apart; who loses them is as the others."""
     places: dict[str, int] = {}

@@ -23,25 +23,33 @@ Message = tuple[bytes, Frame]
 def _life(incarnation: str, happenings: list[tuple[str, int]]) -> list[list[Message]]:
     """Frames as a worker of this incarnation writes them, the parts of each together; the last of them is full."""
     totals: dict[str, float] = {}
+    queued: dict[str, int] = {}
     frames: list[list[Message]] = []
     revision = said = 0
-    unsaid: set[str] = set()
+    unsaid: dict[str, bool] = {}
 
     def say(names: Any, *, full: bool) -> None:
-        rows = [row(name, charged=totals[name], queued=int(totals[name]) % 2) for name in sorted(names)]
-        parts = max(1, len(rows)) if said % 2 else 1
+        served = [] if full else [name for name in sorted(names) if not unsaid[name]]
+        order = [*sorted(set(names) - set(served)), *served]
+        rows = [row(name, charged=totals[name], queued=queued[name]) for name in order]
+        parts = max(1, len(rows)) if said % 4 == 3 else 1
         shares = [rows[part::parts] for part in range(parts)]
+        charged = {name: totals[name] for name in served} if parts == 1 else {}
         whole = [
             frame("w1", incarnation, said, *share, full=full, part=part, parts=parts, revision=revision)
             for part, share in enumerate(shares)
         ]
-        frames.append([(encode(each), each) for each in whole])
+        frames.append([(encode(replace(each, charged=charged)), each) for each in whole])
 
     for kind, which in [*happenings, ("full", 0)]:
-        if kind == "serve":
-            totals[TENANTS[which]] = totals.get(TENANTS[which], 0.0) + 1.0
-            unsaid.add(TENANTS[which])
-            continue
+        if kind in {"serve", "admit"}:
+            name, unsaid_yet = TENANTS[which // 2], which % 2
+            unsaid[name] = unsaid.get(name, False) or kind == "admit" or name not in totals
+            totals[name] = totals.get(name, 0.0) + 1.0
+            queued[name] = queued.get(name, 0) + (kind == "admit") & 1
+            if unsaid_yet:
+                continue
+            kind = "delta"  # noqa: PLW2901
         if kind == "alive":
             said += 1
             sign = frame("w1", incarnation, said, full=False)
@@ -58,11 +66,16 @@ def _life(incarnation: str, happenings: list[tuple[str, int]]) -> list[list[Mess
 
 
 happenings = st.lists(
-    st.tuples(st.sampled_from(["serve", "serve", "delta", "full", "beat", "alive"]), st.integers(0, 2)),
-    max_size=20,
+    st.tuples(
+        st.sampled_from(["serve", "serve", "admit", "admit", "delta", "full", "beat", "alive"]),
+        st.integers(0, 5),
+    ),
+    min_size=20,
+    max_size=40,
 )
 
 
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "accounts"])
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(happenings, min_size=1, max_size=2),
@@ -70,10 +83,10 @@ happenings = st.lists(
     st.sampled_from([0.0, 0.1, 0.4]),
 )
 def test_what_is_left_out_was_known(
-    lives: list[list[tuple[str, int]]], random: Any, hostility: float
+    rows: bool, lives: list[list[tuple[str, int]]], random: Any, hostility: float
 ) -> None:
     """Whatever is lost, repeated, late or reordered: to read as little as one may is to read all."""
-    read, whole = Fleet(), Fleet()
+    read, whole = Fleet(rows=rows), Fleet(rows=rows)
     reader = Reader(read)
     messages: list[Message] = []
     for number, life in enumerate(lives):
@@ -93,14 +106,18 @@ def test_what_is_left_out_was_known(
         read.validate()
         if whole.workers["w1"].complete:
             assert read.workers["w1"].tenants == whole.workers["w1"].tenants
+            assert read.workers["w1"].waiting == whole.workers["w1"].waiting
+        assert {name: cost for name, cost in read.served.items() if cost} == {
+            name: cost for name, cost in whole.served.items() if cost
+        }
         assert read.workers["w1"].complete == whole.workers["w1"].complete
 
 
 class Listener(Reader):
     """A reader, and the fleet into which all that it read was merged."""
 
-    def __init__(self) -> None:
-        self.fleet = Fleet()
+    def __init__(self, *, rows: bool = True) -> None:
+        self.fleet = Fleet(rows=rows)
         super().__init__(self.fleet)
 
     def read(self, worker: str, payload: bytes) -> Frame:
@@ -139,6 +156,69 @@ def test_full_frames_are_read_once_while_nothing_is_lost(monkeypatch: pytest.Mon
 def test_a_lost_delta_makes_the_next_full_frame_news(monkeypatch: pytest.MonkeyPatch) -> None:
     """The full frame after a loss is read whole, and the ones after it are not."""
     assert _steady(Listener(), monkeypatch, lose=6) == [100, 0, 0, 0, 0, 100, 0, 0, 0, 0]
+
+
+def _delta(seq: int, *others: str, **served: float) -> bytes:
+    """A delta with its number as its revision, and as the lift of others than were served."""
+    rows = *(row(name, lift=float(seq)) for name in others), *(row(n, charged=c) for n, c in served.items())
+    return encode(frame("w1", "01A", seq, *rows, full=False, charged=served, revision=seq))
+
+
+def test_of_a_delta_are_read_rows_of_which_more_than_a_charge_is_new() -> None:
+    """They come first; the others' charges are all that an account is made of, so long as all before was read."""
+    reader = Listener(rows=False)
+    odd = 'x","tenants":[{"tenant":"y'
+    names = ("a", "b", odd, "y")
+    reader.read("w1", encode(frame("w1", "01A", 1, *map(row, names), revision=1)))
+    for seq, others in enumerate([("a",), (), (odd, "y"), ("b", "y")], 2):
+        served = {name: float(seq) for name in names if name not in others}
+        heard = reader.read("w1", _delta(seq, *others, **served))
+        assert ([each.tenant for each in heard.tenants], heard.charged) == ([*others], served)
+        known = reader.fleet.workers["w1"].tenants
+        assert {name: known[name].charged for name in served} == served
+        assert {known[name].lift for name in others} == {float(seq)} or not others
+
+
+def test_after_a_lost_delta_all_rows_are_read() -> None:
+    """Until the next full frame a row may be other than is known, whatever its worker last said of it."""
+    reader = Listener(rows=False)
+    reader.read("w1", encode(frame("w1", "01A", 1, row("a"), row("b"), revision=1)))
+    assert len(reader.read("w1", _delta(2, a=2.0, b=2.0)).tenants) == 0
+    for seq in (4, 5):
+        assert len(reader.read("w1", _delta(seq, a=float(seq), b=float(seq))).tenants) == 2
+    reader.read("w1", encode(frame("w1", "01A", 6, row("a", charged=5.0), row("b", charged=5.0), revision=5)))
+    full = reader.fleet.workers["w1"]
+    assert (full.tenants["a"].charged, full.tenants["b"].charged) == (5.0, 5.0)
+
+
+def test_after_a_part_of_a_delta_is_lost_all_rows_are_read() -> None:
+    """The next delta follows it by its revision; what the part said of its rows is not known all the same."""
+    reader = Listener(rows=False)
+    reader.read("w1", encode(frame("w1", "01A", 1, row("a"), row("b"), revision=1)))
+    reader.read("w1", encode(frame("w1", "01A", 2, row("a"), full=False, parts=2, revision=2)))
+    assert len(reader.read("w1", _delta(3, a=3.0, b=3.0)).tenants) == 2
+
+
+@pytest.mark.parametrize("kept", ["rows", "accounts"])
+def test_who_keeps_rows_reads_all_of_a_delta(kept: str) -> None:
+    """A charge tells nothing of output: to a policy that looks at that, short words are no news."""
+    reader = Listener(rows=kept == "rows")
+    reader.read("w1", encode(frame("w1", "01A", 1, row("a"), revision=1)))
+    assert len(reader.read("w1", _delta(2, a=2.0)).tenants) == (kept == "rows")
+
+
+def test_a_delta_that_is_written_otherwise_is_read_whole() -> None:
+    """With fields in another order, more spaces, or no row of whom it tells a charge: nothing of it is left out."""
+    payload = _delta(2, "b", a=2.0)
+    fields = msgspec.json.decode(payload)
+    reordered = {"tenants": fields["tenants"], **fields}
+    spaced = payload.replace(b'{"tenant":', b'{ "tenant":')
+    nobody = payload.replace(b'"charged":{"a"', b'"charged":{"z"')
+    full = payload.replace(b'"full":false', b'"full":true')
+    for other in (encode(reordered), spaced, nobody, full):
+        reader = Listener(rows=False)
+        reader.read("w1", encode(frame("w1", "01A", 1, row("a"), row("b"), revision=1)))
+        assert len(reader.read("w1", other).tenants) == 2
 
 
 @pytest.mark.parametrize("parts", [1, 2])
