@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from coxswain.control.fleet import WorkerView
-from coxswain.schemas.policy import ClassPolicy
+from coxswain.schemas.policy import INT32_MAX, ClassPolicy
 
 CALM_S: Final = 60.0
 """A worker on which nobody has waited for so long is bounded no more."""
@@ -82,7 +82,8 @@ class Crowd:
             if known.cap is None or used > self.high * total:
                 known.cap = frame.running
             if (room := self.low * total - used) > 0:
-                known.cap = max(known.cap, frame.running + int(room * frame.running / used))
+                more = int(room * frame.running / used)
+                known.cap = min(INT32_MAX, max(known.cap, frame.running + more))
         return known.cap
 
     def shares(self, view: WorkerView, table: Mapping[str, ClassPolicy]) -> dict[str, int]:

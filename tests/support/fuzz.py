@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 from ulid import ULID
 
-from coxswain.control.core import Beat, Outgoing, Send
+from coxswain.control.core import Answer, Beat, Outgoing, Send
 from coxswain.control.policies.andes import Andes
 from coxswain.control.policies.edf import Edf
 from coxswain.control.policies.vtc import Vtc
@@ -164,7 +164,7 @@ def frame(data: bytes) -> None:
     for policy in POLICIES:
         driver = Driver(policy())
         reader = Reader(driver.core.fleet)
-        now = NOW
+        now, answers = NOW, list[Answer]()
         for line in data.split(b"\n")[:4]:
             try:
                 heard = reader.read(status.decode_frame(line).worker, line)
@@ -174,8 +174,10 @@ def frame(data: bytes) -> None:
             later = replace(heard, seq=heard.seq + 1, preempted_total=heard.preempted_total + 1)
             for each in (heard, later):
                 now += 1.0
-                for outgoing in driver.step(now, each):
+                sent = driver.step(now, each, answers=answers)
+                for outgoing in sent:
                     _readable(outgoing)
+                answers = [Answer(outgoing, ok=True) for outgoing in sent if isinstance(outgoing, Send)]
 
 
 def _readable(outgoing: Outgoing) -> None:

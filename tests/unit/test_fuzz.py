@@ -36,6 +36,7 @@ JSON = st.recursive(
 
 
 KV = KvBlocks(total=100, used=50, held=0)
+FEW = KvBlocks(total=100, used=1, held=0)
 
 
 def class_row(name: str) -> ClassStatus:
@@ -137,6 +138,9 @@ FORGED = {
         frame("w1", "01A", 1, row("a", queued=1)),
         frame("w1", "01A", 3, row("a", queued=1, charged=1e30)),
         frame("w2", "01A", 1, row("a", queued=1)),
+    ],
+    "more that run than there can be": [
+        frame("w1", "01A", 1, row("a"), kv_blocks=FEW, classes=(class_row("chat"),), running=2**31 - 1)
     ],
     "a request before all time": [
         frame("w1", "01A", 1, requests=(waiting("r", arrived_at=-1e200),), queued=1)
