@@ -111,7 +111,6 @@ class SteeringCore:
     def not_admitted(self, record: Record) -> None:
         """The engine took the head only to skip it in this step: undo `admitting`."""
         self.roster.move(record, Transition.EVICT)
-        self.tenants.keeps_place(record.account, record)
         if record.admitted_at is None:
             self.ledger.refund_input(record)
 
@@ -123,7 +122,6 @@ class SteeringCore:
     def loading(self, record: Record) -> None:
         """The engine took the head, and loads its KV before it runs: it waits on, outside the queue, but charged."""
         self.roster.move(record, Transition.EVICT)
-        self.tenants.keeps_place(record.account, record)
 
     def admitted(self, now: float, record: Record, computed: int, external: int = 0) -> None:
         """A step was scheduled with this request in it for the first time, or again after it had waited.

@@ -1,6 +1,6 @@
 """Groups of requests that have caps: a tenant over all its classes, a class over all its tenants. Pure.
 
-Here: the counts by state and the caps in force. Who sets the caps is `limits.py`; who counts is `roster.py`. A tenant's
+Here: the counts by state, how long the oldest has waited, and the caps in force. Who sets the caps is `limits.py`; who counts is `roster.py`. A tenant's
 group is its account (`tenants.py`); a class's is `ClassGroup`.
 """
 
@@ -8,6 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from coxswain.schemas.policy import ClassPolicy
+from coxswain.service.scheduler.states import QUEUED
 
 if TYPE_CHECKING:
     from coxswain.service.scheduler.lines import ClassLine
@@ -45,22 +46,22 @@ def stricter(one: int | None, other: int | None) -> int | None:
 
 
 class Group:
-    """What a tenant's and a class's requests have in common: how many run and are held, and how many may."""
+    """What a tenant's and a class's requests have in common: how many wait, run and are held, and how many may run."""
 
     __slots__ = (
-        "borrowing",
-        "busy",
-        "held",
-        "max_prefill_tokens_per_step",
-        "max_queued",
-        "max_running",
-        "name",
-        "running",
-    )
+        "_joined", "_since", "borrowing", "busy", "held", "max_prefill_tokens_per_step", "max_queued", "max_running",
+        "name", "queued", "reordered", "running",
+    )  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.running = self.held = 0
+        self.queued = self.running = self.held = 0
+        # Who joined and when, oldest first, in two rows for the memory's sake. An entry whose request left since, or
+        # left and waits anew, is stale; one that was put back after a look has two entries that mean the same.
+        self._joined: deque[Record] = deque()
+        self._since: deque[float] = deque()
+        self.reordered = False
+        """Whether the entries may be in another order than that of time."""
         self.borrowing = 0
         """Those of the running whose class may borrow."""
         self.busy = False
@@ -84,8 +85,9 @@ class Group:
 
     @property
     def closed(self) -> bool:
-        """Whether none of it should be admitted in this step."""
-        return self.full or self.busy
+        """Whether none of it should be admitted in this step: it is full, or busy."""
+        cap = self.max_running  # without a call: every step asks
+        return self.busy or (cap is not None and self.running >= cap)
 
     @property
     def excess(self) -> int:
@@ -93,37 +95,8 @@ class Group:
         cap = self.max_running
         return 0 if cap is None else max(0, self.running - cap)
 
-
-class ClassGroup(Group):
-    """All requests of one class.
-
-    Args:
-        name: the class.
-        policy: its row of the table in force.
-        place: its place among all, 0 runs first.
-    """
-
-    __slots__ = ("_joined", "_since", "line", "place", "policy", "queued", "reordered")
-
-    def __init__(self, name: str, policy: ClassPolicy, place: int) -> None:
-        super().__init__(name)
-        self.policy = policy
-        self.place = place
-        self.line: ClassLine
-        """The queue's: those of it that wait."""
-        self.queued = 0
-        # Who joined and when, oldest first, in two rows for the memory's sake. An entry whose request left since, or
-        # left and waits anew, is stale; one that was put back after a look has two entries that mean the same.
-        self._joined: deque[Record] = deque()
-        self._since: deque[float] = deque()
-        self.reordered = False
-        """Whether the entries may be in another order than that of time."""
-
-    def __repr__(self) -> str:
-        return f"<ClassGroup {self.name!r} queued={self.queued} running={self.running} held={self.held}>"
-
     def joined(self, record: "Record") -> None:
-        """One more of its requests waits, since `queued_since`; its account knows already."""
+        """One more of its requests waits, since `queued_since`."""
         self.queued += 1
         self._joined.append(record)
         self._since.append(record.queued_since)
@@ -139,19 +112,21 @@ class ClassGroup(Group):
             self._since.clear()
             self.reordered = True  # what was only looked at may be put back in any order
 
-    def oldest_queued_s(self, now: float) -> float:
-        """How long its longest waiting request has waited; 0 if none waits."""
+    @property
+    def oldest_since(self) -> float | None:
+        """Since when its longest waiting request has waited (Unix s); None if none waits."""
         if self.reordered:
             self._rebuild()
         while self._joined:
             if self._waits(self._joined[0], self._since[0]):
-                return max(0.0, now - self._since[0])
+                return self._since[0]
             self._joined.popleft()
             self._since.popleft()
-        return 0.0
+        return None
 
     def _waits(self, record: "Record", since: float) -> bool:
-        return record.queued_since == since and record.group is self and record in record.account.waiting
+        mine = self in (record.account, record.group)
+        return mine and record.state is QUEUED and record.queued_since == since
 
     def _rebuild(self) -> None:
         entries = zip(self._joined, self._since, strict=True)
@@ -164,5 +139,31 @@ class ClassGroup(Group):
         """Check every invariant; for tests."""
         entries = [entry for entry in zip(self._joined, self._since, strict=True) if self._waits(*entry)]
         assert len({record for record, _ in entries}) == self.queued, self
-        oldest = min((since for _, since in entries), default=0.0)
-        assert abs(self.oldest_queued_s(oldest + 1.0) - bool(entries)) < 1e-6, self
+        assert self.oldest_since == min((since for _, since in entries), default=None), self
+
+
+class ClassGroup(Group):
+    """All requests of one class.
+
+    Args:
+        name: the class.
+        policy: its row of the table in force.
+        place: its place among all, 0 runs first.
+    """
+
+    __slots__ = ("line", "place", "policy")
+
+    def __init__(self, name: str, policy: ClassPolicy, place: int) -> None:
+        super().__init__(name)
+        self.policy = policy
+        self.place = place
+        self.line: ClassLine
+        """The queue's: those of it that wait."""
+
+    def __repr__(self) -> str:
+        return f"<ClassGroup {self.name!r} queued={self.queued} running={self.running} held={self.held}>"
+
+    def oldest_queued_s(self, now: float) -> float:
+        """How long its longest waiting request has waited; 0 if none waits."""
+        since = self.oldest_since
+        return 0.0 if since is None else max(0.0, now - since)

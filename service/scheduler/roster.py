@@ -79,10 +79,10 @@ class Roster:
             IllegalTransitionError: if it is not in the table; nothing was changed.
         """
         old = record.state
-        new = after(old, transition)
+        record.state = new = after(old, transition)
         account, group = record.account, record.group
         if old is QUEUED:
-            self._tenants.left(account, record)
+            self._tenants.left(account)
             group.left()
         elif old is RUNNING:
             del self.running[record]
@@ -99,7 +99,6 @@ class Roster:
             self._enter_hold(record, account, group, old, new)
         if (new in SLOTTED) is not (old in SLOTTED):
             (account.meter.start if new in SLOTTED else account.meter.stop)(record)
-        record.state = new
         self._tenants.touched[account] = True
         self.touched[record] = None
         self.changed = True
@@ -191,7 +190,6 @@ class Roster:
             assert (record.state is RUNNING) == (record in self.running), record
             assert (record.state is HELD_KEPT) == (record in self.kept), record
             assert (record.state is HELD_PARKED) == (record in self.parked), record
-            assert (record.state is QUEUED) == (record in record.account.waiting), record
             index = 0 if record.state is QUEUED else 1 if record.state is RUNNING else 2
             counts[record.account.name][index] += 1
             by_class[record.class_][index] += 1

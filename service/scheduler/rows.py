@@ -112,9 +112,7 @@ class TenantRows:
             taken |= {account: touched.pop(account) for account in accounts & touched.keys()}
         for account, changed in taken.items():
             if changed and account.seen:
-                oldest = next(iter(account.waiting), None)
-                since = None if oldest is None else oldest.queued_since
-                rows.append((tenant_row(account), since, account.meter.past, price))
+                rows.append((tenant_row(account), account.oldest_since, account.meter.past, price))
             elif account.seen:
                 charges.append(
                     (account.name, account.charged, account.output_tokens, account.meter.past, price)

@@ -6,7 +6,6 @@ is done here; `lift` grows when a tenant returns from idle (VTC's counter lift, 
 """
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
@@ -36,7 +35,7 @@ class Account(Group):
         "ahead", "base", "cached_input_tokens", "charged", "discarded_tokens", "expected_output",
         "external_input_tokens", "finished", "lift", "meter", "output_tokens", "policy", "recomputed_tokens",
         "reloaded_tokens", "restored_tokens", "seen", "settled_at", "shut", "tenants",
-        "uncached_input_tokens", "uncomputed_input_tokens", "virtual_time", "waiting", "weight",
+        "uncached_input_tokens", "uncomputed_input_tokens", "virtual_time", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, policy: TenantPolicy, tenants: "Tenants") -> None:
@@ -52,8 +51,6 @@ class Account(Group):
         self.lift = 0.0
         self.virtual_time = 0.0
         """base + charged + lift, as of when it was last settled; `rank` is as of now."""
-        self.waiting: OrderedDict[Record, None] = OrderedDict()
-        """Its queued requests, the longest waiting first."""
         self.uncached_input_tokens = self.cached_input_tokens = self.external_input_tokens = 0
         self.uncomputed_input_tokens = self.output_tokens = self.finished = 0
         self.recomputed_tokens = self.restored_tokens = self.reloaded_tokens = self.discarded_tokens = 0
@@ -72,11 +69,6 @@ class Account(Group):
             f"<Account {self.name!r} vt={self.virtual_time:.1f} queued={self.queued} "
             f"running={self.running} held={self.held}>"
         )
-
-    @property
-    def queued(self) -> int:
-        """How many of its requests wait."""
-        return len(self.waiting)
 
     @property
     def rank(self) -> tuple[float, str]:
@@ -178,7 +170,7 @@ class Tenants:
     def arriving(self, account: Account) -> None:
         """Lift a tenant that returns from idle; call before its request is queued."""
         account.seen = True
-        if not account.waiting and (floor := self.floor()) is not None:
+        if not account.queued and (floor := self.floor()) is not None:
             account.lift_to(floor)
 
     def floor(self) -> float | None:
@@ -193,44 +185,40 @@ class Tenants:
 
     def joined(self, account: Account, record: "Record") -> None:
         """One more of its requests waits."""
-        account.waiting[record] = None
+        account.joined(record)
         self.touched[account] = True
-        if len(account.waiting) == 1 and not account.shut:
+        if account.queued == 1 and not account.shut:
             self._open.push(account)
 
-    def left(self, account: Account, record: "Record") -> None:
+    def left(self, account: Account) -> None:
         """One of its requests waits no more."""
-        del account.waiting[record]
+        account.left()
         self.touched[account] = True
-        if not account.waiting:
+        if not account.queued:
             self._open.discard(account)
             self._last_left = account
 
-    def keeps_place(self, account: Account, record: "Record") -> None:
-        """A request that left and joined again without having run waits as long as it has already."""
-        if record.queued_since < next(iter(account.waiting)).queued_since:
-            account.waiting.move_to_end(record, last=False)
-
     def moved_back(self, account: Account) -> None:
         """Its virtual time fell: heaps that only notice growth must be told."""
-        if account.waiting and not account.shut:
+        if account.queued and not account.shut:
             self._open.push(account)
 
     def room_changed(self, account: Account) -> None:
         """It came to its cap, or under it."""
         if account.shut:
             self._open.discard(account)
-        elif account.waiting:
+        elif account.queued:
             self._open.push(account)
 
     def validate(self) -> None:
         """Check every invariant; for tests."""
         self._open.validate()
-        active = {account for account in self.accounts.values() if account.waiting}
+        active = {account for account in self.accounts.values() if account.queued}
         assert set(self._open) == {account for account in active if not account.shut}
         assert len(self.accounts) <= MAX_TENANTS + 1
         assert self.touched.keys() <= set(self.accounts.values())
         for account in self.accounts.values():
+            account.validate()
             assert account.virtual_time == account.base + account.charged + account.lift, account
             assert isfinite(account.virtual_time), account
 
