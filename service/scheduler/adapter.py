@@ -1,7 +1,7 @@
 """vLLM's request queue interface over the steered queue. Thin: order and charging are the core's.
 
-vLLM pops a request either to admit it or to skip it in this step and put it back; both arrive here as `pop` and,
-for the second, `prepend`.
+vLLM peeks, and pops what it saw either to admit it or to skip it in this step and put it back; both arrive here as
+`pop` and, for the second, `prepend`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,6 +12,7 @@ from vllm.v1.core.sched.request_queue import PriorityRequestQueue, RequestQueue
 from coxswain.service.scheduler.compat import expected_cached_tokens
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.mechanism import Mechanism
+from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import HELD, RUNNING
 
 
@@ -22,6 +23,8 @@ class SteeredRequestQueue(RequestQueue):
         self._core = core
         self._queue = core.queue
         self._mechanism = mechanism
+        self._seen: Record | None = None
+        """What vLLM saw last."""
 
     def add_request(self, request: Any) -> None:
         """Queue a request in its class and tenant."""
@@ -29,11 +32,17 @@ class SteeredRequestQueue(RequestQueue):
 
     def peek_request(self) -> Any:
         """The request that should run next."""
-        return self._queue.peek().payload
+        self._seen = record = self._queue.peek()
+        return record.payload
 
     def pop_request(self) -> Any:
-        """Take it out and charge its input: the next pick in the same step must see the charge."""
-        record = self._queue.pop()
+        """Take out what vLLM saw and charge its input: the next pick in the same step must see the charge.
+
+        That one and no other, whoever should run next by now: vLLM has given it its blocks.
+        """
+        record, self._seen = self._seen, None
+        assert record is not None, "vLLM pops what it has not seen"
+        self._queue.take(record)
         self._core.admitting(record, expected_cached_tokens(record.payload))
         self._mechanism.popped(record)
         return record.payload

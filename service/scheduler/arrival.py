@@ -23,6 +23,6 @@ def met(record: Record, queue: SteeredQueue, roster: Roster) -> dict[str, Any]:
     if first is not None:
         next_account = first.account
         fields["next_request"], fields["next_tenant"] = first.request, next_account.name
-        fields["next_class"], fields["next_priority"] = first.class_, first.priority
+        fields["next_class"], fields["next_priority"] = first.group.name, first.priority
         fields["next_virtual_time"] = next_account.rank[0]
     return fields

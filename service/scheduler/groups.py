@@ -1,7 +1,7 @@
 """Groups of requests that have caps: a tenant over all its classes, a class over all its tenants. Pure.
 
-Here: the counts by state, how long the oldest has waited, and the caps in force. Who sets the caps is `limits.py`; who counts is `roster.py`. A tenant's
-group is its account (`tenants.py`); a class's is `ClassGroup`.
+Here: the counts by state, how long the oldest has waited, and the caps in force. Who sets the caps is `limits.py`; who
+counts is `roster.py`. A tenant's group is its account (`tenants.py`); a class's is `ClassGroup`.
 """
 
 from collections import deque

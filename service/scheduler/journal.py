@@ -31,7 +31,7 @@ class Journal:
         self.written += 1
         subject = (
             None if record is None
-            else (record.request, record.child, record.account.name, record.class_, record.priority)
+            else (record.request, record.child, record.account.name, record.group.name, record.priority)
         )  # fmt: skip
         if not self._port.put_event(
             EventOut(_NAMES[kind], self.written, now, self._port.step, subject, fields)

@@ -108,21 +108,15 @@ class SteeredQueue:
         line = self._next(RankHeap.glance)
         return None if line is None else line.head()
 
-    def pop(self) -> Record:
-        """Take out the request that should run next.
-
-        Raises:
-            IndexError: if nothing waits that may run.
-        """
-        record = self.peek()
+    def take(self, record: Record) -> None:
+        """Take out the request that `peek` gave, to be admitted."""
         class_line = record.group.line
         record.aged = bool(self._overdue) and class_line in self._overdue and not class_line.popped
         class_line.popped += 1
         self.remove(record)
-        return record
 
     def put_back(self, record: Record) -> None:
-        """Put back a request that was popped and not admitted: nothing has become of it."""
+        """Put back a request that was taken and not admitted: nothing has become of it."""
         record.aged = False
         class_line = record.group.line
         class_line.popped = max(0, class_line.popped - 1)

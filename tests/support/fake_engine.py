@@ -103,7 +103,8 @@ class FakeEngine:
 
     def admit(self, cached: int = 0) -> Record:
         """Let the head of the queue run."""
-        record = self.core.queue.pop()
+        record = self.core.queue.peek()
+        self.core.queue.take(record)
         self.core.admitting(record, cached)
         del self.waiting[record]
         self.running[record] = None
@@ -119,7 +120,8 @@ class FakeEngine:
         """Take heads of the queue and put them back, newest first, as vLLM does with what cannot run now."""
         skipped = []
         while self.core.queue and len(skipped) < count:
-            skipped.append(self.core.queue.pop())
+            skipped.append(self.core.queue.peek())
+            self.core.queue.take(skipped[-1])
             self.core.admitting(skipped[-1], 0)
         for record in reversed(skipped):
             self.core.not_admitted(record)

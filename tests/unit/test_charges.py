@@ -86,7 +86,7 @@ def test_admission_that_finds_more_in_the_cache_is_charged_what_it_was() -> None
     """What was expected from the cache is corrected by what was there when the step was made."""
     engine = FakeEngine()
     record = engine.submit(prompt=100)
-    engine.core.queue.pop()
+    engine.core.queue.take(engine.core.queue.peek())
     engine.core.admitting(record, 0)
     assert record.account.charged == 100
     engine.core.admitted(engine.now, record, 64)

@@ -25,7 +25,7 @@ def test_every_position_is_counted_when_a_load_fails(valid: int, dropped: bool) 
         engine.admit()
         engine.compute(record, 100)
         engine.core.evict(engine.now, record, "test")
-        engine.core.queue.pop()
+        engine.core.queue.take(engine.core.queue.peek())
         engine.core.admitting(record, 0)
         del engine.waiting[record]
         engine.running[record] = None

@@ -202,9 +202,10 @@ class Pair:
         may_run = self.may_run()
         if not may_run:
             with pytest.raises(IndexError):
-                self.queue.pop()
+                self.queue.peek()
             return
-        record = self.queue.pop()
+        record = self.queue.peek()
+        self.queue.take(record)
         assert record is may_run[0]
         assert record.aged == (record.class_ in self.overdue and record.class_ not in self.popped)
         self.count(record, 1)
@@ -289,13 +290,12 @@ def test_queue_is_a_sort(operations: list[tuple[int, int, int]]) -> None:
 
 
 def test_empty_queue_has_no_head() -> None:
-    """Peek and pop of nothing raise, as vLLM expects."""
+    """Peek of nothing raises, as vLLM expects."""
     queue = SteeredQueue()
     groups = groups_of(TABLES[1])
     queue.set_classes(groups)
-    for ask in (queue.peek, queue.pop):
-        with pytest.raises(IndexError):
-            ask()
+    with pytest.raises(IndexError):
+        queue.peek()
     assert queue.glance() is None
     absent = make_record(Account("a", TenantPolicy(), Tenants()), "r", groups["default"])
     assert queue.position(absent) is None
@@ -418,7 +418,7 @@ def test_what_has_left_is_not_remembered() -> None:
     queue, _ = crowd(2_000, tenants=1_000)
     lines = [line for line_class in queue._order for line in line_class.lines.values()]
     while queue:
-        queue.pop()
+        queue.take(queue.peek())
     queue.validate()
     assert all(not line.items for line in lines)
     assert items(queue) == 0
