@@ -40,18 +40,13 @@ _UUID_PROMPT = re.compile(r"(?<=[0-9a-f]{32})_\d+\Z")
 
 
 class Claim(NamedTuple):
-    """Who asks, for what class (empty: none named), and the public id of the request."""
+    """What an internal id says: who asks for what class, if that is proven, and the public id that commands take."""
 
-    tenant: str
+    tenant: str | None
+    """None: nothing is proven."""
     class_: str
+    """Empty: none is named."""
     request: str
-
-
-class Parsed(NamedTuple):
-    """What an internal id says: the public id that commands take, and who asks if that is proven."""
-
-    request: str
-    identity: Claim | None
 
 
 def read_key(env: Mapping[str, str]) -> bytes | None:
@@ -102,10 +97,10 @@ def make(key: bytes, tenant: str, class_: str, ulid: str) -> str:
     return f"{text}.{_sign(key, text)}"
 
 
-def parse(key: bytes | None, internal_id: str) -> Parsed:
+def parse(key: bytes | None, internal_id: str) -> Claim:
     """Turn vLLM's internal request id into the public id and the identity.
 
-    Never raises, whatever the text. Without a key nothing is proven and every identity is None. Only the last
+    Never raises, whatever the text. Without a key nothing is proven: no claim has a tenant. Only the last
     id counts: text that a client chose (a body's `request_id`) can only stand before it.
 
     Args:
@@ -115,13 +110,13 @@ def parse(key: bytes | None, internal_id: str) -> Parsed:
     match = last_signed(internal_id)
     if match is None:
         # A client may send an empty id: then vLLM's own is what commands can name.
-        return Parsed(normalise(_strip(internal_id)) or normalise(internal_id), None)
+        return Claim(None, "", normalise(_strip(internal_id)) or normalise(internal_id))
     text, tenant, class_, signature = match.groups()
     public = match[0]
     # Compared as bytes of ASCII text, in constant time.
     if key is None or not hmac.compare_digest(_sign(key, text), signature):
-        return Parsed(public, None)
-    return Parsed(public, Claim(unquote(tenant) if "%" in tenant else tenant, class_, public))
+        return Claim(None, "", public)
+    return Claim(unquote(tenant) if "%" in tenant else tenant, class_, public)
 
 
 def insert(internal_id: str, public: str) -> str:

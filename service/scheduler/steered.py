@@ -128,11 +128,10 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         """Make a request's record, then let vLLM queue it."""
         if request.request_id not in self.requests:
             now = self.now()
-            parsed = parse(self._identity_key, request.request_id)
-            identity = parsed.identity
+            claim = parse(self._identity_key, request.request_id)
             request.steering = self.core.arrive(
-                now, id=request.request_id, request=parsed.request,
-                tenant=identity.tenant if identity else "default", asked_class=identity.class_ if identity else "",
+                now, id=request.request_id, request=claim.request, tenant=claim.tenant or "default",
+                asked_class=claim.class_,
                 priority=request.priority, arrived_at=min(self._arrived(request.arrival_time), now),
                 prompt_tokens=request.num_prompt_tokens, payload=request, outputs=request._output_token_ids,  # noqa: SLF001
             )  # fmt: skip

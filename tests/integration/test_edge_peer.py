@@ -27,7 +27,7 @@ import uvicorn
 
 async def tell_tenant(scope, receive, send):
     name = dict(scope["headers"])[b"x-request-id"].decode()
-    tenant = request_id.parse(bytes.fromhex(sys.argv[1]), f"cmpl-{name}-0-1a2b3c4d").identity.tenant
+    tenant = request_id.parse(bytes.fromhex(sys.argv[1]), f"cmpl-{name}-0-1a2b3c4d").tenant
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": tenant.encode()})
 

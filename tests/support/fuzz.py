@@ -221,7 +221,7 @@ def names(data: bytes) -> None:
             continue
     sanitise_token(text)
     parsed = request_id.parse(KEY, text)
-    assert parsed.identity is None, "a signature that nobody made"
+    assert parsed.tenant is None, "a signature that nobody made"
     request_id.insert(text, request_id.make(KEY, "acme", "", str(ULID())))
     normalise(text)
 
@@ -238,10 +238,9 @@ def headers(data: bytes) -> None:
     except RefusedRequestError:
         return
     seen = dict(admitted.headers)
-    identity = request_id.parse(KEY, f"chatcmpl-{seen[b'x-request-id'].decode()}-1a2b3c4d").identity
-    assert identity is not None
-    assert identity.tenant == "acme"
-    assert identity.class_ in ("chat", "batch")
+    claim = request_id.parse(KEY, f"chatcmpl-{seen[b'x-request-id'].decode()}-1a2b3c4d")
+    assert claim.tenant == "acme"
+    assert claim.class_ in ("chat", "batch")
     assert -5 <= int(seen.get(b"x-vllm-priority", b"0")) <= 5
     assert sum(name == b"x-request-id" for name, _ in admitted.headers) == 1
 

@@ -24,8 +24,8 @@ class RecordingScheduler(Scheduler):
         line = {
             "internal": request.request_id,
             "public": found.request,
-            "tenant": found.identity and found.identity.tenant,
-            "class": found.identity and found.identity.class_,
+            "tenant": found.tenant,
+            "class": found.tenant and found.class_,
             "priority": request.priority,
         }
         with Path(os.environ["RECORD_TO"]).open("a") as file:
