@@ -21,10 +21,8 @@ _LINES: Final = {
 """How a message begins: to nats-server only a space or a tab ends a name. nats-py's own patterns also take \\r, \\v and
 \\f for space: the rest of such a subject becomes the number of a subscription, or a line that it gives up at. Whoever
 may publish anywhere could have a message taken for one from where they may not."""
-if lost := _LINES.keys() - set(parser.Parser.parse.__code__.co_names):
-    raise ImportError(
-        f"this nats-py reads messages in another way: {', '.join(sorted(lost))} of its parser is gone"
-    )
+_LOST: Final = sorted(_LINES.keys() - set(parser.Parser.parse.__code__.co_names))
+"""Of these patterns, those that this nats-py does not read by."""
 _parse: Any = FunctionType(
     parser.Parser.parse.__code__, vars(parser) | _LINES, argdefs=parser.Parser.parse.__defaults__
 )
@@ -56,6 +54,11 @@ class NatsClient(Client):
     """
 
     def __init__(self) -> None:
+        # Not when this is imported: engines import it too, and serve on without a bus.
+        if _LOST:
+            raise RuntimeError(
+                f"this nats-py reads messages in another way: its parser has no {', '.join(_LOST)}"
+            )
         super().__init__()
         self._ps = _Parser(self)
         self._nuid = _Names()

@@ -110,7 +110,8 @@ def limit(
     differ: defaultdict[Cap, list[Group]] = defaultdict(list)
     for group in dict.fromkeys([*wanted, *told.caps, *unknown]):
         if view.complete and group[0] == "class" and group[1] not in view.classes:
-            told.caps.pop(group, None)  # the worker has no such class (yet, or any more)
+            if group in told.caps:  # should the class come back, what was told of it is in force again
+                told.caps[group] = (None, 0.0)
             continue
         cap = wanted.get(group, Cap())
         said, at = told.caps.get(group, (None, 0.0))

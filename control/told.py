@@ -62,7 +62,7 @@ class Told(msgspec.Struct):
     """Per request, priority and class."""
     holds: dict[str, tuple[Kv | None, float]] = {}
     """Per request. None: it was continued."""
-    caps: dict[Group, tuple[Cap, float]] = {}
+    caps: dict[Group, tuple[Cap | None, float]] = {}
     inherited: bool = True
     """Whether caps of an earlier leader may still be in force there."""
     asked_at: float = float("-inf")

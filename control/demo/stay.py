@@ -27,7 +27,7 @@ TO_TRY: Final = (
     ("top", "h holds, c continues, ? explains"),
     (f"requests --tenant {BUSY.tenant}", "their ids: for hold, continue, prioritize, explain"),
     (f"hold --tenant {FLOOD.tenant} --lease 20s", ""),
-    (f"tenants set {BUSY.tenant} --weight 3", "three times the share of others"),
+    (f"tenants set {BUSY.tenant} --weight 3", "up to three times the share of others"),
 )
 AGAIN_S: Final = 1.0
 """From a refusal to the next try, and between two requests of one client."""

@@ -54,8 +54,8 @@ class Reporter:
         self._tenants = TenantRows(core.tenants)
         self._number = self._revision = 0
         self._fresh = True
-        self._owed = 0
-        """Drafts until everything was told, since it began anew."""
+        self._owed = self._owed_tenants = 0
+        """Drafts until everything was told, since it began anew; and how many of them are for tenants."""
         self.anew()
 
     def anew(self) -> None:
@@ -65,8 +65,8 @@ class Reporter:
         self._fresh = self.core.roster.changed = True
         # What ended is not told as gone: whoever reads frames must see that a revision is missing.
         self._revision += 1
-        rows = max(len(self.core.roster.touched), len(self.core.tenants.touched))
-        self._owed = -(-rows // ROWS_PER_STEP)
+        self._owed_tenants = -(-len(self.core.tenants.touched) // ROWS_PER_STEP)
+        self._owed = -(-len(self.core.roster.touched) // ROWS_PER_STEP) + self._owed_tenants
 
     def draft(self, now: float, gauges: Gauges, commands: st.CommandStats, *, answer: bool = False) -> Draft:
         """What changed since the last draft, for the next frame.
@@ -77,7 +77,9 @@ class Reporter:
         core.ledger.settle_counts()
         limit = sys.maxsize if answer else ROWS_PER_STEP
         requests, gone, head, tokens, due = self._requests.told(limit)
-        tenants, charges = self._tenants.told(limit, due)
+        # What a tenant was delivered is what its row and its requests have: without some of them it were less.
+        requests_first = not answer and self._owed > self._owed_tenants
+        tenants, charges = ([], []) if requests_first else self._tenants.told(limit, due)
         fresh, self._fresh = self._fresh, False
         self._number += 1
         self._owed = max(0, self._owed - 1)

@@ -6,8 +6,10 @@ import socket
 import struct
 from typing import Any, Self
 
+import pytest
 import uvloop
 
+from coxswain.common import nats_client
 from coxswain.common.connection import Connection
 from coxswain.common.logs import get_logger
 from coxswain.common.nats_client import NatsClient
@@ -123,3 +125,14 @@ def test_no_inbox_tells_of_another() -> None:
     names = [client.new_inbox().rpartition(".")[2] for _ in range(100)]
     assert {len(name) for name in names} == {22}
     assert len({name[:12] for name in names} | {name[12:] for name in names}) == 200
+
+
+def test_a_nats_py_that_reads_in_another_way_is_no_reason_not_to_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The module can be imported, as engines do; whoever wants to connect is told."""
+    monkeypatch.setattr(nats_client, "_LOST", ["MSG_RE"])
+    with pytest.raises(
+        RuntimeError, match="this nats-py reads messages in another way: its parser has no MSG_RE"
+    ):
+        NatsClient()

@@ -289,6 +289,19 @@ def test_a_class_that_a_worker_does_not_have_is_capped_when_it_comes() -> None:
     assert again.command.targets.classes == ("batch",)
 
 
+def test_a_cap_of_a_class_that_was_away_is_lifted_when_it_comes_back() -> None:
+    """The worker has kept it meanwhile; the policy wants it no more."""
+    core = driver(caps={"w1": {("class", "batch"): Cap(max_running=2)}})
+    both = (class_row("default"), class_row("batch"))
+    sends = core.sends(0.0, frame(classes=both))
+    assert core.sends(0.1, frame(seq=2, classes=both[:1]), answers=ok(sends)) == []
+    core.core.policy.directives = Directives()
+    assert core.sends(5.0, frame(seq=3, classes=both[:1])) == []
+    (lift,) = core.sends(9.0, frame(seq=4, classes=both))
+    assert (lift.command.targets.classes, lift.command.max_running) == (("batch",), None)
+    assert core.sends(9.1, frame(seq=5, classes=both), answers=ok([lift])) == []
+
+
 def test_a_cap_that_status_shows_gone_is_put_again() -> None:
     """A worker that gave us up for a while has lifted our caps; its row says so."""
     core = driver(caps={"w1": {("tenant", "acme"): Cap(max_running=2)}})

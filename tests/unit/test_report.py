@@ -232,6 +232,53 @@ def test_no_tenants_output_rises_beyond_what_it_is_where_many_requests_end_at_on
         assert tenant.output_tokens_total == 20 * count
 
 
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(OPERATIONS, min_size=30, max_size=60), st.lists(OPERATIONS, max_size=12))
+def test_no_tenants_output_falls_where_everything_is_told_anew(
+    before: list[tuple[int, int, int]], meanwhile: list[tuple[int, int, int]]
+) -> None:
+    """To a bus that begins anew, a little at a time: a tenant's row comes when all of its requests are known."""
+    reported = Reported(slots=8)
+    engine = reported.engine
+    for operation in before:
+        act(engine, *operation)
+    most = {each.tenant: each.output_tokens_total for each in reported.frame(full=True).tenants}
+    with pytest.MonkeyPatch.context() as patch:
+        for where in (module, report):
+            patch.setattr(where, "ROWS_PER_STEP", 2)
+        reported.reporter.anew()
+        reported.board = Board(1.0)
+        while not reported.board.complete:
+            reported.tell()
+            for each in ((delta := reported.board.delta()) and delta.tenants) or ():
+                assert each.output_tokens_total >= most.get(each.tenant, 0)
+                most[each.tenant] = each.output_tokens_total
+            if meanwhile:
+                act(engine, *meanwhile.pop())
+    assert most.keys() <= {each.tenant for each in reported.board.full().tenants}
+
+
+def test_what_many_requests_were_delivered_is_told_with_the_last_of_them() -> None:
+    """600 run for one tenant when the bus begins anew: its row waits for the third draft."""
+    reported = Reported(slots=600)
+    engine = reported.engine
+    records = [engine.submit("f") for _ in range(600)]
+    for _ in records:
+        engine.admit()
+    for record in records:
+        engine.deliver(record, 20)
+    (known,) = reported.frame(full=True).tenants
+    reported.reporter.anew()
+    reported.board = Board(1.0)
+    told = []
+    while not reported.board.complete:
+        reported.tell()
+        delta = reported.board.delta()
+        told += [] if delta is None else delta.tenants
+    told += reported.board.full().tenants
+    assert {(each.output_tokens_total, each.charged) for each in told} == {(12_000, known.charged)}
+
+
 def test_a_delta_says_what_a_full_frame_would_where_rows_wait_for_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
