@@ -248,7 +248,7 @@ class Client:
             ) from error
         except nats.errors.TimeoutError as error:
             raise NoAnswerError(
-                f"worker {worker!r} did not answer within {timeout_s:g} s. It may still apply the command: "
+                f"worker {worker!r} did not answer within {timeout_s:g} s. It may still apply a command: "
                 "look with `cox ps`, then send it again with the same id.",
             ) from error
         except nats.errors.Error as error:
@@ -313,6 +313,8 @@ class Client:
             try:
                 message = await subscription.next_msg(timeout=min(left, QUIET_S) if messages else left)
             except nats.errors.TimeoutError:
+                if until_joined and not messages:
+                    raise
                 break
             if (message.headers or {}).get("Status") == "503":
                 break

@@ -78,6 +78,8 @@ async def test_nobody_and_silence_are_told_apart(client: Client, bus: Nats) -> N
         began = time.monotonic()
         with pytest.raises(NoAnswerError, match="fleet 'main'"):
             await client.command(worker, "drain", DRAIN, timeout_s=60.0)
+        with pytest.raises(NoAnswerError, match="fleet 'main'"):
+            await client.query(worker, "status", timeout_s=60.0)
         assert time.monotonic() - began < 30.0
     assert await client.statuses() == {}
 
@@ -87,6 +89,8 @@ async def test_nobody_and_silence_are_told_apart(client: Client, bus: Nats) -> N
     await _serve(bus, client, "w1", silent)
     with pytest.raises(NoAnswerError, match=r"did not answer within 0\.3 s"):
         await client.command("w1", "drain", DRAIN, timeout_s=0.3)
+    with pytest.raises(NoAnswerError, match=r"did not answer within 0\.3 s"):
+        await client.query("w1", "status", timeout_s=0.3)
 
 
 async def test_a_frozen_server_is_given_up_for_another(nats_server: NatsServer, tmp_path: Path) -> None:
