@@ -23,7 +23,9 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Second chances for what starts a server or a model."""
+    """Second chances for what starts a server or a model; a third, later, for what shares the cores with a model."""
     for item in items:
-        if item.get_closest_marker("nats") or item.get_closest_marker("slow"):
+        if item.get_closest_marker("vllm") and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=5))
+        elif item.get_closest_marker("nats") or item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.flaky(reruns=1))
