@@ -61,7 +61,8 @@ def test_it_shows_what_it_claims(tmp_path_factory: pytest.TempPathFactory) -> No
     assert mentioning(str(scratch)) == []
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.alone
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing(
     tmp_path_factory: pytest.TempPathFactory, number: signal.Signals
@@ -69,14 +70,14 @@ def test_interrupted_it_leaves_nothing(
     """Interrupted while the worker starts, it ends at once with 130: no process, no temporary file."""
     scratch = tmp_path_factory.mktemp("d") / "t"
     demo = start(scratch)
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 60
     while not list(scratch.glob("cox-demo-*/logs/worker.log")):
         assert demo.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert len(mentioning(str(scratch))) >= 3, "the demo, NATS and the worker run"
     demo.send_signal(number)
-    out, _ = demo.communicate(timeout=150)
+    out, _ = demo.communicate(timeout=40)
     assert demo.returncode == 130, out
     assert list(scratch.iterdir()) == []
     assert mentioning(str(scratch)) == []
