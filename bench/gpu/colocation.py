@@ -16,8 +16,10 @@ from bench.gpu.wire import INTERACTIVE, name
 LINGER_S = 0.5
 """How long the batch's step budget outlasts the last interactive request: some ten times their mean distance."""
 
-STAGES = ("to the engine", "until scheduled", "in the step", "to the client")
-"""Of a time to first token. A step that is scheduled waits for the one that runs."""
+STAGES = (
+    "to the engine", "until scheduled", "launched", "the step before", "the next launched", "its step", "to the client",
+)  # fmt: skip
+"""Of a time to first token. A step waits for the one before it; the next is launched before its output is looked at."""
 
 BLOCK_S = 0.5
 """Batch tokens are counted in blocks of this length."""
@@ -138,7 +140,7 @@ def _blocks(lines: list[Line], arrived: list[float], begin: float, end: float) -
 
 
 def _stages(sent: list[Request], seen: dict[str, list[float]]) -> dict[str, list[float]]:
-    """What times to first token are made of: the way to the engine, the wait for a step, the step, the way back."""
+    """What times to first token are made of: the way to the engine, what its one thread does, the way back."""
     engine = {name.rpartition("-")[0]: times for name, times in seen.items()}
     passed = [
         (request.began, *engine[request.name], request.times[0])

@@ -22,7 +22,7 @@ from coxswain.service.scheduler import SteeredScheduler
 class Metered:
     """A line per step: when it was done (`perf_counter`), requests, scheduled and delivered tokens, held requests.
 
-    And of each request when it came to the engine, was first scheduled, and said its first token.
+    And of each request the moments of `stages`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -30,6 +30,9 @@ class Metered:
         self.meter: deque[tuple[float, int, int, int, int]] = deque(maxlen=200_000)
         self.stages: dict[str, list[float]] = {}
         self._silent: dict[str, list[float]] = {}
+        self._prepared: deque[float] = deque()
+        """Of each step that is not processed yet: when the model runner had been given it."""
+        self._processed = 0.0
 
     def add_request(self, request: Any) -> None:
         """As the class behind this one, and note when."""
@@ -39,14 +42,21 @@ class Metered:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As the class behind this one, and note who is new."""
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._prepared.append(time.perf_counter())
         for new in output.scheduled_new_reqs:
             # Who comes back is new to the V2 runner, and may have spoken before.
             if len(stages := self._silent.get(new.req_id, ())) == 1:
                 stages.append(time.perf_counter())
         return output
 
+    def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class behind this one: vLLM asks when the step that was scheduled last has been launched."""
+        self._prepared[-1] = time.perf_counter()
+        return super().get_grammar_bitmask(*args, **kwargs)  # type: ignore[misc]
+
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """As the class behind this one, and note the step."""
+        own = self._prepared.popleft()
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         delivered = sum(len(item.new_token_ids) for part in outputs.values() for item in part.outputs)
         self.meter.append((
@@ -54,14 +64,17 @@ class Metered:
             scheduler_output.total_num_scheduled_tokens, delivered, self.held_requests(),
         ))  # fmt: skip
         if self._silent:
-            self._note_first_tokens(outputs)
+            self._note_first_tokens(outputs, own)
+        self._processed = time.perf_counter()
         return outputs
 
-    def _note_first_tokens(self, outputs: Any) -> None:
+    def _note_first_tokens(self, outputs: Any, own: float) -> None:
         now = time.perf_counter()
+        ahead = self._prepared[-1] if self._prepared else 0.0
         for item in itertools.chain.from_iterable(part.outputs for part in outputs.values()):
             if item.new_token_ids and (stages := self._silent.pop(item.request_id, None)):
-                self.stages[item.request_id] = [*stages, now]
+                moments = (*stages, own, self._processed, ahead, now)
+                self.stages[item.request_id] = list(itertools.accumulate(moments, max))
 
     def held_requests(self) -> int:
         """How many requests are held."""
@@ -97,7 +110,11 @@ def meter(scheduler: Any, _: Any) -> list[tuple[float, int, int, int, int]]:
 
 
 def stages(scheduler: Any, _: Any) -> dict[str, list[float]]:
-    """By engine's id of each request that began since the last call: when it came, was scheduled, spoke."""
+    """By engine's id of each request that spoke since the last call, the moments of its first token.
+
+    When it came; was first scheduled; when its step was launched; the one before it was processed; the one behind it,
+    if there was one, was launched; and it spoke. What happened before the moment on its left counts as that moment.
+    """
     found = dict(scheduler.stages)
     scheduler.stages.clear()
     return found
