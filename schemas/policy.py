@@ -67,7 +67,7 @@ class ClassPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     linger_s: NotNegative = 0.0
     """For how long after a better class was last present its step budget stays in force."""
     stand_aside: bool = False
-    """Running requests of the class wait out the step in which one of a better class begins."""
+    """Running requests of the class wait until one of a better class that begins has said its first token."""
 
 
 class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

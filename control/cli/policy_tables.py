@@ -185,7 +185,7 @@ async def classes_set(
     ] = None,
     stand_aside: Annotated[
         str | None,
-        _yes_or_no("Sits out the step in which a better request begins."),
+        _yes_or_no("Waits for the first token of a better request that begins."),
     ] = None,
     borrow: Annotated[
         str | None, _yes_or_no("May run beyond caps while nothing within its caps waits.")

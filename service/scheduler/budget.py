@@ -6,8 +6,10 @@ waits or runs, and for `linger_s` after it had (a stream of urgent requests has 
 waits, and so begins, is left to it: no prompt of such a class beside its own. Never two steps in a row, for what waits
 may wait for long. What a role set with `limit` is in force always.
 
-Decodes are never bounded, but a class with `stand_aside` leaves that one step to what begins in it altogether: a step
-with any prompt in it is a slow one for everybody in it. Once for each that begins, and only if it can.
+Decodes are never bounded, but a class with `stand_aside` leaves that step altogether to what begins in it, and the one
+after as well if that is scheduled before the first token is out, as in asynchronous scheduling: the engine's thread
+prepares it before it looks at the first token, which takes longest for a step with many requests or any prompt in it.
+Once for each that begins, only if it can, and never three steps in a row.
 """
 
 from coxswain.service.scheduler.engine import Engine
@@ -15,6 +17,7 @@ from coxswain.service.scheduler.groups import ClassGroup, Group
 from coxswain.service.scheduler.limits import Limits
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
+from coxswain.service.scheduler.states import RUNNING
 
 
 class StepBudget:
@@ -39,6 +42,8 @@ class StepBudget:
         """Place of the last class that may stand aside: for what comes before it."""
         self._stood_for: Record | None = None
         """For whom classes stood aside last."""
+        self._awaited: tuple[Record, int] | None = None
+        """For whom they did in the last step, and how many tokens it had said."""
         self.aside: list[ClassGroup] = []
         """Classes of which the step that begins computes nothing."""
 
@@ -66,6 +71,7 @@ class StepBudget:
         waits = None if waiting is None else waiting.place
         best = min((place for place in (running, waits) if place is not None), default=None)
         beginner = None if waits is None else self._beginner_of(waits)
+        awaited = self._silent()
         bounds = self._limits.prefill()
         before, self._yielded, self.aside = self._yielded, set(), []
         for name, group in self._groups.items():
@@ -76,16 +82,29 @@ class StepBudget:
             if seen_at is None or now - seen_at > group.policy.linger_s:
                 continue
             tokens = group.policy.max_prefill_tokens_per_step
-            if waits is not None and waits < place and name not in before:
+            if awaited is not None and awaited.group.place < place and group.policy.stand_aside:
+                self.aside.append(group)
+                self._yielded.add(name)
+                tokens = 0
+            elif waits is not None and waits < place and name not in before:
                 if beginner is not None and group.policy.stand_aside:
                     self.aside.append(group)
                     self._stood_for = beginner
+                    self._awaited = beginner, len(beginner.outputs)
                 if tokens is not None or group in self.aside:
                     self._yielded.add(name)
                     tokens = 0
             if tokens is not None:
                 bounds[group] = min(tokens, bounds.get(group, tokens))
         return bounds
+
+    def _silent(self) -> Record | None:
+        """Who began in the last step, if it has not said anything since."""
+        awaited, self._awaited = self._awaited, None
+        if awaited is None:
+            return None
+        record, said = awaited
+        return record if record.state == RUNNING and len(record.outputs) == said else None
 
     def _beginner_of(self, waits: int) -> Record | None:
         """Who of the class at this place begins in this step, if classes may stand aside for it."""

@@ -87,7 +87,10 @@ class Room:
         """Put class policies in force."""
         self._cutting = [group for group in groups.values() if group.policy.cut_in in CUTS]
         self.orders_running = any(
-            policy.cut_in != "off" or policy.borrow or policy.max_prefill_tokens_per_step is not None
+            policy.cut_in != "off"
+            or policy.borrow
+            or policy.stand_aside
+            or policy.max_prefill_tokens_per_step is not None
             for policy in (group.policy for group in groups.values())
         )
         self.ranks_changed()

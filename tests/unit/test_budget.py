@@ -78,6 +78,51 @@ def test_classes_stand_aside_once_for_what_begins() -> None:
     assert [aside(core) for _ in range(4)] == [[]] * 4
 
 
+def test_classes_stand_aside_until_the_first_token_is_out() -> None:
+    """Of what begins, or of what comes back; one step more at most, and not once it has spoken."""
+    core = core_with(default=ASIDE, batch={**ASIDE, **FOUR})
+    engine: Any = core.engine
+    for outputs in ([], [7, 7]):
+        engine.submit("urgent").outputs.extend(outputs)
+        assert aside(core) == ["default", "batch"]
+        engine.admit()
+        assert begin(core, 0.0, URGENT) == {"default": 0, "batch": 0}
+        assert [group.name for group in core.budget.aside] == ["default", "batch"]
+        assert [aside(core, URGENT) for _ in range(3)] == [[]] * 3
+        assert begin(core, 0.0, URGENT) == {"batch": 4}
+    record = engine.submit("urgent")
+    assert aside(core) == ["default", "batch"]
+    engine.admit()
+    record.outputs.append(7)
+    assert aside(core, URGENT) == []
+
+
+def test_nobody_stands_aside_for_what_ended_or_was_not_admitted() -> None:
+    """There is no first token to wait for."""
+    core = core_with(default=ASIDE)
+    engine: Any = core.engine
+    record = engine.submit("urgent")
+    assert [aside(core), aside(core)] == [["default"], []]
+    engine.finish(record)
+    record = engine.submit("urgent")
+    assert aside(core) == ["default"]
+    engine.admit()
+    engine.finish(record)
+    assert aside(core) == []
+
+
+def test_a_class_has_one_step_in_three_whatever_arrives() -> None:
+    """Something urgent begins in every step: two are left to it, the third is not."""
+    core = core_with(default=ASIDE)
+    engine: Any = core.engine
+    stood = []
+    for _ in range(6):
+        engine.submit("urgent")
+        stood.append(bool(aside(core)))
+        engine.admit()
+    assert stood == [True, True, False] * 2
+
+
 def test_nobody_stands_aside_for_an_equal_or_for_nobody() -> None:
     """Neither for its own, nor for worse, nor where nothing waits, nor without being told to."""
     core = core_with(default=ASIDE, batch=FOUR)
