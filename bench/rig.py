@@ -61,10 +61,15 @@ class Rig:
         seed = abs(hash(name)) % 10_000 if seed is None else seed
         self.seeds[name] = seed
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        return Request(
+        request = Request(
             request_id=name, prompt_token_ids=[token_at(seed + 1, i) for i in range(prompt)], sampling_params=params,
             pooling_params=None, block_hasher=self._hasher, **fields,
         )  # fmt: skip
+        return self.preprocess_add_request(request)[0]
+
+    def preprocess_add_request(self, request: Any) -> tuple[Any, int]:
+        """As EngineCore's, which makes the request: a scheduler may have itself told of each (`compat.meet`)."""
+        return request, 0
 
     def add(self, name: str, **fields: Any) -> Any:
         """Add a request to the scheduler, now."""

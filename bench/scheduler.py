@@ -6,7 +6,8 @@ The real scheduler and KV manager without a device (`bench.sides`). All cases ta
 each is written to PATH as it ends, and a case that PATH has already is not run again. Cases:
 
     steps/RUNNING/WAITING/TENANTS   a decode step: `schedule` + `update_from_output`
-    churn/RUNNING/WAITING/TENANTS   the same with requests that come, are admitted and end in every step
+    churn/RUNNING/WAITING/TENANTS   the same with requests that come, are admitted and end in every step; their
+                                    `add_request` counts, and "alone" is without it
     frame/RUNNING/WAITING/TENANTS   a status frame, everything that runs having changed
     single/WAITING                  one request reprioritized or aborted, one tenant re-ranked
     command/WAITING                 a command that names 1,000 waiting requests
@@ -73,12 +74,17 @@ def line(name: str, case: Case) -> str:
     """A case as a line for people."""
     kind = name.partition("/")[0]
     if kind in ("steps", "churn"):
-        ratios = (
+        ratios = [
             "{} {:.3f} [{:.3f} {:.3f}] mean {:.3f}".format(
                 ours, *case[f"{ours}/priority"], case[f"{ours}/priority mean"]
             )
             for ours in OURS
-        )
+        ]
+        if kind == "churn":
+            ratios += [
+                "{} alone {:.3f} [{:.3f} {:.3f}]".format(ours, *case[f"{ours}/priority alone"])
+                for ours in OURS
+            ]
         return f"{name:24} stock {case['step_us']['priority']:8.0f} µs | " + " | ".join(ratios)
     if kind == "single":
         parts = (

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.rig import Rig, vllm_config
 from coxswain.common.logs import get_logger
@@ -161,22 +161,23 @@ class Side:
             f"cmpl-{public}-0-{number:08x}", prompt=16, tokens=tokens, seed=number, arrival_time=float(number)
         )
 
-    def step(self, arrivals: int = 0) -> float:
-        """Seconds that the scheduler takes for a step and for `arrivals` before it; the device's part left out."""
+    def step(self, arrivals: int = 0) -> "Spent":
+        """A step, and `arrivals` before it; the device's part is left out, and what vLLM does on its input thread."""
         scheduler = self.scheduler
         requests = [self.request() for _ in range(arrivals)]
         self._own_time()
         began = time.thread_time()
         for request in requests:
             scheduler.add_request(request)
+        added = time.thread_time()
         output = scheduler.schedule()
         scheduled = time.thread_time()
         result = self.rig._run(output)
         again = time.thread_time()
         scheduler.update_from_output(output, result)
-        spent = scheduled - began + time.thread_time() - again
+        alone = scheduled - added + time.thread_time() - again
         self._left_at = time.monotonic()
-        return spent
+        return Spent(added - began + alone, alone)
 
     def _own_time(self) -> None:
         """Leave the other sides' turns out of this side's clock: frames are due by it."""
@@ -186,6 +187,15 @@ class Side:
     def close(self) -> None:
         """End the scheduler."""
         self.scheduler.shutdown()
+
+
+class Spent(NamedTuple):
+    """Seconds that the scheduler took."""
+
+    whole: float
+    """`add_request` of what arrived, `schedule` and `update_from_output`."""
+    alone: float
+    """The last two: the step as such."""
 
 
 class _Sink:
@@ -237,26 +247,40 @@ def steps(running: int, waiting: int, tenants: int, rounds: int, *, churn: bool)
     """Step times of all sides, `TURN` steps at a time in turns (µs, median), and our steps' ratios to stock's.
 
     `x/y` is the median of the rounds' ratios with its 95 % interval; `x/y mean` is the ratio of all time spent, which
-    also counts what happens in few steps only: frames.
+    also counts what happens in few steps only: frames. Where requests come, these count their `add_request`, and
+    `x/y alone` does not.
     """
     sides = [Side(name, running, waiting, tenants, churn=churn) for name in SIDES]
     arrivals = max(1, running // LIFE) if churn else 0
-    times: dict[str, list[float]] = {name: [] for name in SIDES}
+    whole: dict[str, list[float]] = {name: [] for name in SIDES}
+    alone: dict[str, list[float]] = {name: [] for name in SIDES}
     with no_collection():
         for index in range(-2, rounds):
             random.Random(index).shuffle(sides)
             for side in sides:
                 side.step(arrivals)
-                spent = sum(side.step(arrivals) for _ in range(TURN)) / TURN
+                turn = [side.step(arrivals) for _ in range(TURN)]
                 if index >= 0:
-                    times[side.name].append(spent)
+                    whole[side.name].append(sum(spent.whole for spent in turn) / TURN)
+                    alone[side.name].append(sum(spent.alone for spent in turn) / TURN)
     for side in sides:
         side.close()
     found: dict[str, Any] = {"running": running, "waiting": waiting, "tenants": tenants, "rounds": rounds}
-    found["step_us"] = {name: statistics.median(values) * 1e6 for name, values in times.items()}
+    found["step_us"] = _medians_us(whole)
+    if churn:
+        found["alone_us"] = _medians_us(alone)
     for ours in OURS:
         for stock in STOCK:
-            pairs = zip(times[ours], times[stock], strict=True)
-            found[f"{ours}/{stock}"] = interval([mine / theirs for mine, theirs in pairs])
-            found[f"{ours}/{stock} mean"] = sum(times[ours]) / sum(times[stock])
+            found[f"{ours}/{stock}"] = interval(_ratios(whole[ours], whole[stock]))
+            found[f"{ours}/{stock} mean"] = sum(whole[ours]) / sum(whole[stock])
+            if churn:
+                found[f"{ours}/{stock} alone"] = interval(_ratios(alone[ours], alone[stock]))
     return found
+
+
+def _medians_us(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) * 1e6 for name, values in times.items()}
+
+
+def _ratios(ours: list[float], stock: list[float]) -> list[float]:
+    return [mine / theirs for mine, theirs in zip(ours, stock, strict=True)]

@@ -7,7 +7,7 @@ are, and a test checks that they still exist.
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -32,7 +32,9 @@ PRIVATE: Final = {
     ),
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": ("get_num_blocks_to_allocate",),
     "vllm.v1.core.block_pool:BlockPool": ("evict_blocks", "get_num_free_blocks"),
-    "vllm.v1.engine.core:EngineCoreProc": ("_send_abort_outputs", "_process_input_queue", "run_engine_core"),
+    "vllm.v1.engine.core:EngineCoreProc": (
+        "_send_abort_outputs", "_process_input_queue", "run_engine_core", "preprocess_add_request",
+    ),
     "vllm.v1.core.sched.request_queue:RequestQueue": (
         "add_request", "pop_request", "peek_request", "prepend_request", "prepend_requests", "remove_request",
         "remove_requests",
@@ -127,6 +129,24 @@ def data_parallel_size(parallel: Any) -> int:
 def wake(engine: Any) -> None:
     """Wake an engine that blocks on its input queue; may be called from any thread."""
     engine.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+
+def meet(engine: Any | None, told: Callable[[Any], None]) -> None:
+    """Have `told` called with each request that vLLM makes, on the thread that reads the engine's sockets.
+
+    That is before the scheduler gets it, and beside the step. An engine in its caller's process is not found
+    (`find_engine`), and one that does not make its requests so tells nothing: `add_request` must do without.
+    """
+    made = getattr(engine, "preprocess_add_request", None)
+    if engine is None or made is None:
+        return
+
+    def preprocess_add_request(*args: Any, **kwargs: Any) -> Any:
+        result = made(*args, **kwargs)
+        told(result[0])
+        return result
+
+    engine.preprocess_add_request = preprocess_add_request
 
 
 def stops(engine: Any | None) -> bool:

@@ -70,34 +70,19 @@ class SteeringCore:
 
     # Life of a request, as the shell reports it
 
-    def arrive(
-        self,
-        now: float,
-        *,
-        id: str,  # noqa: A002
-        request: str,
-        tenant: str,
-        asked_class: str,
-        priority: int,
-        arrived_at: float,
-        prompt_tokens: int,
-        payload: Progress,
-        outputs: list[Any],
-    ) -> Record:
+    def arrive(self, now: float, record: Record, payload: Progress) -> None:
         """A request reached the engine. It joins the queue when the engine enqueues it (`queued`)."""
-        account = self.tenants.account(tenant)
+        record.account = account = self.tenants.account(record.tenant)
+        record.group = self._group_of(record)
         policy = account.policy
-        record = Record(
-            id=id, request=request, account=account, group=self._group_for(policy, "", asked_class),
-            asked_class=asked_class, priority=min(max(priority, policy.priority_min), policy.priority_max),
-            arrived_at=arrived_at, prompt_tokens=prompt_tokens, payload=payload, outputs=outputs, now=now,
-            step=self.step,
-        )  # fmt: skip
+        record.priority = min(max(record.priority, policy.priority_min), policy.priority_max)
+        record.payload = payload
+        record.queued_since = now
+        record.came = (now, self.step, record.prompt_tokens)
         self.tenants.arriving(account)
         self.roster.enter(record)
         if self.emit is not None:
             self.emit(now, record, ev.Queued, met(record, self.queue, self.roster))
-        return record
 
     def admitting(self, record: Record, cached: int) -> None:
         """The engine takes the head of the queue; `cached` input tokens are expected from the prefix cache.

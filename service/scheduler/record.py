@@ -37,7 +37,11 @@ class Hold:
 
 
 class Record:
-    """One request (one child, when a client's request has several)."""
+    """One request (one child, when a client's request has several).
+
+    It is nobody's until it arrives (`SteeringCore.arrive` gives it account, group and payload), so that any thread may
+    make it.
+    """
 
     __slots__ = (
         "account", "admitted_at", "aged", "arrived_at", "asked_class", "cached_tokens", "came",
@@ -45,7 +49,7 @@ class Record:
         "first_token_at", "group", "has_kv", "held_s", "held_since", "holds", "id", "lost_mark", "number", "outputs",
         "payload", "priority", "prompt_tokens", "protected_until", "queued_s", "queued_since",
         "recomputed_tokens", "reloaded_tokens", "request", "restored_tokens", "resumed_at",
-        "set_class", "settled", "settled_recompute", "state", "story", "ticket", "uncached_tokens",
+        "set_class", "settled", "settled_recompute", "state", "story", "tenant", "ticket", "uncached_tokens",
         "uncomputed_tokens", "was_cut",
     )  # fmt: skip
 
@@ -54,23 +58,21 @@ class Record:
         *,
         id: str,  # noqa: A002
         request: str,
-        account: Account,
-        group: ClassGroup,
+        tenant: str,
         asked_class: str,
         priority: int,
         arrived_at: float,
         prompt_tokens: int,
-        payload: Progress,
         outputs: list[Any],
-        now: float,
-        step: int,
     ) -> None:
         self.id = id
         self.request = request
         self.child = 0
         """Its number among the children of the client's request: `families.py` says it."""
-        self.account = account
-        self.group = group
+        self.tenant = tenant
+        """Whose it is; the account may be one that many share."""
+        self.account: Account
+        self.group: ClassGroup
         """Its class: counts, caps, policy and place."""
         self.asked_class = asked_class
         self.set_class = ""
@@ -78,7 +80,7 @@ class Record:
         self.priority = priority
         self.arrived_at = arrived_at
         self.prompt_tokens = prompt_tokens
-        self.payload: Any = payload
+        self.payload: Any = None
         self.outputs = outputs
         """vLLM's own list of delivered output tokens: its length is how many."""
         self.state = QUEUED
@@ -108,7 +110,7 @@ class Record:
         self.settled_recompute = 0
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
-        self.queued_since = now
+        self.queued_since = 0.0
         self.queued_s = 0.0
         self.held_since = 0.0
         self.held_s = 0.0
@@ -120,7 +122,7 @@ class Record:
         """Whether a cut-in stopped it and it has not run since."""
         self.number = 0
         """By which status calls it while it is listed; 0: it is not."""
-        self.came = (now, step, prompt_tokens)
+        self.came = (0.0, 0, prompt_tokens)
         """When it was first queued, in which step, its input tokens: the first line of its story."""
         self.story: list[tuple[float, int, type[Event], dict[str, Any]]] | None = None
         """The other lines; a request that waits has none."""

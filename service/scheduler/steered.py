@@ -21,10 +21,11 @@ from coxswain.schemas.subjects import ENGINE
 from coxswain.service.bus import BUSES, BusProcess, BusThread
 from coxswain.service.config import Settings
 from coxswain.service.port import Draft, FrameOut, Port
-from coxswain.service.request_id import parse, read_key
+from coxswain.service.request_id import read_key
 from coxswain.service.scheduler import compat
 from coxswain.service.scheduler.adapter import KvHoldingQueue, SteeredRequestQueue
 from coxswain.service.scheduler.answers import Answers
+from coxswain.service.scheduler.arrival import received
 from coxswain.service.scheduler.cadence import Cadence
 from coxswain.service.scheduler.core import SteeringCore
 from coxswain.service.scheduler.inbox import Inbox
@@ -37,8 +38,6 @@ from coxswain.service.scheduler.victims import ChoosesVictims, Victims
 
 log = get_logger()
 
-JUMP_S: Final = 0.1
-"""A wall clock that is further from ours than it was at the start has jumped."""
 STOP_S: Final = 2.0
 """So long before vLLM kills an engine that shuts down, its requests have ended: for last words and last events."""
 
@@ -101,6 +100,7 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         self._step_times: deque[float] = deque(maxlen=64)
         if engine is not None:
             self.port.attach_engine(lambda: compat.wake(engine))
+        compat.meet(engine, self.receive)
         self.hello = {"model": identity.model, "vllm": identity.vllm_version}
         self.bus: BusProcess | BusThread | None = None
         self.start_bus()
@@ -122,26 +122,21 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         """Unix seconds that never jump."""
         return time.monotonic() + self._clock_offset
 
+    def receive(self, request: Any) -> None:
+        """Make a request's record; on any thread: beside the step, if the engine tells of requests (`compat.meet`)."""
+        jumped = time.time() - time.monotonic() - self.port.unix_offset
+        request.steering = received(request, self._identity_key, self.now(), jumped)
+
     # vLLM calls these
 
     def add_request(self, request: Any) -> None:
-        """Make a request's record, then let vLLM queue it."""
+        """Let a request's record arrive, then vLLM queue it."""
         if request.request_id not in self.requests:
-            now = self.now()
-            claim = parse(self._identity_key, request.request_id)
-            request.steering = self.core.arrive(
-                now, id=request.request_id, request=claim.request, tenant=claim.tenant or "default",
-                asked_class=claim.class_,
-                priority=request.priority, arrived_at=min(self._arrived(request.arrival_time), now),
-                prompt_tokens=request.num_prompt_tokens, payload=request, outputs=request._output_token_ids,  # noqa: SLF001
-            )  # fmt: skip
+            if not hasattr(request, "steering"):
+                self.receive(request)
+            self.core.arrive(self.now(), request.steering, request)
             self.mechanism.reprioritized(request.steering)
         super().add_request(request)
-
-    def _arrived(self, at: float) -> float:
-        """By our clock: vLLM's server says it by the wall clock, which may have jumped."""
-        jumped = time.time() - time.monotonic() - self.port.unix_offset
-        return at - jumped if abs(jumped) > JUMP_S else at
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Apply commands, let vLLM schedule a step in the core's order, report."""

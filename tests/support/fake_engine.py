@@ -90,14 +90,8 @@ class FakeEngine:
         self.made += 1
         name = f"r{self.made}"
         known = {"id": name, "request": name, "asked_class": "", "priority": 0, "arrived_at": self.now}
-        record = self.core.arrive(
-            self.now,
-            tenant=tenant,
-            prompt_tokens=prompt,
-            payload=Work(tokens),
-            outputs=[],
-            **(known | fields),
-        )
+        record = Record(tenant=tenant, prompt_tokens=prompt, outputs=[], **(known | fields))
+        self.core.arrive(self.now, record, Work(tokens))
         self.enqueue(record)
         return record
 

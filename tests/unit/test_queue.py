@@ -37,10 +37,12 @@ TABLES = (
 
 def make_record(account: Account, name: str, group: ClassGroup, *, priority: Any = 0) -> Record:
     """A request that waits nowhere yet."""
-    return Record(
-        id=name, request=name, account=account, group=group, asked_class="", priority=priority, arrived_at=0.0,
-        prompt_tokens=1, payload=None, outputs=[], now=0.0, step=0,
+    record = Record(
+        id=name, request=name, tenant=account.name, asked_class="", priority=priority, arrived_at=0.0,
+        prompt_tokens=1, outputs=[],
     )  # fmt: skip
+    record.account, record.group = account, group
+    return record
 
 
 def groups_of(table: dict[str, ClassPolicy]) -> dict[str, ClassGroup]:
