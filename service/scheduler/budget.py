@@ -62,6 +62,10 @@ class StepBudget:
         self._last_aside = max(asides, default=0)
         self._seen_at = {name: at for name, at in self._seen_at.items() if name in self._groups}
 
+    def stands_aside_for(self, record: Record) -> bool:
+        """Whether any class stands aside for what begins in the class of this request."""
+        return record.group.place < self._last_aside
+
     def begin(self, now: float, running: int | None) -> dict[Group, int]:
         """Prompt tokens that the step which begins may compute, of each tenant and class with a bound.
 

@@ -38,6 +38,8 @@ from coxswain.service.scheduler.victims import ChoosesVictims, Victims
 
 log = get_logger()
 
+HANDOVER_S: Final = 50e-6
+"""How long the engine's thread lets vLLM's output thread go first with a first token for which classes stood aside."""
 STOP_S: Final = 2.0
 """So long before vLLM kills an engine that shuts down, its requests have ended: for last words and last events."""
 
@@ -95,6 +97,8 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         """Of how many beginnings of the bus the reporter knows."""
         self._stop_at = 0.0
         self._step_began = 0.0
+        self._hands_over = False
+        """Whether a first token that is waited for lies with vLLM's output thread, which waits for the interpreter."""
         self._again: list[Any] = []
         """Sessions whose turn ended when they had lost their KV: to be queued again."""
         self._step_times: deque[float] = deque(maxlen=64)
@@ -140,6 +144,9 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Apply commands, let vLLM schedule a step in the core's order, report."""
+        if self._hands_over:
+            time.sleep(HANDOVER_S)
+            self._hands_over = False
         now = self.now()
         if self.port.pending():
             self._drain(now)
@@ -188,6 +195,7 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
             now = self.now()
             for record in [record for record in core.roster.awaiting_first if record.outputs]:
                 core.first_token(now, record)
+                self._hands_over |= core.budget.stands_aside_for(record)
         if self.port.outbound:
             self.port.flush()
         return outputs

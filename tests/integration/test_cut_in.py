@@ -229,6 +229,26 @@ class TestStepBudget:
             assert after[prompt] > 1
             ended_well(made, **dict.fromkeys(decoding, 60), **dict.fromkeys(urgent, 12), **{prompt: 5})
 
+    @pytest.mark.parametrize("aside", [True, False], ids=["aside", "not aside"])
+    def test_the_output_thread_goes_first_with_a_token_for_which_others_stood_aside(
+        self, aside: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The engine's thread sleeps before the next step: once per first token of a better class, for no other."""
+        from coxswain.service.scheduler import steered
+
+        slept: list[float] = []
+        monkeypatch.setattr(steered.time, "sleep", slept.append)
+        with rig({"urgent": ClassPolicy(position=-1), "default": ClassPolicy(stand_aside=aside)}) as made:
+            bulk = add(made, "bulk", prompt=10, tokens=9)
+            made.step()
+            chat = add(made, "chat", prompt=10, tokens=3)
+            made.step()
+            assert not slept
+            made.step()
+            assert slept == [steered.HANDOVER_S] * aside
+            ended_well(made, **{bulk: 9, chat: 3})
+            assert len(slept) == aside
+
     def test_a_budget_that_leaves_the_table_stops_bounding_at_once(self) -> None:
         """The table without its last budget comes while the budget is spent: prompts go on in the next step."""
         with rig({**self.CLASSES, "default": ClassPolicy(max_prefill_tokens_per_step=0)}) as made:

@@ -97,6 +97,16 @@ def test_classes_stand_aside_until_the_first_token_is_out() -> None:
     assert aside(core, URGENT) == []
 
 
+def test_it_is_known_for_which_classes_others_stand_aside() -> None:
+    """For all that are better than the last that may; for none if none may."""
+    core = core_with(default=ASIDE)
+    engine: Any = core.engine
+    asked = [engine.submit(tenant) for tenant in ("urgent", "default", "batch")]
+    assert [core.budget.stands_aside_for(record) for record in asked] == [True, False, False]
+    core.configure({}, {})
+    assert not any(core.budget.stands_aside_for(record) for record in asked)
+
+
 def test_nobody_stands_aside_for_what_ended_or_was_not_admitted() -> None:
     """There is no first token to wait for."""
     core = core_with(default=ASIDE)
