@@ -338,8 +338,8 @@ async def _seen_from_nats(made: Whole) -> tuple[list[Any], list[Any]]:
 def test_whatever_vllms_schema_allows_is_asked_in_the_keys_own_name(made: Whole) -> None:
     """Every operation that vLLM documents, with bodies that it allows and some that it does not, for a bounded time.
 
-    Without a key nothing but probes answers; with one nothing administrative does, the id is ours, and whatever becomes
-    work is the key's tenant's. No error is ours.
+    Without a key nothing but probes answers; with one nothing administrative does, the id is ours if there is one, and
+    whatever becomes work is the key's tenant's. No error is ours.
     """
     admin = {"authorization": f"Bearer {made.secrets['key of an admin']}"}
     document = httpx.get(f"{made.http}/openapi.json", headers=admin, timeout=90).json()
@@ -386,7 +386,10 @@ def _ask(made: Whole, case: Any) -> int:
     answer = case.call(base_url=made.http, headers={"Authorization": f"Bearer {made.key}"}, timeout=60)
     assert answer.status_code != 401, path
     name = "cox." if answer.status_code == 403 else "cox.acme."
-    assert answer.headers["x-request-id"][0].startswith(name), (path, answer.headers)
+    told = (path, answer.status_code, answer.headers, answer.text[:500])
+    ids = answer.headers.get("x-request-id", [])
+    # What vLLM answers when it fails with an exception, it sends past its middleware: under no id.
+    assert [each for each in ids if each.startswith(name)] or (not ids and answer.status_code == 500), told
     return int(answer.status_code)
 
 
