@@ -295,9 +295,10 @@ class Ledger:
             assert (record in record.account.meter.lists) == (record.state in SLOTTED), record
             assert record.lost_mark <= record.resumed_at or record in self._recomputing, record
             assert record.has_kv or record.state is not HELD_KEPT, record
+        live = set(self._roster.records.values())
         for account in self._tenants.accounts.values():
             assert account in self._tenants.ahead or not (account.ahead or account.meter.expected), account
-            assert account.meter.expected.keys() <= set(self._roster.records.values()), account
+            assert account.meter.expected.keys() <= live, account
 
 
 def _told(record: Record) -> float:
