@@ -7,7 +7,6 @@ from unittest.mock import patch
 
 import pytest
 
-from coxswain.service.scheduler import compat
 from coxswain.service.simulated.tokens import Vocabulary, seed_of
 from tests.support.simulated import Engine, engine
 
@@ -65,6 +64,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 @pytest.fixture
 def taken_back() -> Iterator[list[int]]:
     """How many blocks each preemption took out of the prefix cache."""
+    from coxswain.service.scheduler import compat  # vLLM, which takes ten seconds
+
     counts: list[int] = []
     take_back = compat.take_back
 
