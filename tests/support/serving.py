@@ -19,6 +19,8 @@ import psutil
 from coxswain.common.connection import Connection
 from coxswain.control.client import Client
 from coxswain.control.tables import init
+from coxswain.service import keys
+from coxswain.service.tiny import make_model
 from tests.support.nats import NatsServer
 
 WORKER = "cpu-1"
@@ -59,18 +61,24 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str, tenants: tuple[str, ...] = ()) -> Iterator[Served]:
-    """Start NATS and a worker; stop both. `arguments` go to vLLM."""
+def serving(
+    folder: Path, *arguments: str, tenants: tuple[str, ...] = (), forked: bool = False
+) -> Iterator[Served]:
+    """Start NATS and a worker; stop both.
+
+    Args:
+        folder: for models, keys and logs.
+        arguments: go to vLLM.
+        tenants: get a key each.
+        forked: fork the engine, which spares it importing vLLM once more: ten seconds. vLLM's server spawns it where
+            nobody says otherwise, so this is for tests of its edge. Only with `--device simulated`.
+    """
     nats = NatsServer(folder).start()
     asyncio.run(_init(nats.url))
     model = folder / "model"
-    python = [sys.executable, "-m"]
     # Some 10 ms a step: slow enough that the HTTP server keeps up on a busy machine.
-    shape = ["--hidden", "384", "--layers", "8"]
-    subprocess.run(
-        [*python, "coxswain.service.tiny", str(model), *shape], check=True, stdout=subprocess.DEVNULL
-    )
-    keys = {}
+    make_model(model, hidden=384, layers=8)
+    given = {}
     env = {
         **os.environ,
         "COX_NATS_URL": nats.url,
@@ -78,11 +86,11 @@ def serving(folder: Path, *arguments: str, tenants: tuple[str, ...] = ()) -> Ite
         "COX_WORKER": WORKER,
         "OMP_NUM_THREADS": "1",
     }
+    if forked:
+        env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     for tenant in tenants:
         path = folder / "keys.json"
-        add = [*python, "coxswain.service.keys", "add", "--tenant", tenant, "--metrics", str(path)]
-        shown = subprocess.run(add, check=True, capture_output=True, text=True).stdout
-        keys[tenant] = next(word for word in shown.split() if word.startswith("cox-sk-"))
+        given[tenant] = keys.add(path, keys.Grant(tenant=tenant, metrics=True), now=time.time())
         env["COX_KEYS"] = str(path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -90,8 +98,8 @@ def serving(folder: Path, *arguments: str, tenants: tuple[str, ...] = ()) -> Ite
     log = folder / "worker.log"
     with log.open("wb") as out:
         worker = subprocess.Popen(
-            [*python, "coxswain.service.worker", str(model), "--served-model-name", "tiny", "--host", "127.0.0.1",
-             "--port", str(port), "--dtype", "float32", "--enforce-eager", *arguments],
+            [sys.executable, "-m", "coxswain.service.worker", str(model), "--served-model-name", "tiny",
+             "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", *arguments],
             env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
@@ -107,7 +115,7 @@ def serving(folder: Path, *arguments: str, tenants: tuple[str, ...] = ()) -> Ite
                     break
             except httpx.HTTPError:
                 time.sleep(0.25)
-        yield Served(nats, http, log, worker.pid, keys)
+        yield Served(nats, http, log, worker.pid, given)
     finally:
         os.killpg(worker.pid, signal.SIGTERM)
         try:
