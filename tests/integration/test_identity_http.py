@@ -1,6 +1,7 @@
 """Identity through the real vLLM server: what the scheduler in the engine process gets to see.
 
-One server serves all tests: the tiny model on CPU, vLLM's own scheduler writing down what arrives.
+One server serves all tests: the tiny model on CPU, vLLM's own scheduler writing down what arrives. vLLM itself imports
+the middleware, by the name that `cox worker` gives it.
 """
 
 import contextlib

@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +35,6 @@ def test_adds_scheduler_and_middleware() -> None:
     assert last(launch, "--scheduler-cls") == SCHEDULER
     # The last middleware is the outermost one: nothing may run before it.
     assert last(launch, "--middleware") == MIDDLEWARE
-
-
-def test_named_classes_exist_where_vllm_will_look() -> None:
-    """The middleware that vLLM is told to import is there under that name."""
-    module, name = MIDDLEWARE.rsplit(".", 1)
-    code = f"import {module}, sys; sys.exit(not isinstance({module}.{name}, type))"
-    env = {"COX_IDENTITY_KEY": "ab" * 32}
-    assert subprocess.run([sys.executable, "-c", code], env=env, check=False, timeout=100).returncode == 0
 
 
 @pytest.mark.parametrize(
