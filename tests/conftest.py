@@ -8,12 +8,18 @@ nobody has seen yet: `make test TESTS=tests/unit ARGS=--hypothesis-profile=explo
 
 A test with real processes is tried once more when it fails, for a machine that many share may stall in the middle
 of it. Such a test is named at the end of the run as RERUN: whoever sees one mends it. Unit tests have no excuse.
+
+Files run side by side, but those with a real model one after the other: two models would have the cores to themselves.
 """
 
 import signal
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
+
+MODELS = "tests/acceptance/"
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -29,3 +35,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=5))
         elif item.get_closest_marker("nats") or item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+class OneModelAtOnce(LoadFileScheduling):
+    """By file, with all files that run a real model as if they were one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return MODELS if nodeid.startswith(MODELS) else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    """What takes the place of `--dist loadfile`."""
+    return OneModelAtOnce(config, log) if config.getvalue("dist") == "loadfile" else None

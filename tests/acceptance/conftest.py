@@ -1,4 +1,4 @@
-"""One real worker for all tests that it suits: it takes half a minute to start."""
+"""One real worker for all tests of a file: it takes half a minute to start."""
 
 from collections.abc import AsyncIterator, Iterator
 
@@ -9,7 +9,7 @@ from tests.support.serving import WORKER, Api, Served, serving
 from tests.support.steered import Steer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A worker with four slots and the keys of three tenants."""
     folder = tmp_path_factory.mktemp("served")
