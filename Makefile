@@ -19,6 +19,9 @@ ifdef DEMO_REPORT
 export DEMO_REPORT
 endif
 
+# A container's image may forbid it; then each of some hundred processes of a test run would compile our sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
