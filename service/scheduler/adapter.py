@@ -86,8 +86,9 @@ class SteeredRequestQueue(RequestQueue):
 class KvHoldingQueue(PriorityRequestQueue):
     """What vLLM's scheduler sees as `kv_holding_waiting`: requests that wait with blocks of their own.
 
-    A streaming session between two turns, a request that was parked, and one whose KV a connector is loading. The
-    last was popped from the queue as if to be admitted. All are queued, outside the queue, until they run.
+    A streaming session between two turns, one whose KV a connector is loading, and one that was released from a park.
+    The second was popped from the queue as if to be admitted. The first two are queued, outside the queue, until they
+    run; the third runs as far as steering is concerned (`Mechanism.released`).
     """
 
     def __init__(self, core: SteeringCore) -> None:
@@ -106,9 +107,12 @@ class KvHoldingQueue(PriorityRequestQueue):
             super().remove_requests(requests)
 
     def prepend_requests(self, requests: Any) -> None:
-        """Put back what was skipped in this step, or put here what begins to load."""
+        """Put back what was skipped in this step, or put here what begins to load.
+
+        What was released from a park may be skipped step after step, for want of room for its adapter: it runs on.
+        """
         for request in requests:
             record = request.steering
-            if record.state is RUNNING:
+            if record.state is RUNNING and not self._core.engine.waits_with_kv(record):
                 self._core.loading(record)
             self.add_request(request)

@@ -83,7 +83,7 @@ class Mechanism:
             _take_out(scheduler.running, request)
             scheduler._inflight_prefills.discard(request)  # noqa: SLF001
         else:
-            scheduler.kv_holding_waiting.remove_requests([request])
+            self._leave_kv_holding(request)
         self.fit()
 
     def park(self, record: Record) -> None:
@@ -109,11 +109,15 @@ class Mechanism:
         if request.status == RequestStatus.RUNNING:
             _take_out(scheduler.running, request)
         else:  # parked, or released from it: vLLM preempts only what has the status of running
-            scheduler.kv_holding_waiting.remove_requests([request])
+            self._leave_kv_holding(request)
             request.status = RequestStatus.RUNNING
         scheduler._preempt_request(request, time.monotonic())  # noqa: SLF001
         scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
         self.fit()
+
+    def _leave_kv_holding(self, request: Any) -> None:
+        self._scheduler.kv_holding_waiting.remove_requests([request])
+        self._scheduler.deferred_waiting.discard(request)  # vLLM may have skipped it
 
     def resume(self, record: Record) -> None:
         """Put a kept request back into the running loop, a parked one where vLLM admits what waits with KV."""
@@ -180,10 +184,14 @@ class Mechanism:
         return record.payload.lora_request is None
 
     def waits_with_kv(self, record: Record) -> bool:
-        """Whether it was released from a park and has not been scheduled since."""
+        """Whether it was released from a park and has not been scheduled since.
+
+        With a connector nothing parks: what waits with KV there was loaded for, and counts as running in a step only.
+        """
         request = record.payload
         return bool(
-            record.state is RUNNING
+            self.parks
+            and record.state is RUNNING
             and request.status == RequestStatus.PREEMPTED
             and request.num_computed_tokens
         )

@@ -5,8 +5,11 @@ something that can be done, add a line to `ACTIONS`.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
+
+from vllm.v1.core.sched.interface import PauseState
 
 from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Targets
@@ -157,7 +160,12 @@ class Run:
         return name in self.gone or name in self.engine.finished
 
     def check_caps(self) -> None:
-        """In every step: of what may not borrow no more runs than may, but for sessions, which nobody stops."""
+        """In every step: of what may not borrow no more runs than may, but for sessions, which nobody stops.
+
+        Not while vLLM is paused: a lowered cap is enforced when scheduling goes on.
+        """
+        if self.engine.scheduler.pause_state != PauseState.UNPAUSED:
+            return
         core = self.engine.scheduler.core
         groups = (*core.roster.classes.values(), *core.tenants.accounts.values())
         over = [group for group in groups if group.excess > group.borrowing]
@@ -186,6 +194,13 @@ class Run:
         self.epoch = (1.0, self.epoch[1] + (self.dice.random() < 0.2))
         lead = Lead(epoch=self.epoch, controller="c", policy="random", at=self.now)
         self.engine.scheduler.port.offer(LeadIn(lead))
+
+    @property
+    def drafts_in_flight_on_v1(self) -> bool:
+        """Whether drafts are made while steps are in flight, on the V1 runner."""
+        config = self.engine.scheduler.vllm_config
+        asynchronous = config.scheduler_config.async_scheduling and not config.use_v2_model_runner
+        return bool(asynchronous and self.engine.scheduler.num_spec_tokens)
 
     @property
     def ledger(self) -> Any:
@@ -329,6 +344,46 @@ def drain(run: Run, _some: list[Case]) -> None:
     run.command("drain", [], on=False)
 
 
+def reset(run: Run, _some: list[Case]) -> None:
+    """The prefix cache is reset, mostly with what runs."""
+    with may_keep_blocks(run):
+        run.engine.core.reset_prefix_cache(reset_running_requests=run.dice.random() < 0.7)
+
+
+def pause(run: Run, _some: list[Case]) -> None:
+    """vLLM itself is paused: what runs stands still, or runs on and nothing new begins. Caches may be cleared.
+
+    Not those of a connector: from it, what was dropped is to come back.
+    """
+    scheduler, core = run.engine.scheduler, run.engine.core
+    # With drafts on the GPU's protocol V1 cannot stand still (docs/modes.md).
+    still = not (run.drafts_in_flight_on_v1 or run.dice.random() < 0.4)
+    scheduler.set_pause_state(PauseState.PAUSED_ALL if still else PauseState.PAUSED_NEW)
+    clear = run.dice.random() < 0.5 and scheduler.connector is None
+    for _ in range(run.dice.randrange(6)):
+        run.act(run.dice.choice([name for name in ACTIONS if name != "pause"]))
+        run.step()
+        if clear and not scheduler.has_requests() and not core.batch_queue:
+            clear = False
+            with may_keep_blocks(run):
+                core._finish_pause(clear_cache=True)
+    core.resume_scheduler()
+
+
+@contextmanager
+def may_keep_blocks(run: Run) -> Iterator[None]:
+    """vLLM cannot reset its cache while a session between two turns has blocks, or a connector is at work on some."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Failed to reset KV cache" not in str(error):
+            raise
+        scheduler = run.engine.scheduler
+        keep = [r for r in scheduler.requests.values() if scheduler.mechanism.blocks(r.steering)]
+        assert keep or scheduler.deferred_frees
+        assert scheduler.connector is not None or all(request.resumable for request in keep), keep
+
+
 def configure(run: Run, _some: list[Case]) -> None:
     """Other tables of classes and tenants."""
     run.command("configure", [], **run.dice.choice(TABLES))
@@ -345,5 +400,7 @@ ACTIONS: Final[dict[str, Action]] = {
     "configure": Action(0.2, configure),
     "limit": Action(0.7, limit),
     "drain": Action(0.1, drain),
+    "reset": Action(0.3, reset),
+    "pause": Action(0.3, pause),
     "lead": Action(1, lambda run, _some: run.lead()),
 }
