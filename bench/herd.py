@@ -2,7 +2,7 @@
 
 Each worker serves all its active tenants a little between two frames, lets one leave and another come. It has served
 every tenant before, so that a full frame, one in twenty, lists them all; a delta goes ahead of it, as from a real one.
-As there, a delta's `charged` is of all active tenants but who came and, after a `rank`, whose base is another.
+As there, a delta's `charged` is of all active tenants but who came, and after a `rank` its `bases` of whom that told.
 """
 
 import itertools
@@ -105,7 +105,7 @@ class Worker:
             tenant.output_tokens += 1 + place % 4
         self.tenants[newcomer].charged += 200.0
         self.tenants[newcomer].input_tokens += 200
-        touched = {newcomer, leaver, *self.rebased}
+        touched, rebased = {newcomer, leaver}, self.rebased & self.active.keys()
         self.rebased.clear()
         rows = sorted([*self.active, leaver], key=lambda name: name not in touched)
         delta = Frame(
@@ -117,12 +117,15 @@ class Worker:
             recomputed_tokens_total=0, commands=CommandStats(), leader=Leader(epoch=self.epoch),
             config=self.config, events_dropped_total=0, revision=self.revision,
             charged={name: self.tenants[name].charged for name in rows if name not in touched},
+            bases={name: self.tenants[name].base for name in rows if name in rebased - touched},
             tenants=tuple(map(self._row, rows)), requests=self._requests(), gone=self._gone,
         )  # fmt: skip
         frames = [encode(delta)]
         if self.beat % FULL_EVERY == 0:
             everybody = tuple(map(self._row, self.tenants))
-            full = replace(delta, seq=self._next(), full=True, charged={}, tenants=everybody, gone=())
+            full = replace(
+                delta, seq=self._next(), full=True, charged={}, bases={}, tenants=everybody, gone=()
+            )
             frames.append(encode(full))
         return frames
 

@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from coxswain.schemas.names import is_tenant
+from coxswain.schemas.policy import TenantRank
 from coxswain.schemas.status import TenantStatus
 
 MAX_SHARED: Final = 16_384
@@ -88,6 +89,10 @@ class Rows(dict[str, TenantStatus]):
         """The row of a tenant, if it is known."""
         return self.get(tenant)
 
+    def rank(self, tenant: str) -> TenantStatus | None:
+        """What a tenant was told that is known: its row has that, too."""
+        return self.get(tenant)
+
     def idle(self, tenant: str) -> TenantStatus:
         """The row of a tenant that is known, if it had nothing queued, running or held."""
         return msgspec.structs.replace(self[tenant], queued=0, running=0, held=0)
@@ -158,6 +163,13 @@ class Accounts(Mapping[str, Account]):
             charges[at] = charged
             bases[at] = row.base
 
+    def rebase(self, bases: Mapping[str, float]) -> None:
+        """Take the bases that tenants of whom a row was put have now."""
+        places, columns = self._places, self._base
+        for name, base in bases.items():
+            if (at := places.get(name)) is not None and at < len(columns):
+                columns[at] = base
+
     def charge(self, charged: Mapping[str, float], served: MutableMapping[str, float]) -> None:
         """Take what tenants of whom a row was put were charged by now, as `put` does."""
         places, charges = self._places, self._charged
@@ -181,13 +193,21 @@ class Accounts(Mapping[str, Account]):
 
     def find(self, tenant: str) -> Account | None:
         """The account of a tenant, if it is known."""
-        at = self._places.get(tenant)
-        if at is None or at >= len(self._input) or isnan(tokens := self._input[at]):
+        if (at := self._at(tenant)) is None:
             return None
-        base, charged, lift = self._base[at], self._charged[at], self._lift[at]
+        base, charged, lift, tokens = self._base[at], self._charged[at], self._lift[at], self._input[at]
         if tenant not in self._terms:
             return Account(tenant, base, charged, lift, tokens)
         return Account(tenant, base, charged, lift, tokens, *self._terms[tenant])
+
+    def rank(self, tenant: str) -> TenantRank | None:
+        """What a tenant was told that is known, as its account says."""
+        if (at := self._at(tenant)) is None:
+            return None
+        if tenant not in self._terms:
+            return TenantRank(base=self._base[at])
+        weight, expected_output, *_ = self._terms[tenant]
+        return TenantRank(base=self._base[at], weight=weight, expected_output=expected_output)
 
     def idle(self, tenant: str) -> TenantStatus:
         """A row of a tenant that is known, if it had nothing queued, running or held."""
@@ -219,6 +239,14 @@ class Accounts(Mapping[str, Account]):
 
     def __len__(self) -> int:
         return len(self._known)
+
+    def _at(self, tenant: str) -> int | None:
+        """The place of a tenant that is known here."""
+        try:
+            at = self._places[tenant]
+            return None if isnan(self._input[at]) else at
+        except LookupError:
+            return None
 
     def _repeats(self, row: TenantStatus) -> bool:
         name = row.tenant

@@ -15,7 +15,6 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from coxswain.control import requests
-from coxswain.control.accounts import Row
 from coxswain.control.errors import PolicyError
 from coxswain.control.failures import Failures, Stage
 from coxswain.control.fleet import Fleet, WorkerView
@@ -33,7 +32,7 @@ from coxswain.schemas.policy import (
     TenantPolicy,
     TenantRank,
 )
-from coxswain.schemas.status import Frame, RequestStatus
+from coxswain.schemas.status import Frame, RequestStatus, TenantStatus
 
 BEAT_S: Final = 0.5
 """Between two heartbeats of the leader; workers give it up after 5 s."""
@@ -220,7 +219,7 @@ class ControlCore:
         live = list(self.fleet.live())
         return Sight(
             workers=len(live),
-            tenants=len(self.fleet.presence.busy),
+            tenants=len(self.fleet.busy()),
             queued=sum(view.frame.queued for view in live),
             running=sum(view.frame.running for view in live),
             held=sum(view.frame.held for view in live),
@@ -317,16 +316,16 @@ class ControlCore:
     ) -> dict[str, TenantRank]:
         """The rows that a worker does not have: by what it was just told, else by what it reports."""
         rows: dict[str, TenantRank] = {}
-        ranks, told_at, find, vet = told.ranks, told.ranks_at, view.tenants.find, self._vetting.rank
+        ranks, told_at, reported, vet = told.ranks, told.ranks_at, view.tenants.rank, self._vetting.rank
         for tenant, rank in wanted.items():
             said: TenantRank | None = None
             try:
                 said = ranks.get(tenant)
-                has: TenantRank | Row
+                has: TenantRank | TenantStatus
                 if said is not None and now - told_at[tenant] < ECHO_S:
                     has = said
                 else:
-                    has = find(tenant) or said or TenantRank(weight=weight_of(tables.tenants, tenant))
+                    has = reported(tenant) or said or TenantRank(weight=weight_of(tables.tenants, tenant))
                 expected = rank.expected_output
                 has_it = (  # what is not a number is never close to anything
                     -TOLERANCE <= rank.base - has.base <= TOLERANCE

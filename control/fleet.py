@@ -112,7 +112,7 @@ class WorkerView:
         changed = {} if changed is None else changed
         self.heard_at = now
         # Rows are let go of while they are still at hand: a turn later, to find their memory would be to wait for it.
-        self.frame = replace(frame, charged={}, tenants=(), requests=(), gone=())
+        self.frame = replace(frame, charged={}, bases={}, tenants=(), requests=(), gone=())
         if not frame.full:
             self._merge_delta(frame, changed)
         elif whole := self._assembler.add(frame):
@@ -123,16 +123,16 @@ class WorkerView:
         if counted == self.counted:
             return
         self.counted = counted
-        presence = self._presence
-        for where, tenants in ((presence.waiting, self.waiting), (presence.busy, self.busy)):
-            for tenant in tenants:
-                presence.note(where, tenant, self.worker, here=counted)
+        for tenant in self.waiting:
+            self._presence.note(tenant, self.worker, here=counted)
 
     def _merge_delta(self, frame: Frame, changed: Changed) -> None:
         # What a delta names has changed: that is why it is there.
-        self._put(frame.tenants, changed)
+        if frame.tenants:
+            self._put(frame.tenants, changed)
         if isinstance(self.tenants, Accounts):  # whose reader may leave out the rows that say the same
             self.tenants.charge(frame.charged, self._served_now)
+            self.tenants.rebase(frame.bases)
         self._put_classes(frame)
         if frame.requests:
             self.requests.update(_keyed(frame.requests))
@@ -179,9 +179,11 @@ class WorkerView:
         presence.meet(row.class_)
         waits, busy = row.queued > 0, bool(row.queued or row.running or row.held)
         if came_or_left := waits != (name in self.waiting):
-            self._note(self.waiting, presence.waiting, name, here=waits)
+            (self.waiting.add if waits else self.waiting.remove)(name)
+            if self.counted:
+                presence.note(name, self.worker, here=waits)
         if busied := busy != (name in self.busy):
-            self._note(self.busy, presence.busy, name, here=busy)
+            (self.busy.add if busy else self.busy.remove)(name)
         if came_or_left or busied or old is None or row.lift != old.lift or admitted(row, old):
             changed.setdefault(name, old)
 
@@ -212,11 +214,6 @@ class WorkerView:
             if is_class(row.class_):
                 self.classes[row.class_] = row
                 self._presence.meet(row.class_)
-
-    def _note(self, mine: set[str], where: dict[str, set[str]], name: str, *, here: bool) -> None:
-        (mine.add if here else mine.remove)(name)
-        if self.counted:
-            self._presence.note(where, name, self.worker, here=here)
 
     def _gone(self, row: RequestStatus | None, tokens: int = 0) -> None:
         if row is not None and row.state != "queued" and len(self.left) < MAX_LEFT:
@@ -311,6 +308,11 @@ class Fleet:
         """Workers that were heard of lately."""
         return (view for view in self.workers.values() if self.now - view.heard_at <= STALE_S)
 
+    def busy(self) -> set[str]:
+        """Tenants with anything queued, running or held on a worker that counts. Another thread may ask, too."""
+        views = list(self.workers.values())
+        return set().union(*(view.busy for view in views if view.counted))
+
     def _mark(self, view: WorkerView) -> None:
         """All of a worker's tenants deserve a look; rows that did not change are their own old ones."""
         self.changed[view.worker] = {**view.tenants, **self.changed.get(view.worker, {})}
@@ -366,10 +368,9 @@ class Fleet:
             assert view.heard_at <= self.now
             assert view.waiting == view.tenants.waiting()
             assert view.waiting <= view.busy <= view.tenants.keys()
-        for where, of in ((self.presence.waiting, "waiting"), (self.presence.busy, "busy")):
-            counted = {view.worker: getattr(view, of) for view in self.workers.values() if view.counted}
-            assert where == {
-                name: {worker for worker, names in counted.items() if name in names}
-                for name in set().union(*counted.values())
-            }
+        counted = {view.worker: view.waiting for view in self.workers.values() if view.counted}
+        assert self.presence.waiting == {
+            name: {worker for worker, names in counted.items() if name in names}
+            for name in set().union(*counted.values())
+        }
         assert all(len(retired) <= MAX_RETIRED for retired in self._retired.values())

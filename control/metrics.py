@@ -107,7 +107,7 @@ class Meter:
         live = [view.frame for view in views if self._view.liveness(view) == "live"]
         for state in ("queued", "running", "held"):
             yield names.CONTROLLER_REQUESTS, sum(getattr(frame, state) for frame in live), (state,)
-        yield names.CONTROLLER_TENANTS, len(self._view.presence.busy), ()
+        yield names.CONTROLLER_TENANTS, len(self._view.busy()), ()
         yield names.CONTROLLER_FRAMES, self.frames, ()
         yield from _split(names.CONTROLLER_FRAMES_LOST, self.lost)
         yield from _split(names.CONTROLLER_COMMANDS, self.sent)

@@ -1,4 +1,4 @@
-"""Where each tenant waits and is busy, over all workers of a fleet. Pure; kept by `fleet`, read by policies."""
+"""Where each tenant waits, over all workers of a fleet. Pure; kept by `fleet`, read by policies."""
 
 from typing import Final
 
@@ -14,8 +14,6 @@ class Presence:
     def __init__(self) -> None:
         self.waiting: dict[str, set[str]] = {}
         """Tenant → workers where it has anything queued."""
-        self.busy: dict[str, set[str]] = {}
-        """Tenant → workers where it has anything queued, running or held."""
         self.moved: dict[str, None] = {}
         """Tenants of which `waiting` changed since `Fleet.settle`."""
         self.classes: set[str] = set()
@@ -26,17 +24,16 @@ class Presence:
         if class_ not in self.classes and len(self.classes) < MAX_CLASSES and is_class(class_):
             self.classes.add(class_)
 
-    def note(self, where: dict[str, set[str]], tenant: str, worker: str, *, here: bool) -> None:
-        """The tenant is on the worker now, or not any more; `where` is one of the two above."""
-        if where is self.waiting:
-            self.moved[tenant] = None
-        workers = where.get(tenant)
+    def note(self, tenant: str, worker: str, *, here: bool) -> None:
+        """The tenant waits on the worker now, or not any more."""
+        self.moved[tenant] = None
+        workers = self.waiting.get(tenant)
         if workers is None:
             if here:
-                where[tenant] = {worker}
+                self.waiting[tenant] = {worker}
         elif here:
             workers.add(worker)
         else:
             workers.discard(worker)
             if not workers:
-                del where[tenant]
+                del self.waiting[tenant]

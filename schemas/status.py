@@ -187,8 +187,11 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     ages: whoever merged every revision up to it knows them. 0: nothing is promised."""
     classes: tuple[ClassStatus, ...] = ()
     charged: dict[str, Number] = {}
-    """Of a delta: tenants that were served and of whom nothing else changed, with their `charged`. Their rows are the
-    last of `tenants`, in this order: who has merged all revisions before and counts no output can do without them."""
+    """Of a delta: tenants that were served or ranked and of whom nothing else changed, with their `charged`. Their rows
+    are the last of `tenants`, in this order: who has merged all revisions before and counts no output can do without
+    them."""
+    bases: dict[str, Number] = {}
+    """Of these tenants, those with another `base`, and it."""
     tenants: tuple[TenantStatus, ...] = ()
     requests: tuple[RequestStatus, ...] = ()
     gone: tuple[Gone, ...] = ()

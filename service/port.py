@@ -76,8 +76,8 @@ RequestTold = tuple[int, RequestStatus, bool]
 TenantTold = tuple[TenantStatus, float | None, int, float]
 """A tenant's row without its age, since when its oldest request waits (Unix s), what of its output no request that has
 a slot shows, and the price of output."""
-Charge = tuple[str, float, int, int, float]
-"""A tenant's name, and of its row what it is charged and the output in that; then as above."""
+Charge = tuple[str, float, float, int, int, float]
+"""A tenant's name, and of its row the base, what it is charged and the output in that; then as above."""
 
 
 class Draft(NamedTuple):

@@ -163,9 +163,8 @@ class Vtc:
             if change != NOTHING:
                 virtual.setdefault(tenant, 0.0)
         for tenant, charge in charges.items():
-            at = virtual.get(tenant)
-            if (at is not None or charge) and tenant not in floors:
-                virtual[tenant] = (at or 0.0) + charge
+            if charge and tenant not in floors:
+                virtual[tenant] = virtual.get(tenant, 0.0) + charge
         self._lift(fleet, changes, charges, floors)
 
         if left := [*left, *(tenant for tenant in returned if tenant not in self.active)]:
@@ -277,7 +276,7 @@ class Vtc:
         if len(self.virtual) <= self._forget_at or not self.active:
             return
         floor = min(self.virtual[tenant] for tenant in self.active)
-        busy = self._fleet.presence.busy
+        busy = self._fleet.busy()
         self.virtual = {
             tenant: virtual for tenant, virtual in self.virtual.items() if virtual > floor or tenant in busy
         }

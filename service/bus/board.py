@@ -39,7 +39,7 @@ class Tenant(NamedTuple):
         """Its row, with its age and all that it was delivered; `live`: output tokens of its requests with a slot."""
         row, output = self.row, self.past + live
         if news := output - row.output_tokens_total:
-            row = _charged(row, row.charged + news * self.price / row.weight, output)
+            row = _charged(row, row.base, row.charged + news * self.price / row.weight, output)
         if self.since is None:
             return row
         return replace(row, oldest_queued_s=max(0.0, now - self.since) or st.ZERO)
@@ -85,7 +85,8 @@ class Board:
         self._news: dict[int, None] = {}
         self._gone: dict[tuple[str, int], int] = {}
         self._tenant_news: dict[str, bool] = {}
-        """Whether anything but output and its charge is other."""
+        """Whether anything but output, its charge and its base is other."""
+        self._rebased: dict[str, None] = {}
 
     # What the engine tells
 
@@ -142,9 +143,11 @@ class Board:
             tenant = Tenant(*told)
             self._tenants[tenant.row.tenant] = tenant
             self._tenant_news[tenant.row.tenant] = True
-        for name, charged, output, past, price in draft.charges:
+        for name, base, charged, output, past, price in draft.charges:
             tenant = self._tenants[name]
-            row = _charged(tenant.row, charged, output)
+            if base != tenant.row.base:
+                self._rebased[name] = None
+            row = _charged(tenant.row, base, charged, output)
             self._tenants[name] = Tenant(row, tenant.since, past, price)
             self._tenant_news.setdefault(name, False)
         for name in live.keys() | self._live.keys():
@@ -180,12 +183,13 @@ class Board:
             if name in self._tenants
         }
         charged = {name: row.charged for name, row in tenants.items() if not self._tenant_news[name]}
-        self._news, self._gone, self._tenant_news = {}, {}, {}
+        bases = {name: tenants[name].base for name in self._rebased if name in charged}
+        self._said_all()
         old_classes, self._classes = self._classes, {each.class_: each for each in frame.classes}
         classes = tuple(each for each in frame.classes if not _same(each, old_classes.get(each.class_)))
         rows = tuple(row for _, row in requests) if self._shows else ()
         return replace(
-            frame, tenants=tuple(tenants.values()), charged=charged, classes=classes, requests=rows,
+            frame, tenants=tuple(tenants.values()), charged=charged, bases=bases, classes=classes, requests=rows,
             gone=gone if self._shows else (),
         )  # fmt: skip
 
@@ -198,7 +202,7 @@ class Board:
             self._begun = True
             self._said = dict(self._requests)
             self._classes = {each.class_: each for each in frame.classes}
-            self._news, self._gone, self._tenant_news = {}, {}, {}
+            self._said_all()
         rows, live = self._requests, self._live
         order = chain((number for number in rows if number not in self._head), self._head)
         return replace(
@@ -207,6 +211,9 @@ class Board:
             tenants=tuple(tenant.as_of(frame.sent_at, live[name]) for name, tenant in self._tenants.items()),
             requests=tuple(rows[number] for number in order) if self._shows else (),
         )
+
+    def _said_all(self) -> None:
+        self._news, self._gone, self._tenant_news, self._rebased = {}, {}, {}, {}
 
     def due(self, now: float) -> bool:
         """Whether a full frame is due, by a clock that does not jump."""
@@ -217,11 +224,12 @@ class Board:
         self._full_at = now + max(self._interval_s, min(cost_s / FULL_SHARE, MAX_FULL_S))
 
 
-def _charged(row: st.TenantStatus, charged: float, output: int) -> st.TenantStatus:
-    virtual_time = row.base + charged + row.lift
+def _charged(row: st.TenantStatus, base: float, charged: float, output: int) -> st.TenantStatus:
+    virtual_time = base + charged + row.lift
     return replace(
-        row, charged=charged or st.ZERO, virtual_time=virtual_time or st.ZERO, output_tokens_total=output
-    )
+        row, base=base or st.ZERO, charged=charged or st.ZERO, virtual_time=virtual_time or st.ZERO,
+        output_tokens_total=output,
+    )  # fmt: skip
 
 
 def _same(row: st.ClassStatus, old: st.ClassStatus | None) -> bool:

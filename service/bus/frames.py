@@ -147,14 +147,15 @@ def _aged(rows: tuple[Queued, ...], passed: float) -> tuple[Queued, ...]:
 
 
 def split(frame: Frame, limit: int) -> list[bytes]:
-    """A frame as payloads of at most `limit` bytes: every row in exactly one, everything else in each but `charged`.
+    """A frame as payloads of at most `limit` bytes: every row in exactly one, all else in each.
 
-    A single row that is larger than `limit` gets a part of its own, over the limit: rows are never dropped.
+    But for `charged` and `bases`, which are in none. A single row that is larger than `limit` gets a part of its own,
+    over the limit: rows are never dropped.
     """
     whole = encode(frame)
     if len(whole) <= limit:
         return [whole]
-    bare = replace(frame, charged={}, **dict.fromkeys(ROWS, ()))
+    bare = replace(frame, charged={}, bases={}, **dict.fromkeys(ROWS, ()))
     shares = list(_shares(frame, limit - len(encode(bare)) - _SLACK))
     return [encode(replace(bare, part=part, parts=len(shares), **rows)) for part, rows in enumerate(shares)]
 

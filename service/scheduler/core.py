@@ -293,6 +293,8 @@ class SteeringCore:
         account = self.tenants.account(name)
         self.ledger.settle_output(account)  # at the old weight
         before = account.virtual_time
+        if (rank.weight, rank.expected_output) != (account.weight, account.expected_output):
+            account.touch()
         account.weight = rank.weight
         self.ledger.learn(account, rank.expected_output)
         account.rebase(rank.base)

@@ -106,6 +106,7 @@ class Limits:
         if target.kind == "tenant":
             account = self._tenants.account(target.name)
             account.seen = True  # whoever looks at status should find it
+            account.touch()
             self.put_in_force(account)
         elif target.name in self._classes:
             self.put_in_force(self._classes[target.name])

@@ -96,7 +96,7 @@ class TenantRows:
         self._tenants.touched |= dict.fromkeys(self._tenants.accounts.values(), True)
 
     def told(self, limit: int, due: Iterable[Record]) -> tuple[list[TenantTold], list[Charge]]:
-        """Rows that nobody knows as they are, and those of which only charge and output are other than was told.
+        """Rows that nobody knows as they are, and those of which only base, charge and output are other than was told.
 
         `due`: requests of which something is told in the same draft.
         """
@@ -115,8 +115,11 @@ class TenantRows:
                 rows.append((tenant_row(account), account.oldest_since, account.meter.past, price))
             elif account.seen:
                 charges.append(
-                    (account.name, account.charged, account.output_tokens, account.meter.past, price)
-                )
+                    (
+                        account.name, account.base, account.charged, account.output_tokens, account.meter.past,
+                        price,
+                    )
+                )  # fmt: skip
         return rows, charges
 
 

@@ -112,20 +112,18 @@ class Account(Group):
     def rebase(self, base: float) -> None:
         """Set the controller's base."""
         self.base = base
-        self._sum()
+        self.virtual_time = self.base + self.charged + self.lift
+        self.tenants.touched.setdefault(self, False)
 
     def lift_to(self, floor: float) -> None:
         """Raise its level to `floor` if it is below."""
         if self.level < floor:
             self.lift += floor - self.level
-            self._sum()
-
-    def _sum(self) -> None:
-        self.virtual_time = self.base + self.charged + self.lift
-        self.tenants.touched[self] = True
+            self.virtual_time = self.base + self.charged + self.lift
+            self.touch()
 
     def touch(self) -> None:
-        """Something changed that its row in status shows, beyond what a charge changes."""
+        """Something changed that its row in status shows, beyond what a charge or a base changes."""
         self.tenants.touched[self] = True
 
 
@@ -139,7 +137,7 @@ class Tenants:
         self.table: dict[str, TenantPolicy] = {}
         self.accounts: dict[str, Account] = {}
         self.touched: dict[Account, bool] = {}
-        """Changed since the last status frame, by more than output and its charge; False: it was charged, no more."""
+        """Changed since the last status frame, by more than output, its charge and its base; False: only by these."""
         self.ahead: dict[Account, None] = {}
         """Those that are charged for output that is expected."""
         self.deliveries = 0

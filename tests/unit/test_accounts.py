@@ -60,7 +60,7 @@ def _same(kept: Fleet, whole: Fleet) -> None:
         name: cost for name, cost in whole.served.items() if cost
     }
     assert kept.presence.waiting == whole.presence.waiting
-    assert kept.presence.busy == whole.presence.busy
+    assert kept.busy() == whole.busy()
     assert list(kept.presence.moved) == list(whole.presence.moved)
     # Of a tenant that is listed no more the class is not kept; `default` is in every table anyway.
     assert kept.presence.classes | {DEFAULT} == whole.presence.classes | {DEFAULT}
@@ -132,10 +132,10 @@ def test_a_full_frame_says_who_is_idle_now() -> None:
     fleet = Fleet(rows=False)
     fleet.merge(frame("w1", "01A", 1, row("a", running=1)), 0.0)
     fleet.age(0.0)
-    assert set(fleet.presence.busy) == {"a"}
+    assert fleet.busy() == {"a"}
     fleet.merge(frame("w1", "01A", 2, row("a")), 0.1)
     fleet.validate()
-    assert set(fleet.presence.busy) == set()
+    assert fleet.busy() == set()
 
 
 def test_what_other_workers_know_is_not_known_here() -> None:
@@ -156,9 +156,28 @@ def test_charges_alone_are_counted_as_rows_are() -> None:
     served = dict.fromkeys(TENANTS, 0.0)
     accounts.charge({"a": 8.0, "b": 1.0, "nobody": 3.0}, served)
     accounts.charge({"a": 9.0}, served)
+    accounts.rebase({"b": 1.0, "nobody": 3.0})
     assert served == {"a": 4.0, "b": 1.0, "c": 0.0}
     assert _numbers(accounts["a"])[:4] == (2.0, 9.0, 1.0, 12.0)
+    accounts.rebase({"a": -2.0})
+    assert _numbers(accounts["a"])[:4] == (-2.0, 9.0, 1.0, 8.0)
     assert (list(accounts), list(places)) == (["a"], ["a", "b"])
+
+
+def test_what_a_tenant_was_told_is_as_its_account_says() -> None:
+    """It is looked up a thousand times in a step, without the rest of the account."""
+    said = row("a", base=2.0, charged=5.0), row("b", base=3.0, weight=4.0, expected_output=7.0, max_running=1)
+    accounts = _accounts({}, *said)
+    _accounts(accounts._places, row("c"))
+    for name in ("a", "b"):
+        rank, account = accounts.rank(name), accounts[name]
+        assert rank is not None
+        assert (rank.base, rank.weight, rank.expected_output) == (
+            account.base,
+            account.weight,
+            account.expected_output,
+        )
+    assert (accounts.rank("c"), accounts.rank("nobody")) == (None, None)
 
 
 def test_terms_that_a_tenant_has_no_more_are_forgotten() -> None:

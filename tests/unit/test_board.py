@@ -75,16 +75,38 @@ def test_who_was_served_and_no_more_comes_last_and_is_told_in_short() -> None:
     request_of_a = (1, request("r1", "a"), True)
     engine.tell(requests=[request_of_a], tokens=[0], tenants=[(each, None, 0, 2.0) for each in rows.values()])
     engine.board.full()
-    engine.tell(tokens=[3], charges=[("b", 9.0, 4, 4, 2.0)])
+    engine.tell(tokens=[3], charges=[("b", 0.0, 9.0, 4, 4, 2.0)])
     engine.tell(tokens=[3], tenants=[(replace(rows["c"], lift=5.0), None, 0, 2.0)])
-    engine.tell(tokens=[3], charges=[("c", 2.0, 0, 0, 2.0)])
+    engine.tell(tokens=[3], charges=[("c", 0.0, 2.0, 0, 0, 2.0)])
     said = engine.delta()
     assert said.charged == {"a": 7.0, "b": 9.0}
     assert [each.tenant for each in said.tenants] == ["c", *said.charged]
-    engine.tell(tokens=[3], charges=[("c", 3.0, 0, 0, 2.0)])
+    engine.tell(tokens=[3], charges=[("c", 0.0, 3.0, 0, 0, 2.0)])
     assert engine.delta().charged == {"c": 3.0}
     engine.tell(tokens=[4])
     assert engine.board.full().charged == {}
+
+
+def test_a_new_base_is_told_once_and_not_of_a_row_that_is_told_whole() -> None:
+    """It is of the delta after it alone, and of none after a full frame, which had it."""
+    engine = Engine()
+    engine.tell(tenants=[(row(name), None, 0, 2.0) for name in "ab"])
+    engine.board.full()
+    engine.tell(charges=[(name, 5.0, 1.0, 0, 0, 2.0) for name in "ab"])
+    engine.tell(tenants=[(row("b", base=5.0, charged=1.0, lift=1.0), None, 0, 2.0)])
+    said = engine.delta()
+    assert (said.charged, said.bases) == ({"a": 1.0}, {"a": 5.0})
+    assert [(each.tenant, each.base, each.virtual_time) for each in said.tenants] == [
+        ("b", 5.0, 7.0),
+        ("a", 5.0, 6.0),
+    ]
+    engine.tell(charges=[("a", 5.0, 2.0, 0, 0, 2.0)])
+    said = engine.delta()
+    assert (said.charged, said.bases) == ({"a": 2.0}, {})
+    engine.tell(charges=[("a", 6.0, 2.0, 0, 0, 2.0)])
+    assert engine.board.full().bases == {}
+    engine.tell(charges=[("a", 6.0, 3.0, 0, 0, 2.0)])
+    assert engine.delta().bases == {}
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["after a delta", "after a full frame"])

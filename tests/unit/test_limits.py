@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coxswain.schemas import events as ev
 from coxswain.schemas.commands import Targets
-from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+from coxswain.schemas.policy import ClassPolicy, TenantPolicy, TenantRank
 from coxswain.schemas.subjects import CONTROLLER
 from coxswain.service.scheduler import limits, tenants
 from coxswain.service.scheduler.groups import Caps
@@ -101,6 +101,19 @@ def test_what_comes_later_is_limited_too(steered: Steered) -> None:
         steered.engine.submit("b")
     steered.engine.step()
     assert running(steered.engine) == "abbb"
+
+
+def test_a_tenant_with_a_limit_is_listed_even_if_a_stricter_one_was_in_force(steered: Steered) -> None:
+    """Nothing changes in what it may have; but nobody was told of it before, and a rank alone tells no whole row."""
+    rows = {"default": TenantPolicy(max_running=1)}
+    steered("configure", tenants=rows)
+    known = steered.engine.core.tenants
+    steered.engine.core.rank("a", TenantRank(base=1.0))
+    known.touched.clear()
+    steered.engine.core.rank("a", TenantRank(base=2.0))
+    steered("limit", to=A, max_running=2)
+    account = known.accounts["a"]
+    assert (account.seen, account.caps.max_running, known.touched[account]) == (True, 1, True)
 
 
 def test_class_that_returns_has_its_limit_still(steered: Steered) -> None:

@@ -23,23 +23,28 @@ Message = tuple[bytes, Frame]
 def _life(incarnation: str, happenings: list[tuple[str, int]]) -> list[list[Message]]:
     """Frames as a worker of this incarnation writes them, the parts of each together; the last of them is full."""
     totals: dict[str, float] = {}
+    bases: dict[str, float] = {}
     queued: dict[str, int] = {}
     frames: list[list[Message]] = []
     revision = said = 0
     unsaid: dict[str, bool] = {}
+    rebased: set[str] = set()
 
     def say(names: Any, *, full: bool) -> None:
         served = [] if full else [name for name in sorted(names) if not unsaid[name]]
         order = [*sorted(set(names) - set(served)), *served]
-        rows = [row(name, charged=totals[name], queued=queued[name]) for name in order]
+        rows = [
+            row(name, base=bases.get(name, 0.0), charged=totals[name], queued=queued[name]) for name in order
+        ]
         parts = max(1, len(rows)) if said % 4 == 3 else 1
         shares = [rows[part::parts] for part in range(parts)]
         charged = {name: totals[name] for name in served} if parts == 1 else {}
+        told = {name: bases[name] for name in charged if name in rebased}
         whole = [
             frame("w1", incarnation, said, *share, full=full, part=part, parts=parts, revision=revision)
             for part, share in enumerate(shares)
         ]
-        frames.append([(encode(replace(each, charged=charged)), each) for each in whole])
+        frames.append([(encode(replace(each, charged=charged, bases=told)), each) for each in whole])
 
     for kind, which in [*happenings, ("full", 0)]:
         if kind in {"serve", "admit"}:
@@ -50,6 +55,12 @@ def _life(incarnation: str, happenings: list[tuple[str, int]]) -> list[list[Mess
             if unsaid_yet:
                 continue
             kind = "delta"  # noqa: PLW2901
+        if kind == "rank":
+            if (name := TENANTS[which // 2]) in totals:
+                bases[name] = bases.get(name, 0.0) + 10.0
+                rebased.add(name)
+                unsaid.setdefault(name, False)
+            continue
         if kind == "alive":
             said += 1
             sign = frame("w1", incarnation, said, full=False)
@@ -59,6 +70,7 @@ def _life(incarnation: str, happenings: list[tuple[str, int]]) -> list[list[Mess
             said, revision = said + 1, revision + 1
             say(unsaid, full=False)
             unsaid.clear()
+            rebased.clear()
         if kind != "delta":
             said += 1
             say(totals, full=True)
@@ -67,7 +79,7 @@ def _life(incarnation: str, happenings: list[tuple[str, int]]) -> list[list[Mess
 
 happenings = st.lists(
     st.tuples(
-        st.sampled_from(["serve", "serve", "admit", "admit", "delta", "full", "beat", "alive"]),
+        st.sampled_from(["serve", "serve", "admit", "admit", "rank", "delta", "full", "beat", "alive"]),
         st.integers(0, 5),
     ),
     min_size=20,
@@ -177,6 +189,20 @@ def test_of_a_delta_are_read_rows_of_which_more_than_a_charge_is_new() -> None:
         known = reader.fleet.workers["w1"].tenants
         assert {name: known[name].charged for name in served} == served
         assert {known[name].lift for name in others} == {float(seq)} or not others
+
+
+def test_a_base_that_is_told_in_short_is_known() -> None:
+    """Of a tenant that a delta tells no charge of, it is not: that one's row was read."""
+    reader = Listener(rows=False)
+    reader.read("w1", encode(frame("w1", "01A", 1, row("a"), row("b", base=1.0), revision=1)))
+    rows = row("b", base=2.0, queued=1), row("a", base=-7.0, charged=3.0)
+    said = frame("w1", "01A", 2, *rows, full=False, charged={"a": 3.0}, bases={"a": -7.0}, revision=2)
+    assert [each.tenant for each in reader.read("w1", encode(said)).tenants] == ["b"]
+    known = reader.fleet.workers["w1"].tenants
+    assert {name: (each.base, each.virtual_time) for name, each in known.items()} == {
+        "a": (-7.0, -4.0),
+        "b": (2.0, 2.0),
+    }
 
 
 def test_after_a_lost_delta_all_rows_are_read() -> None:

@@ -87,15 +87,18 @@ class Listener:
         if frame.full:
             assert not gone
             assert not frame.charged
+            assert not frame.bases
             self.requests, self.tenants = {}, {}
         for name in gone:
             del self.requests[name]  # only what was listed can go
         self.requests |= rows
         served = frame.tenants[len(frame.tenants) - len(frame.charged) :]
         assert {each.tenant: each.charged for each in served} == frame.charged
+        assert frame.bases.keys() <= frame.charged.keys()
         for each in served:
             fields = "charged", "virtual_time", "output_tokens_total", "oldest_queued_s"
             known = replace(self.tenants[each.tenant], **{field: getattr(each, field) for field in fields})
+            known = replace(known, base=frame.bases.get(each.tenant, known.base))
             assert each == known, "nothing else is other: who counts charges alone need not read it"
         self.tenants |= {row.tenant: row for row in frame.tenants}
 
@@ -177,6 +180,25 @@ def test_delta_has_places_that_moved_by_charging_alone() -> None:
     engine.deliver(next(iter(engine.running)), 9)
     listener.apply(reported.frame())
     assert [listener.requests[each.request, 0].position for each in waiting] == [1, 0]
+
+
+def test_a_rank_that_changes_the_base_alone_is_told_in_short() -> None:
+    """A controller ranks every tenant again and again: what else a rank changes is told in the row."""
+    reported = Reported()
+    engine = reported.engine
+    for name in "abc":
+        engine.submit(name)
+    reported.frame(full=True)
+    rank(engine, "a", base=10.0)
+    rank(engine, "b", base=0.0)
+    rank(engine, "c", base=5.0, weight=2.0)
+    said = reported.frame()
+    assert (said.charged, said.bases) == ({"a": 0.0, "b": 0.0}, {"a": 10.0})
+    assert [(each.tenant, each.base) for each in said.tenants] == [("c", 5.0), ("a", 10.0), ("b", 0.0)]
+    rank(engine, "c", base=5.0, weight=2.0, expected_output=3.0)
+    rank(engine, "a", base=0.0)
+    said = reported.frame()
+    assert (said.bases, said.tenants[0].tenant, said.tenants[0].expected_output) == ({"a": 0.0}, "c", 3.0)
 
 
 def test_delta_has_recomputed_totals() -> None:
