@@ -26,7 +26,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One server for all tests here, with two tenants and eight slots."""
     folder = tmp_path_factory.mktemp("edge")
     arguments = ("--device", "simulated", "--max-num-seqs", "8", "--max-model-len", "2048")
-    with serving(folder, *arguments, tenants=("acme", "globex"), forked=True) as served:
+    with serving(folder, *arguments, tenants=("acme", "globex")) as served:
         yield served
 
 

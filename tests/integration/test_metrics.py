@@ -105,7 +105,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         env.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         with serving(
             folder, "--device", "simulated", "--sim-preset", "cpu", "--otlp-traces-endpoint", receiver.url,
-            tenants=("acme",), forked=True,
+            tenants=("acme",),
         ) as served:  # fmt: skip
             yield from controlled(folder, served, receiver, port)
 

@@ -61,18 +61,8 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def serving(
-    folder: Path, *arguments: str, tenants: tuple[str, ...] = (), forked: bool = False
-) -> Iterator[Served]:
-    """Start NATS and a worker; stop both.
-
-    Args:
-        folder: for models, keys and logs.
-        arguments: go to vLLM.
-        tenants: get a key each.
-        forked: fork the engine, which spares it importing vLLM once more: ten seconds. vLLM's server spawns it where
-            nobody says otherwise, so this is for tests of its edge. Only with `--device simulated`.
-    """
+def serving(folder: Path, *arguments: str, tenants: tuple[str, ...] = ()) -> Iterator[Served]:
+    """Start NATS and a worker; stop both. `arguments` go to vLLM."""
     nats = NatsServer(folder).start()
     asyncio.run(_init(nats.url))
     model = folder / "model"
@@ -86,8 +76,6 @@ def serving(
         "COX_WORKER": WORKER,
         "OMP_NUM_THREADS": "1",
     }
-    if forked:
-        env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     for tenant in tenants:
         path = folder / "keys.json"
         given[tenant] = keys.add(path, keys.Grant(tenant=tenant, metrics=True), now=time.time())
