@@ -15,7 +15,6 @@ from coxswain.schemas.subjects import CONTROLLER
 from coxswain.service.scheduler.groups import NO_CAPS, Caps, ClassGroup, Group
 from coxswain.service.scheduler.queue import SteeredQueue
 from coxswain.service.scheduler.record import Record
-from coxswain.service.scheduler.states import RUNNING
 from coxswain.service.scheduler.tenants import Account, Tenants
 
 MAX_LIMITS: Final = MAX_TARGETS
@@ -191,15 +190,6 @@ class Limits:
         """Tenants and classes of which more run than may; O(number of them)."""
         for group in self._over:
             yield Over(group, group.excess, min(group.excess, group.borrowing))
-
-    def is_borrowing(self, record: Record) -> bool:
-        """Whether a request runs on room that its tenant or class borrowed: who is within caps may have it back."""
-        group = record.group
-        return (
-            record.state is RUNNING
-            and group.policy.borrow
-            and (record.account.excess > 0 or group.excess > 0)
-        )
 
     def borrowers(self, running: Iterable[Record]) -> Iterator[Record]:
         """The first of the running that borrow their room, of each tenant and class as many as are over its cap."""
