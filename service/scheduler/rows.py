@@ -92,8 +92,9 @@ class TenantRows:
         self._tenants = tenants
 
     def anew(self) -> None:
-        """Nobody knows anything: every row is to be told."""
-        self._tenants.touched |= dict.fromkeys(self._tenants.accounts.values(), True)
+        """Nobody knows anything: every row is to be told; tenants that were only ranked have none."""
+        seen = [account for account in self._tenants.accounts.values() if account.seen]
+        self._tenants.touched |= dict.fromkeys(seen, True)
 
     def told(self, limit: int, due: Iterable[Record]) -> tuple[list[TenantTold], list[Charge]]:
         """Rows that nobody knows as they are, and those of which only base, charge and output are other than was told.

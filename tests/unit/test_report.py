@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from coxswain.schemas.commands import encode
 from coxswain.schemas.errors import Code, RefusedError
-from coxswain.schemas.policy import ClassPolicy, TenantPolicy
+from coxswain.schemas.policy import ClassPolicy, TenantPolicy, TenantRank
 from coxswain.schemas.status import MAX_PAGE, CommandStats, Frame, QueueQuery, RequestStatus, TenantStatus
 from coxswain.service.bus import wire
 from coxswain.service.bus.board import PATIENCE, Board
@@ -471,6 +471,23 @@ def test_everything_is_told_anew_a_little_at_a_time() -> None:
         record.request
     }
     assert len(after.tenants) == len(before.tenants) == 600
+
+
+def test_tenants_that_were_only_ranked_are_no_news_to_a_bus_that_begins_anew() -> None:
+    """A controller ranks thousands that never came here: they have no rows, and keep no full frame waiting."""
+    reported = Reported()
+    core = reported.engine.core
+    reported.engine.submit("a")
+    for number in range(10 * module.ROWS_PER_STEP):
+        core.rank(f"t{number}", TenantRank(base=5.0, weight=2.0))
+    reported.frame()
+    reported.reporter.anew()
+    draft = reported.tell()
+    assert draft.complete
+    assert [told.tenant for told, *_ in draft.tenants] == ["a"]
+    assert not core.tenants.touched
+    reported.engine.submit("t7")
+    assert [(told.tenant, told.base) for told, *_ in reported.tell().tenants] == [("t7", 5.0)]
 
 
 def test_a_bus_that_missed_something_says_so_and_makes_nothing_of_the_rest() -> None:
