@@ -13,7 +13,9 @@ import msgspec
 DEFAULT = "default"
 """The tenant of requests without identity, and the class of requests that name none."""
 ALL = "all"
-RESERVED = frozenset({ALL, "other"})
+OTHER = "other"
+"""The account that tenants share for which a worker has none left; the label of the rest in metrics."""
+RESERVED = frozenset({ALL, OTHER})
 
 MAX_TENANT_BYTES = 128
 MAX_TOKEN_CHARS = 64
@@ -79,6 +81,17 @@ def check_tenant(name: str) -> str:
     if not 0 < size <= MAX_TENANT_BYTES:
         raise NameRefusedError(f"tenant name has {size} bytes: 1 to {MAX_TENANT_BYTES} are allowed")
     return name
+
+
+def check_client(tenant: str) -> str:
+    """Return `tenant` if a client may be that one: any tenant but `OTHER`, whose account is others'.
+
+    Raises:
+        NameRefusedError: as `check_tenant`, and for the reserved name.
+    """
+    if tenant == OTHER:
+        raise NameRefusedError(f"tenant name {tenant!r} is reserved: choose another")
+    return check_tenant(tenant)
 
 
 def is_tenant(name: str) -> bool:

@@ -28,7 +28,7 @@ import msgspec
 from coxswain.common.files import save
 from coxswain.common.logs import get_logger
 from coxswain.schemas.errors import UNREADABLE
-from coxswain.schemas.names import DEFAULT, NameRefusedError, check_tenant, check_token
+from coxswain.schemas.names import DEFAULT, NameRefusedError, check_client, check_token
 from coxswain.schemas.policy import INT32_MAX, INT32_MIN, Int32
 
 PREFIX: Final = "cox-sk-"
@@ -113,7 +113,7 @@ def load(path: Path) -> dict[str, Key]:
 
 def _check(path: Path, row: Key) -> None:
     try:
-        check_tenant(row.tenant)
+        check_client(row.tenant)
         for name in (*((row.class_,) if row.class_ else ()), *(row.classes or ())):
             check_token("class", name)
     except NameRefusedError as error:

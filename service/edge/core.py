@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from coxswain.schemas.names import NameRefusedError, check_tenant, check_token
+from coxswain.schemas.names import NameRefusedError, check_client, check_token
 from coxswain.schemas.policy import INT32_MAX, INT32_MIN
 from coxswain.service import request_id
 from coxswain.service.config import SettingRefusedError
@@ -315,7 +315,7 @@ def _secret(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 def _tenant(value: bytes) -> str:
     try:
-        return check_tenant(value.decode())
+        return check_client(value.decode())
     except (UnicodeDecodeError, NameRefusedError) as error:
         raise RefusedRequestError(
             400, "BadRequestError", f"the tenant header is not allowed: {error}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
+from coxswain.schemas.names import OTHER
 from coxswain.schemas.policy import Prices, TenantPolicy
 from coxswain.service.scheduler.groups import Group
 from coxswain.service.scheduler.meter import Meter
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from coxswain.service.scheduler.record import Record
 
 MAX_TENANTS: Final = 65_536
-"""Accounts kept; the requests of tenants beyond share the account `OVERFLOW`."""
-OVERFLOW: Final = "other"
+"""Accounts kept; the requests of tenants beyond share the account `OTHER`."""
 
 
 class Account(Group):
@@ -155,7 +155,7 @@ class Tenants:
         found = self.accounts.get(name)
         if found is None:
             if not self.room_for(name):
-                return self.account(OVERFLOW)
+                return self.account(OTHER)
             found = self.accounts[name] = Account(name, self.policy_of(name), self)
             if self.on_new is not None:
                 self.on_new(found)
@@ -163,7 +163,7 @@ class Tenants:
 
     def room_for(self, name: str) -> bool:
         """Whether the tenant has an account of its own, or can get one."""
-        return name in self.accounts or len(self.accounts) < MAX_TENANTS or name == OVERFLOW
+        return name in self.accounts or len(self.accounts) < MAX_TENANTS or name == OTHER
 
     def arriving(self, account: Account) -> None:
         """Lift a tenant that returns from idle; call before its request is queued."""

@@ -13,7 +13,7 @@ from msgspec import UNSET
 from coxswain.schemas import commands as c
 from coxswain.schemas import events as ev
 from coxswain.schemas.errors import Code, RefusedError
-from coxswain.schemas.names import RESERVED
+from coxswain.schemas.names import OTHER, RESERVED
 from coxswain.schemas.status import CommandStats
 from coxswain.schemas.subjects import CONTROLLER, ENGINE, OPERATOR
 from coxswain.service.scheduler.answered import Answered
@@ -22,7 +22,7 @@ from coxswain.service.scheduler.groups import NO_CAPS, Caps
 from coxswain.service.scheduler.limits import Target
 from coxswain.service.scheduler.record import Record
 from coxswain.service.scheduler.states import HELD_KEPT, QUEUED, RUNNING
-from coxswain.service.scheduler.tenants import MAX_TENANTS, OVERFLOW
+from coxswain.service.scheduler.tenants import MAX_TENANTS
 
 Outcome = tuple[c.Outcome, str, int]
 """(outcome, detail, tokens in flight) of one target."""
@@ -31,7 +31,7 @@ Results = list[tuple[Record | str, Outcome]]
 """What became of each target: a request that is here, or the name of what was not found."""
 FAILED: Final = ("not_found", "not_possible")
 NO_ACCOUNT: Final[Outcome] = (
-    "not_possible", f"a worker keeps {MAX_TENANTS:,} tenants: later ones share `{OVERFLOW}`", 0
+    "not_possible", f"a worker keeps {MAX_TENANTS:,} tenants: later ones share `{OTHER}`", 0
 )  # fmt: skip
 
 

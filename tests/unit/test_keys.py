@@ -134,6 +134,7 @@ def test_missing_file_is_refused_at_the_start(file: Path) -> None:
     [
         Grant(tenant=""),
         Grant(tenant="x" * 129),
+        Grant(tenant="other"),
         Grant(tenant="a", class_="No Class"),
         Grant(tenant="a", classes=("all",)),
         Grant(tenant="a", priority_min=2, priority_max=1),

@@ -199,7 +199,7 @@ def test_a_worker_that_keeps_as_many_tenants_as_it_can_is_limited_and_freed(
     assert (reply.outcome, reply.counts) == ("partial", {"applied": 3, "not_possible": 1})
     assert core.tenants.accounts.keys() == {"a", "b"}
     steered.engine.submit("c")
-    assert tenants.OVERFLOW in core.tenants.accounts
+    assert tenants.OTHER in core.tenants.accounts
     reply = steered("limit", to=Targets(tenants=("c",)), max_running=1)
     assert (reply.code, "later ones share" in str(reply.error)) == (413, True)
     assert steered("limit", to=A, max_running=2).counts == {"applied": 1}

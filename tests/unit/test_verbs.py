@@ -299,7 +299,7 @@ def test_a_rank_leaves_out_tenants_for_which_no_account_is_left(
         steered.engine.submit("c")
     reply = steered("rank", incarnation=INCARNATION, tenants={"a": TenantRank(base=6.0)})
     assert (reply.outcome, core.tenants.accounts["a"].base) == ("applied", 6.0)
-    assert set(core.tenants.accounts) == {"a", "b", tenants.OVERFLOW}
+    assert set(core.tenants.accounts) == {"a", "b", tenants.OTHER}
     steered.engine.check()
 
 
