@@ -16,11 +16,9 @@ from collections.abc import Iterable
 from math import ceil
 from typing import Final, NamedTuple
 
-import msgspec
-
-from coxswain.schemas.names import DEFAULT
-from coxswain.schemas.parts import Assembler
+from coxswain.schemas.names import DEFAULT, OTHER
 from coxswain.service.edge.core import Refusal
+from coxswain.service.edge.views import ClassSeen, EdgeFrame, TenantSeen, View
 
 STALE_S: Final = 5.0
 """Numbers of a worker that was silent for longer count no more: it publishes at least once a second."""
@@ -41,48 +39,6 @@ DRAINS: Final = Refusal(
 )
 
 
-class TenantSeen(msgspec.Struct, frozen=True):
-    """What the edge reads of a tenant's row."""
-
-    tenant: str
-    class_: str = msgspec.field(name="class", default=DEFAULT)
-    queued: int = 0
-    running: int = 0
-    held: int = 0
-    finished_total: int = 0
-    oldest_queued_s: float = 0.0
-    max_queued: int | None = None
-    classes: tuple[str, ...] = ()
-
-    @property
-    def arrived_total(self) -> int:
-        """How many of its requests the engine was ever given."""
-        return self.queued + self.running + self.held + self.finished_total
-
-
-class ClassSeen(msgspec.Struct, frozen=True):
-    """What the edge reads of a class's row."""
-
-    class_: str = msgspec.field(name="class")
-    queued: int
-    oldest_queued_s: float
-    max_queued: int | None = None
-
-
-class EdgeFrame(msgspec.Struct, frozen=True):
-    """What the edge reads of a status frame: the rest, requests above all, is not even decoded."""
-
-    worker: str
-    incarnation: str
-    seq: int
-    full: bool
-    part: int
-    parts: int
-    state: str
-    tenants: tuple[TenantSeen, ...] = ()
-    classes: tuple[ClassSeen, ...] = ()
-
-
 class Passage:
     """One HTTP request that was let through, until it has reached the engine or will not.
 
@@ -97,7 +53,9 @@ class Passage:
         class_: the class that it would be in now.
     """
 
-    __slots__ = ("_asked_class", "_asked_place", "_caps", "_last", "_sent", "_underway", "class_", "tenant")
+    __slots__ = (
+        "_asked_class", "_asked_place", "_caps", "_last", "_sent", "_underway", "account", "class_", "tenant",
+    )  # fmt: skip
 
     def __init__(self, caps: "EdgeCaps", tenant: str, asked_class: str, class_: str) -> None:
         self._caps = caps
@@ -108,7 +66,8 @@ class Passage:
         self._asked_place = False
         self._last: list[Sent] = []
         self._sent: list[Sent] = []
-        caps.underway[tenant] += 1
+        self.account = caps.account(tenant)
+        caps.underway[self.account] += 1
 
     def whole(self, now: float) -> Refusal | None:
         """Its body is there: give it a place in its class, or say why there is none any more. Once is enough."""
@@ -133,13 +92,13 @@ class Passage:
 
     def failed(self) -> None:
         """It was answered with an error: what the engine was given of it (the first prompts of a list) is aborted."""
-        self._caps.note_over(self.tenant, self._sent)
+        self._caps.note_over(self._sent)
 
     def left(self) -> None:
         """It is not on its way to the engine any more: it is there, or was answered without it."""
         if self._underway:
             self._underway = False
-            _less(self._caps.underway, self.tenant)
+            _less(self._caps.underway, self.account)
             self._caps.leave_place(self)
 
 
@@ -148,16 +107,20 @@ class Sent:
 
     Args:
         at: when (monotonic s).
+        account: its tenant, or `OTHER`: for whom it counts.
         class_: the class that it was taken for.
     """
 
-    __slots__ = ("at", "class_", "over")
+    __slots__ = ("account", "at", "class_", "over", "told")
 
-    def __init__(self, at: float, class_: str) -> None:
+    def __init__(self, at: float, account: str, class_: str) -> None:
         self.at = at
+        self.account = account
         self.class_ = class_
         self.over = False
         """Whether it counts no more. A frame will say that it came all the same."""
+        self.told = False
+        """Whether a frame did."""
 
 
 def _less(counts: Counter[str], name: str) -> None:
@@ -173,41 +136,6 @@ class Load(NamedTuple):
     queued: int
     oldest_s: float
     cap: int | None
-
-
-class View:
-    """One engine as last heard."""
-
-    def __init__(self, incarnation: str) -> None:
-        self.incarnation = incarnation
-        self.heard_at = 0.0
-        self.draining = False
-        self.tenants: dict[str, TenantSeen] = {}
-        self.classes: dict[str, ClassSeen] = {}
-        self.seq = -1
-        self._assembler: Assembler[EdgeFrame] = Assembler()
-
-    def merge(self, frame: EdgeFrame, now: float) -> dict[str, int]:
-        """Take a frame; how many requests of each tenant it has that were not known before. Older ones: none."""
-        if frame.seq < self.seq:
-            return {}
-        self.seq = frame.seq
-        self.heard_at = now
-        self.draining = frame.state == "draining"
-        whole = self._assembler.add(frame) if frame.full else frame
-        if whole is None:
-            return {}
-        if whole.full:
-            self.classes = {}
-        self.classes.update((row.class_, row) for row in whole.classes)
-        # In place: there may be tens of thousands, and twenty frames a second with a few.
-        arrived = {}
-        for row in whole.tenants:
-            known = self.tenants.get(row.tenant)
-            self.tenants[row.tenant] = row
-            if (count := row.arrived_total - (known.arrived_total if known else 0)) > 0:
-                arrived[row.tenant] = count
-        return arrived
 
 
 class EdgeCaps:
@@ -227,7 +155,10 @@ class EdgeCaps:
         self._placed: OrderedDict[Passage, float] = OrderedDict()
         """Those, and since when, oldest first."""
         self.sent: defaultdict[str, deque[Sent]] = defaultdict(deque)
-        """Per tenant, requests that were given to an engine and are in no frame yet, oldest first."""
+        """Per tenant, requests that were given to an engine and are in no frame yet, oldest first.
+
+        Those that may come in the row of `OTHER` are there too: which of the two tells of them is not known here.
+        """
         self.sent_of: Counter[str] = Counter()
         """How many of these count per tenant."""
         self.sent_in: Counter[str] = Counter()
@@ -246,34 +177,39 @@ class EdgeCaps:
                 return  # a late frame of the incarnation before
             view = self.views[frame.worker] = View(frame.incarnation)
         for tenant, count in view.merge(frame, now).items():
-            for _ in range(min(count, len(self.sent.get(tenant, ())))):
-                self._drop_oldest(tenant)
+            for _ in range(count):
+                if not self._tell_oldest(tenant):
+                    break
         self._sweep(now)
 
     def note_sent(self, tenant: str, class_: str, count: int, now: float) -> list[Sent]:
         """An engine was given so many requests; while none was ever heard nobody is capped, and nobody counts."""
         if not self.views:
             return []
-        given = [Sent(now, class_) for _ in range(count)]
+        account = self.account(tenant)
+        given = [Sent(now, account, class_) for _ in range(count)]
         self.sent[tenant].extend(given)
-        self.sent_of[tenant] += count
+        if any(view.overflows and tenant not in view.tenants for view in self.views.values()):
+            self.sent[OTHER].extend(given)
+        self.sent_of[account] += count
         self.sent_in[class_] += count
         self._sweep(now)
         return given
 
     def note_refused(self, tenant: str, last: list[Sent]) -> None:
         """What was sent last no engine was given."""
-        self.note_over(tenant, last)
+        self.note_over(last)
         for each in reversed(last):
+            each.told = True
             if (sent := self.sent.get(tenant)) and sent[-1] is each:
                 sent.pop()
 
-    def note_over(self, tenant: str, sent: Iterable[Sent]) -> None:
+    def note_over(self, sent: Iterable[Sent]) -> None:
         """These wait no more, whether or not a frame had them."""
         for each in sent:
             if not each.over:
                 each.over = True
-                _less(self.sent_of, tenant)
+                _less(self.sent_of, each.account)
                 _less(self.sent_in, each.class_)
 
     def take_place(self, passage: Passage, now: float) -> None:
@@ -298,12 +234,20 @@ class EdgeCaps:
             self.leave_place(passage)
         for tenant in list(self.sent):
             while (sent := self.sent[tenant]) and now - sent[0].at > LOST_S:
-                self._drop_oldest(tenant)
+                self.note_over((sent.popleft(),))
             if not sent:
                 del self.sent[tenant]
 
-    def _drop_oldest(self, tenant: str) -> None:
-        self.note_over(tenant, (self.sent[tenant].popleft(),))
+    def _tell_oldest(self, row: str) -> bool:
+        """A frame's row tells of the oldest that it may have; False if there is none."""
+        sent = self.sent.get(row)
+        while sent:
+            each = sent.popleft()
+            if not each.told:
+                each.told = True
+                self.note_over((each,))
+                return True
+        return False
 
     # What is asked
 
@@ -311,6 +255,12 @@ class EdgeCaps:
     def draining(self) -> bool:
         """Whether all engines are to become empty: they stay so when frames stop, only their numbers grow old."""
         return bool(self.views) and all(view.draining for view in self.views.values())
+
+    def account(self, tenant: str) -> str:
+        """For whom a tenant's requests count: for itself, unless some engine has them with others' and none apart."""
+        views = self.views.values()
+        shared = any(view.overflows for view in views) and not any(tenant in view.tenants for view in views)
+        return OTHER if shared else tenant
 
     def enter(self, tenant: str, asked_class: str, now: float) -> Passage | Refusal:
         """Let a request through, or say why not.
@@ -322,10 +272,11 @@ class EdgeCaps:
         """
         class_, refusal = self.place(tenant, asked_class, now)
         if refusal is None:
-            load = _load([view.tenants.get(tenant) for view in self._live(now)])
-            count = load.queued + self.underway[tenant] + self.sent_of[tenant]
+            load = _load([view.row(tenant) for view in self._live(now)])
+            account = self.account(tenant)
+            count = load.queued + self.underway[account] + self.sent_of[account]
             if load.cap is not None and count >= load.cap:
-                refusal = _too_many(f"tenant {tenant!r}", count, load)
+                refusal = _too_many(f"tenant {account!r}", count, load)
         return refusal or Passage(self, tenant, asked_class, class_)
 
     def place(self, tenant: str, asked_class: str, now: float) -> tuple[str, Refusal | None]:
@@ -347,7 +298,7 @@ class EdgeCaps:
     def _class_of(self, views: list[View], tenant: str, asked: str) -> str:
         """The class in which the engine will queue it (`SteeringCore._group_for`), as far as the frames tell."""
         for view in views:
-            row = view.tenants.get(tenant)
+            row = view.row(tenant)
             if row is not None:
                 wanted = asked if asked in row.classes and asked in view.classes else row.class_
                 return wanted if wanted in view.classes else DEFAULT

@@ -26,8 +26,8 @@ from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.metrics import LONG_SILENT_S, OTHER, Metric
 from coxswain.schemas.parts import Assembler, Parts
 from coxswain.schemas.status import Frame, decode_glance
-from coxswain.service.edge.caps import EdgeFrame
 from coxswain.service.edge.tally import TENANT_FIELDS, Life, Tally
+from coxswain.service.edge.views import EdgeFrame
 
 STATES: Final = ("serving", "draining", "paused")
 MAX_LIVES: Final = 4

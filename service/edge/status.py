@@ -21,8 +21,9 @@ from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.subjects import Subjects
 from coxswain.service.bus.connect import Backoff, close, connect
 from coxswain.service.config import SettingRefusedError, Settings
-from coxswain.service.edge.caps import EdgeCaps, EdgeFrame
+from coxswain.service.edge.caps import EdgeCaps
 from coxswain.service.edge.metrics import EdgeMetrics
+from coxswain.service.edge.views import EdgeFrame
 
 PENDING_MESSAGES: Final = 256
 PENDING_BYTES: Final = 32 * 1024 * 1024

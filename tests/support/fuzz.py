@@ -31,8 +31,9 @@ from coxswain.schemas.request_id import normalise
 from coxswain.schemas.subjects import CONTROLLER, OPERATOR, CommandSubject
 from coxswain.service import keys, request_id
 from coxswain.service.bus import intake
-from coxswain.service.edge.caps import EdgeCaps, EdgeFrame
+from coxswain.service.edge.caps import EdgeCaps
 from coxswain.service.edge.core import Edge, EdgeSettings, RefusedRequestError, client_id
+from coxswain.service.edge.views import EdgeFrame
 from coxswain.service.keys import Grant
 from coxswain.service.scheduler.verbs import Commands
 from tests.support.control import Driver

@@ -21,10 +21,11 @@ from coxswain.service.bus.frames import split
 from coxswain.service.config import SettingRefusedError, Settings
 from coxswain.service.edge import hook as edge_hook
 from coxswain.service.edge.asgi import EdgeMiddleware, ticket
-from coxswain.service.edge.caps import LOST_S, STALE_S, ClassSeen, EdgeCaps, EdgeFrame, Passage, TenantSeen
+from coxswain.service.edge.caps import LOST_S, STALE_S, EdgeCaps, Passage
 from coxswain.service.edge.core import Edge, EdgeSettings, Refusal
 from coxswain.service.edge.page import Message
 from coxswain.service.edge.status import EdgeStatus, listener, workers_behind
+from coxswain.service.edge.views import ClassSeen, EdgeFrame, TenantSeen
 from tests.support.frames import frame, row
 from tests.support.waiting import eventually
 
@@ -265,6 +266,40 @@ def test_counts_do_not_grow_while_frames_are_missing() -> None:
         passage.sent(i / 100, 1)
     assert len(caps.sent) <= (LOST_S + 1) * 100
     assert caps.sent_in.total() == caps.sent_of.total() == sum(map(len, caps.sent.values()))
+
+
+def test_tenants_beyond_the_workers_accounts_share_a_row() -> None:
+    """Past 65,536 tenants the rest come in the row `other`: they count there, and in their class no longer than due."""
+    caps, seq, finished = EdgeCaps(["w1"]), 0, 1
+
+    def heard(now: float, *rows: TenantStatus, queued: int = 0) -> None:
+        nonlocal seq
+        seq += 1
+        chat = ClassStatus(class_="chat", queued=queued, running=0, held=0, oldest_queued_s=0.0, max_queued=3)
+        other = row("other", class_="chat", queued=queued, finished_total=finished, max_queued=2)
+        status = frame("w1", "01A", seq, other, *rows, full=False, classes=(chat,))
+        caps.heard(decode(encode(status)), now)
+
+    heard(0.0)
+    for number in range(20):
+        enter(caps, number / 10, tenant=f"t{number}").sent(number / 10, 1)
+        finished += 1
+        heard(number / 10 + 0.05)
+        assert not caps.sent_in + caps.sent_of + caps.underway
+    for tenant in ("x", "y"):
+        enter(caps, 2.0, tenant=tenant).sent(2.0, 1)
+    assert "tenant 'other' has 2" in refused(caps, 2.0, tenant="z").message
+    heard(2.1, queued=2)
+    assert "tenant 'other' has 2" in refused(caps, 2.1, tenant="z").message
+    finished += 2
+    heard(2.2)
+    assert not caps.sent_in + caps.sent_of
+    # One that has an account all the same, and had no row as it never came: its own row tells of it.
+    enter(caps, 2.3, tenant="ranked").sent(2.3, 1)
+    heard(2.4, row("ranked", class_="chat", finished_total=1))
+    assert not caps.sent_in + caps.sent_of
+    enter(caps, 2.5, tenant="ranked").sent(2.5, 1)
+    assert (caps.sent_of["ranked"], caps.sent_of["other"]) == (1, 0)
 
 
 def test_new_incarnation_and_late_frames() -> None:

@@ -8,8 +8,9 @@ from coxswain.schemas.commands import encode
 from coxswain.schemas.policy import ClassPolicy, TenantPolicy
 from coxswain.schemas.status import CommandStats
 from coxswain.service.bus.board import Board
-from coxswain.service.edge.caps import EdgeCaps, EdgeFrame, Passage
+from coxswain.service.edge.caps import EdgeCaps, Passage
 from coxswain.service.edge.core import Refusal
+from coxswain.service.edge.views import EdgeFrame
 from coxswain.service.scheduler.report import Gauges, Identity, Reporter
 from tests.support.fake_engine import FakeEngine
 

@@ -20,10 +20,11 @@ from coxswain.schemas import metrics as names
 from coxswain.schemas.status import ClassStatus, Frame, Leader
 from coxswain.service import keys
 from coxswain.service.edge.asgi import EdgeMiddleware
-from coxswain.service.edge.caps import EdgeCaps, EdgeFrame
+from coxswain.service.edge.caps import EdgeCaps
 from coxswain.service.edge.core import Edge, EdgeSettings
 from coxswain.service.edge.metrics import EdgeMetrics
 from coxswain.service.edge.status import EdgeStatus
+from coxswain.service.edge.views import EdgeFrame
 from coxswain.service.keys import Grant, Keyring
 from tests.support.frames import frame, row
 
