@@ -15,8 +15,9 @@ The budget per step is what trades the one for the other: an arriving request wa
 whose length grows with the prefill in it. `prefill_tokens: null` makes this strict priority with cut-in.
 
 Workers do all of it, in the very step; this policy only writes the class table, and operators' own caps, budgets
-and ageing stay. So does `stand_aside`, which is worth setting for batch where vLLM replays whole CUDA graphs: on an
-H200 it took a sixth off the median time to first token (docs/results/gpu.md). The lab's devices know no such graphs.
+and ageing stay. So does `stand_aside`, which is worth setting for batch where launching a step takes the engine's
+thread long: on an H200 it took a quarter off the median time to first token, for a tenth of the batch
+(docs/results/gpu.md). The lab's devices launch in no time.
 """
 
 from typing import Annotated, ClassVar
