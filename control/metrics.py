@@ -16,7 +16,8 @@ from coxswain.control.errors import ControlError
 from coxswain.control.fleet import Fleet
 from coxswain.schemas import metrics as names
 from coxswain.schemas.errors import Code
-from coxswain.schemas.metrics import OTHER, Metric
+from coxswain.schemas.metrics import Metric
+from coxswain.schemas.names import OTHER
 from coxswain.schemas.policy import Epoch
 
 STEP_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)

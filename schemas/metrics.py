@@ -14,8 +14,6 @@ Rules:
 
 from typing import Final, Literal, NamedTuple
 
-OTHER: Final = "other"
-"""The label of all tenants, and classes, that have none of their own."""
 LONG_SILENT_S: Final = 30.0
 """What is a level, not a count, is exported no longer once its worker was silent for so long."""
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from coxswain.schemas.commands import VERBS, encode
 from coxswain.schemas.errors import Code
-from coxswain.schemas.metrics import OTHER
+from coxswain.schemas.names import OTHER
 from coxswain.schemas.parts import ROWS
 from coxswain.schemas.policy import Epoch
 from coxswain.schemas.status import ClassStatus, CommandStats, Frame, TenantStatus

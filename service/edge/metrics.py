@@ -23,7 +23,8 @@ import msgspec
 from coxswain.common.logs import get_logger
 from coxswain.schemas import metrics as names
 from coxswain.schemas.errors import UNREADABLE
-from coxswain.schemas.metrics import LONG_SILENT_S, OTHER, Metric
+from coxswain.schemas.metrics import LONG_SILENT_S, Metric
+from coxswain.schemas.names import OTHER
 from coxswain.schemas.parts import Assembler, Parts
 from coxswain.schemas.status import Frame, decode_glance
 from coxswain.service.edge.tally import TENANT_FIELDS, Life, Tally

@@ -23,7 +23,8 @@ from msgspec.structs import replace
 from coxswain.schemas import metrics as names
 from coxswain.schemas.commands import VERBS
 from coxswain.schemas.errors import Code
-from coxswain.schemas.metrics import OTHER, Metric
+from coxswain.schemas.metrics import Metric
+from coxswain.schemas.names import OTHER
 from coxswain.schemas.parts import ROWS
 from coxswain.schemas.status import Frame, TenantStatus
 

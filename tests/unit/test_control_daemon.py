@@ -17,7 +17,7 @@ from coxswain.control.tables import LEASE_TTL_S
 from coxswain.control.told import ANSWER_S
 from coxswain.schemas.commands import Configure, Limit, Reply, Targets
 from coxswain.schemas.errors import Code
-from coxswain.schemas.metrics import OTHER
+from coxswain.schemas.names import OTHER
 from coxswain.schemas.policy import LEADER_LEASE_S
 from coxswain.schemas.status import QueuePage
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coxswain.schemas import metrics as names
-from coxswain.schemas.metrics import OTHER
+from coxswain.schemas.names import OTHER
 from coxswain.schemas.status import ClassStatus, CommandStats
 from coxswain.service.edge.tally import KEPT_S, MAX_CLASSES, TENURE_S, Tally
 from tests.support.frames import frame, row
