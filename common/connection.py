@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from coxswain.common.logs import REDACTED
 from coxswain.schemas.names import check_token
 from coxswain.schemas.permissions import INBOX
 
@@ -24,12 +25,13 @@ MAX_PINGS: Final = 2
 connected to a frozen one of several has found another before workers give their leader up, which is after 5 s. Shorter
 would win nothing: a leader that cannot renew its lease has lost it by then. Our own stalls count once, however long."""
 
+_USER: Final = re.compile(r"[^/,\s]+@")
 _SEED: Final = re.compile("S[A-Z2-7]{40}")
 """What may be an nkey seed, put where the path of its file belongs: never to be shown."""
 
 
 class AddressRefusedError(ValueError):
-    """An address of NATS that is none; the text says which by its place, for it may hold a password."""
+    """An address of NATS that cannot be one; the text says which by its place, since it may hold a password."""
 
 
 class IdentityRefusedError(ValueError):
@@ -80,12 +82,12 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         for place, url in enumerate(self.urls, 1):
             try:
                 parts = urlsplit(url if "://" in url else f"nats://{url}")
-                why = "" if parts.hostname and parts.port != 0 else "no host, or port 0"
-            except ValueError as error:
-                why = str(error)
-            if why:
+                usable = parts.hostname and parts.port != 0
+            except ValueError:  # whose text quotes the address
+                usable = False
+            if not usable:
                 raise AddressRefusedError(
-                    f"address {place} of {len(self.urls)} is not an address ({why}): "
+                    f"address {place} of {len(self.urls)} has no host, or no port from 1 to 65535: "
                     "use nats://host:port, several separated by commas",
                 )
         return self
@@ -129,6 +131,11 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
                 f"TLS files cannot be used ({files}): {error}. Check COX_NATS_CA, _CERT and _KEY.",
             ) from error
         return context
+
+
+def without_users(addresses: str) -> str:
+    """Addresses of NATS, separated by commas, as messages and logs may show them: without user, password or token."""
+    return _USER.sub(f"{REDACTED}@", addresses)
 
 
 def public_nkey(path: str) -> str:

@@ -22,7 +22,7 @@ REDACTED: Final = "[redacted]"
 _SECRET: Final = re.compile(
     r"pass(word|wd|phrase)?$|secret|seed|token$|creds|credential|api_?key|jwt|authorization", re.IGNORECASE
 )
-_USERINFO: Final = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_USERINFO: Final = re.compile(r"(?<=://)[^/\s]+(?=@)")
 
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 from ulid import ULID
 
 from coxswain import __version__
-from coxswain.common.connection import Connection
+from coxswain.common.connection import Connection, without_users
 from coxswain.common.throttle import Throttle
 from coxswain.control.client import Client
 from coxswain.control.core import Answer, Ask, Beat, ControlCore, Inputs, Listing, Outgoing, Send
@@ -33,7 +33,6 @@ from coxswain.control.reader import ImpostorError, Reader
 from coxswain.control.rows import Row, Rows
 from coxswain.control.tables import LEASE_TTL_S, Table
 from coxswain.control.told import ANSWER_S
-from coxswain.control.transport import public_urls
 from coxswain.control.web.board import Standing
 from coxswain.control.web.page import Page, Web
 from coxswain.schemas.commands import Rank, encode
@@ -132,7 +131,7 @@ class Controller:
     async def _session(self, client: Client) -> None:
         """Work over one connection until it is closed for good or we are to stop."""
         self._reachable = self.meter.connected = True
-        log.info("nats.connected", urls=public_urls(self._connection))
+        log.info("nats.connected", urls=without_users(", ".join(self._connection.urls)))
         client.js = client.nc.jetstream(timeout=JETSTREAM_TIMEOUT_S)
         holder = LeaseHolder(
             controller=self.name, policy=self.core.policy.name, since=time.time(), version=__version__

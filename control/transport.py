@@ -7,14 +7,13 @@ nats-py's read loop). Nothing is buffered while disconnected: a stale command mu
 import asyncio
 import logging
 import random
-import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from nats.aio.client import Server
 from nats.errors import Error as NatsError
 
-from coxswain.common.connection import Connection, IdentityRefusedError
+from coxswain.common.connection import Connection, IdentityRefusedError, without_users
 from coxswain.control.errors import UnreachableError
 from coxswain.control.link import Link
 
@@ -23,11 +22,6 @@ MAX_DELAY_S = 2.0
 
 Notice = Callable[[str], None]
 """Told what happened to a connection once there was one: `lost`, `back`, `closed` or the text of an error."""
-
-
-def public_urls(connection: Connection) -> str:
-    """Where NATS is, for messages and logs: without the user, password or token that a URL may carry."""
-    return ", ".join(re.sub(r"//[^@/]*@", "//", url) for url in connection.urls)
 
 
 def next_server(servers: list[Server], last: str | None) -> tuple[Server, float]:
@@ -109,7 +103,7 @@ async def open_link(
             await nc.close()
     why = str(attempt.exception()) if not attempt.cancelled() and attempt.exception() else ""
     raise UnreachableError(
-        f"NATS cannot be reached at {public_urls(connection)}: "
+        f"NATS cannot be reached at {without_users(', '.join(connection.urls))}: "
         f"{why or (failures[-1] if failures else f'no answer within {timeout_s:g} s')}. "
         "Start nats-server, or set COX_NATS_URL (and COX_NATS_CREDS or _NKEY where it asks who you are).",
     )

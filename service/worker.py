@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from coxswain.common.connection import DEFAULT_URL
-from coxswain.common.logs import redact
+from coxswain.common.connection import DEFAULT_URL, without_users
 from coxswain.service import keys, plugin
 from coxswain.service.config import SettingRefusedError, Settings
 from coxswain.service.edge.core import EdgeSettings
@@ -97,8 +96,11 @@ class Launch(NamedTuple):
 
     def text(self) -> str:
         """The launch as a shell command, passwords in addresses blanked."""
-        shown = redact(None, "", dict(self.env))
-        lines = [f"{name}={shlex.quote(str(value))}" for name, value in shown.items()]
+        shown = {
+            name: without_users(value) if name == "COX_NATS_URL" else value
+            for name, value in self.env.items()
+        }
+        lines = [f"{name}={shlex.quote(value)}" for name, value in shown.items()]
         return " \\\n".join([*lines, shlex.join(["vllm", *self.argv])]) + "\n"
 
 

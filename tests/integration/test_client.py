@@ -179,7 +179,7 @@ async def test_no_server_says_what_to_do() -> None:
         await Client.connect(Connection(urls=("nats://127.0.0.1:9",)), timeout_s=5.0)
     assert time.monotonic() - began < 2.0
     with pytest.raises(UnreachableError) as told:
-        await Client.connect(Connection(urls=("nats://me:secret@127.0.0.1:9",)))
+        await Client.connect(Connection(urls=("nats://me:secret@127.0.0.1:9", "me:x@secret@127.0.0.1:9")))
     assert "secret" not in str(told.value)
     with pytest.raises(UnreachableError, match=r"missing\.pem"):
         await Client.connect(Connection(ca="missing.pem"))

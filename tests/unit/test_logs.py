@@ -3,7 +3,7 @@
 import io
 import json
 
-from coxswain.common.logs import REDACTED, get_logger
+from coxswain.common.logs import REDACTED, get_logger, redact
 
 
 def test_json_lines_without_a_terminal() -> None:
@@ -37,6 +37,10 @@ def test_secrets_do_not_reach_the_log() -> None:
     assert "t0p" not in out.getvalue()
     assert line["error"] == f"no: nats://{REDACTED}@h:1"
     assert line["output_tokens"] == 7
+    assert (
+        redact(None, "", {"error": "nats://me:p@t0p@h:1,h:2 c@h"})["error"]
+        == f"nats://{REDACTED}@h:1,h:2 c@h"
+    )
 
 
 def test_exceptions_say_what_and_where() -> None:

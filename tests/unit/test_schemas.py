@@ -460,8 +460,12 @@ def test_an_empty_environment_means_this_machine():
 
 
 @pytest.mark.parametrize(
-    "url", ["::::", "nats://", "nats://host:99999", "nats://host:0", "nats://[::1", "nats://u:hunter2@host:x"]
-)
+    "url",
+    [
+        "::::", "nats://", "nats://host:99999", "nats://host:0", "nats://[::1", "nats://u:hunter2@host:x",
+        "nats://u:hunter2/x@host",
+    ],
+)  # fmt: skip
 def test_an_address_that_is_none_is_refused_by_its_place(url):
     """What cannot be an address is refused with its place in the list, and without the secret in it."""
     with pytest.raises(AddressRefusedError, match="address 2 of 2") as refused:

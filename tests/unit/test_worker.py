@@ -167,9 +167,13 @@ def test_bad_name_is_refused_before_anything_starts(argv: tuple[str, ...]) -> No
         plan("m", *argv)
 
 
-def test_dry_run_text_hides_passwords() -> None:
-    """The printed command can be pasted into a ticket."""
-    text = plan("m", "--nats", "nats://me:hunter2@h:4222", "--served-model-name", "two words").text()
+@pytest.mark.parametrize(
+    "address",
+    ["nats://me:hunter2@h:4222", "me:hunter2@h:4222", "nats://h,hunter2@h", "nats://me:x@hunter2@h"],
+)
+def test_dry_run_text_hides_passwords(address: str) -> None:
+    """The printed command can be pasted into a ticket, whether or not an address has a scheme, or a password an `@`."""
+    text = plan("m", "--nats", address, "--served-model-name", "two words").text()
     assert "hunter2" not in text
     assert "'two words'" in text
     assert text.startswith("COX_NATS_URL=")
