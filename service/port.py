@@ -40,6 +40,9 @@ EVENT_ROOM = MAX_OUTBOUND - 8_192
 """Events stop here, so that a storm of them never costs a reply or a frame."""
 
 
+# Structs cross to a bus of its own process as they are; `bus/wire.py` says how the others do.
+
+
 class CommandIn(NamedTuple):
     """A well-formed command on its way to the engine; `token` is the bus's own handle for the reply."""
 
@@ -58,13 +61,13 @@ class QueryIn(NamedTuple):
     token: Any
 
 
-class LeadIn(NamedTuple):
+class LeadIn(Struct, tag="lead", array_like=True, gc=False):
     """A leader's heartbeat, as heard now."""
 
     lead: Lead
 
 
-class ReplyOut(NamedTuple):
+class ReplyOut(Struct, tag="reply", array_like=True, gc=False):
     """The answer to a `CommandIn`; `reply.code` is set on refusal."""
 
     token: Any
@@ -107,7 +110,7 @@ class Draft(NamedTuple):
     charges: Sequence[Charge] = ()
 
 
-class FrameOut(NamedTuple):
+class FrameOut(Struct, tag="frame", array_like=True, gc=False):
     """A status frame. `idle` says that the engine goes to sleep after it: the bus repeats it until the next one."""
 
     draft: Draft
@@ -123,7 +126,7 @@ class AnswerOut(NamedTuple):
 
 
 class EventOut(Struct, tag="event", array_like=True, gc=False):
-    """An event for the log; the bus puts it into its envelope. It crosses to a bus of its own process as it is."""
+    """An event for the log; the bus puts it into its envelope."""
 
     kind: str
     """One of `events.KINDS`."""

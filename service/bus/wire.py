@@ -9,10 +9,9 @@ from typing import Final
 
 import msgspec
 
-from coxswain.schemas.commands import COMMANDS, Command, Reply
+from coxswain.schemas.commands import COMMANDS, Command
 from coxswain.schemas.commands import encode as encode_json
 from coxswain.schemas.errors import Code, RefusedError
-from coxswain.schemas.policy import Lead
 from coxswain.schemas.status import QueueQuery, RequestQuery
 from coxswain.service.config import Settings
 from coxswain.service.port import (
@@ -55,13 +54,6 @@ class End(_Message, tag="end"):
     within_s: float
 
 
-class ReplyUp(_Message, tag="reply"):
-    """A `ReplyOut`."""
-
-    token: str
-    reply: Reply
-
-
 class AnswerUp(_Message, tag="answer"):
     """An `AnswerOut`: a draft, a refusal, or JSON that is ready."""
 
@@ -69,13 +61,6 @@ class AnswerUp(_Message, tag="answer"):
     draft: Draft | None
     refused: tuple[int, str] | None
     ready: bytes
-
-
-class FrameUp(_Message, tag="frame"):
-    """A `FrameOut`."""
-
-    draft: Draft
-    idle: bool
 
 
 class FullUp(_Message, tag="full"):
@@ -103,12 +88,6 @@ class QueryDown(_Message, tag="query"):
     token: str
 
 
-class LeadDown(_Message, tag="lead"):
-    """A `LeadIn`."""
-
-    lead: Lead
-
-
 class State(_Message, tag="state"):
     """Down, whenever it changes and as a sign of life: how the bus is."""
 
@@ -122,10 +101,11 @@ class State(_Message, tag="state"):
     """How often it has missed something that the engine told."""
 
 
-Up = ReplyUp | AnswerUp | FrameUp | EventOut | FullUp | Begin | End
+OutboundUp = ReplyOut | AnswerUp | FrameOut | EventOut
 """An event arrives with its fields as plain data, which is JSON the same."""
-Item = CommandDown | QueryDown | LeadDown
-Down = Item | State
+Up = OutboundUp | FullUp | Begin | End
+InboundDown = CommandDown | QueryDown | LeadIn
+Down = InboundDown | State
 
 
 class Batch(_Message):
@@ -178,39 +158,29 @@ def read_down(body: bytes) -> Down:
     return message
 
 
-def up(item: Outbound) -> Up:
+def up(item: Outbound) -> OutboundUp:
     """An item of the engine, to be sent."""
-    match item:
-        case EventOut():
-            return item
-        case FrameOut(draft, idle):
-            return FrameUp(draft, idle)
-        case ReplyOut(token, reply):
-            return ReplyUp(token, reply)
-        case AnswerOut(token, answer):
-            if isinstance(answer, Draft):
-                return AnswerUp(token, answer, None, b"")
-            if isinstance(answer, RefusedError):
-                return AnswerUp(token, None, (int(answer.code), answer.message), b"")
-            return AnswerUp(token, None, None, encode_json(answer))
+    if not isinstance(item, AnswerOut):
+        return item
+    token, answer = item
+    if isinstance(answer, Draft):
+        return AnswerUp(token, answer, None, b"")
+    if isinstance(answer, RefusedError):
+        return AnswerUp(token, None, (int(answer.code), answer.message), b"")
+    return AnswerUp(token, None, None, encode_json(answer))
 
 
-def from_up(message: ReplyUp | AnswerUp | FrameUp | EventOut) -> Outbound:
+def from_up(message: OutboundUp) -> Outbound:
     """The item that the engine sent."""
-    match message:
-        case EventOut():
-            return message
-        case FrameUp(draft, idle):
-            return FrameOut(draft, idle)
-        case ReplyUp(token, reply):
-            return ReplyOut(token, reply)
-        case AnswerUp(token, draft, refused, ready):
-            if refused is not None:
-                return AnswerOut(token, RefusedError(Code(refused[0]), refused[1]))
-            return AnswerOut(token, msgspec.Raw(ready) if draft is None else draft)
+    if not isinstance(message, AnswerUp):
+        return message
+    if message.refused is not None:
+        code, text = message.refused
+        return AnswerOut(message.token, RefusedError(Code(code), text))
+    return AnswerOut(message.token, msgspec.Raw(message.ready) if message.draft is None else message.draft)
 
 
-def down(item: Inbound) -> Item:
+def down(item: Inbound) -> InboundDown:
     """An item for the engine, to be sent."""
     match item:
         case CommandIn(role, verb, command, ignored, token):
@@ -218,11 +188,11 @@ def down(item: Inbound) -> Item:
         case QueryIn(what, query, token):
             queue = query if isinstance(query, QueueQuery) else None
             return QueryDown(what, queue, query if isinstance(query, RequestQuery) else None, token)
-        case LeadIn(lead):
-            return LeadDown(lead)
+        case LeadIn():
+            return item
 
 
-def from_down(message: Item) -> Inbound:
+def from_down(message: InboundDown) -> Inbound:
     """The item for the engine."""
     match message:
         case CommandDown(role, verb, command, ignored, token):
@@ -230,5 +200,5 @@ def from_down(message: Item) -> Inbound:
             return CommandIn(role, verb, decoded, ignored, token)
         case QueryDown(what, queue, request, token):
             return QueryIn(what, queue or request, token)
-        case LeadDown(lead):
-            return LeadIn(lead)
+        case LeadIn():
+            return message
