@@ -72,8 +72,10 @@ class NatsClient(Client):
         )
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if self.options.get("tls") and not info.get("tls_required"):
-            raise Error("the server offers no TLS, and COX_NATS_CA or _CERT asks for it")
+        server = self._current_server
+        asked = self.options.get("tls") or (server is not None and server.uri.scheme == "tls")
+        if asked and not info.get("tls_required"):
+            raise Error("the server offers no TLS, and its address (tls://), COX_NATS_CA or _CERT asks for it")
         await super()._process_info(info, initial_connection)
 
     async def _process_op_err(self, e: Exception) -> None:

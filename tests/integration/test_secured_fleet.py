@@ -17,6 +17,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from coxswain.common.connection import Connection
@@ -146,6 +147,7 @@ async def test_tls_is_never_given_up(tls: tuple[Secured, str], plain: Secured, t
         (server.at("viewer", ca=str(strange)), "(?i)certificate"),
         (server.at("viewer"), "(?i)certificate"),
         (plain.at("viewer", ca=ca), "offers no TLS"),
+        (replace(plain.at("viewer"), urls=(plain.nats.url.replace("nats:", "tls:"),)), "offers no TLS"),
     ):
         with pytest.raises(UnreachableError, match=why):
             await Client.connect(connection, timeout_s=5)
