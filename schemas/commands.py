@@ -5,6 +5,7 @@ One struct per verb; `decode` turns a payload into the struct and the names of f
 """
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -227,14 +228,10 @@ def _ignored(raw: dict[str, Any], struct: type[Command]) -> tuple[str, ...]:
 
 
 def _unknown(raw: dict[str, Any], struct: type[msgspec.Struct], path: str) -> list[str]:
-    known = _known_fields(struct)
+    known = _fields(struct)
     return [] if raw.keys() <= known else [path + str(name)[:128] for name in raw if name not in known]
 
 
-_FIELDS: dict[type[msgspec.Struct], frozenset[str]] = {}
-
-
-def _known_fields(struct: type[msgspec.Struct]) -> frozenset[str]:
-    if struct not in _FIELDS:
-        _FIELDS[struct] = frozenset(struct.__struct_encode_fields__)
-    return _FIELDS[struct]
+@cache
+def _fields(struct: type[msgspec.Struct]) -> frozenset[str]:
+    return frozenset(struct.__struct_encode_fields__)

@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
-from coxswain.schemas.names import DEFAULT, Label, TenantName, Token
+from coxswain.schemas.names import DEFAULT, Label, Token
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
@@ -159,18 +159,3 @@ def digest(classes: Mapping[str, ClassPolicy], tenants: Mapping[str, TenantPolic
     """
     text = msgspec.json.encode({"classes": classes, "tenants": tenants}, order="deterministic")
     return hashlib.sha256(text).hexdigest()[:16]
-
-
-__all__ = [
-    "ClassPolicy",
-    "Epoch",
-    "Lead",
-    "LeaseHolder",
-    "Prices",
-    "Sight",
-    "TenantName",
-    "TenantPolicy",
-    "TenantRank",
-    "digest",
-    "plain",
-]
