@@ -75,7 +75,9 @@ class NatsClient(Client):
         server = self._current_server
         asked = self.options.get("tls") or (server is not None and server.uri.scheme == "tls")
         if asked and not info.get("tls_required"):
-            raise Error("the server offers no TLS, and its address (tls://), COX_NATS_CA or _CERT asks for it")
+            raise Error(
+                "the server offers no TLS, and its address (tls://), COX_NATS_CA or _CERT asks for it"
+            )
         await super()._process_info(info, initial_connection)
 
     async def _process_op_err(self, e: Exception) -> None:
