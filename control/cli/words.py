@@ -38,7 +38,8 @@ def count(number: float) -> str:
     if number < 0:
         return "-" + count(-number)
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size and number >= 10_000:  # up to four digits read well as they are
+        # Up to four digits read well as they are; what would be rounded to 1000.0 takes the next unit.
+        if number >= 0.99995 * size and number >= 10_000:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
 

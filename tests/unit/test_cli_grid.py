@@ -83,7 +83,15 @@ def test_durations_use_two_units_at_most(seconds: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (9999, "9999"), (12_345, "12.3k"), (4_500_000, "4.5M"), (-20_000, "-20.0k")],
+    [
+        (0, "0"),
+        (9999, "9999"),
+        (12_345, "12.3k"),
+        (999_940, "999.9k"),
+        (999_960, "1.0M"),
+        (4_500_000, "4.5M"),
+        (-20_000, "-20.0k"),
+    ],
 )
 def test_counts_stay_short(number: float, text: str) -> None:
     """Up to four digits are shown as they are, more with a unit."""
