@@ -113,7 +113,7 @@ command(
     "compare",
     panel=RUN,
     shared=WITHOUT_NATS,
-    example="cox lab compare --suite real --policies fcfs,vtc",
+    example="cox lab compare --suite overload --policies fcfs,vtc,rpm20",
 )(lab.compare)
 command(laboratory, "suites", panel=LOOK, shared=WITHOUT_NATS, example="cox lab suites --json")(lab.suites)
 app.add_typer(laboratory, name="lab", rich_help_panel=RUN)

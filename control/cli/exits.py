@@ -24,7 +24,7 @@ class Exit(IntEnum):
 
 MEANING: Final[dict[Exit, str]] = {
     Exit.DONE: "done",
-    Exit.UNEXPECTED: "unexpected failure (COX_DEBUG=1 shows where), or `cox doctor` found a problem",
+    Exit.UNEXPECTED: "unexpected failure (COX_DEBUG=1 shows where), or `cox doctor` found one",
     Exit.USAGE: "wrong usage",
     Exit.UNREACHABLE: "NATS cannot be reached",
     Exit.NOT_FOUND: "no such worker, request or class; no answer; or `cox init` was not run",
