@@ -156,14 +156,23 @@ class Cox:
         self.out = _console(stderr=False)
         self.err = _console(stderr=True)
 
-    def say(self, text: str | Text, *, break_words: bool = False) -> None:
+    def say(self, text: str | Text, *, hang: int | None = None) -> None:
         """Print for people on stdout; nothing with `--json`.
 
-        Lines that are too long for the terminal are its own to wrap, so that what is copied stays whole; with
-        `break_words` they are broken between words.
+        A line that is too long is the terminal's to wrap, so that what is copied stays whole. With `hang` it is
+        broken between words on a terminal, and what follows is indented by so many cells; an id alone stays whole.
         """
-        if not self.json:
-            self.out.print(_plain(text), soft_wrap=not break_words, highlight=False)
+        if self.json:
+            return
+        text = _plain(text)
+        if hang is not None and self.out.is_terminal:
+            text = Text("\n").join(self._broken(line, hang) for line in text.split("\n", allow_blank=True))
+        self.out.print(text, soft_wrap=True, highlight=False)
+
+    def _broken(self, line: Text, hang: int) -> Text:
+        if line.cell_len <= self.out.width or " " not in line.plain.strip():
+            return line
+        return Text("\n" + " " * hang).join(line.wrap(self.out, max(20, self.out.width - hang)))
 
     def warn(self, text: str) -> None:
         """Print on stderr, with or without `--json`."""

@@ -1,6 +1,5 @@
 """`cox doctor`: what is wrong with this fleet, and how to mend it. Called by `__init__.py`."""
 
-import textwrap
 from typing import Final
 
 from rich.text import Text
@@ -35,21 +34,12 @@ async def doctor(cox: Cox) -> Exit:
     code = code or (Exit.UNEXPECTED if failed else Exit.DONE)
     cox.emit({"fleet": cox.connection.fleet, "healthy": not failed, "findings": findings})
     for each in findings:
-        _say(cox, Text(each.level, _STYLES[each.level]), f"{each.check}: {each.found}")
+        level = (each.level.ljust(_INDENT), _STYLES[each.level])
+        cox.say(Text.assemble(level, printable(f"{each.check}: {each.found}")), hang=_INDENT)
         if each.mend:
-            _say(cox, Text(""), f"mend: {each.mend}")
+            cox.say(" " * _INDENT + each.mend, hang=_INDENT)
     warned = sum(each.level == "warn" for each in findings)
     cox.say(
         f"{plural(failed, 'failure')}, {plural(warned, 'warning')}" if failed or warned else "all is well"
     )
     return code
-
-
-def _say(cox: Cox, level: Text, words: str) -> None:
-    """One line behind its level; on a terminal, what goes over its width stands below itself."""
-    width = cox.out.width - _INDENT if cox.out.is_terminal else len(words) + 1
-    first, *more = textwrap.wrap(printable(words), max(20, width), break_long_words=False) or [""]
-    level.pad_right(_INDENT - len(level))
-    cox.say(level.append(first, "default"))
-    for line in more:
-        cox.say(" " * _INDENT + line)

@@ -73,7 +73,7 @@ def _say(cox: Cox, facts: Text, request: Text) -> None:
     if not cox.out.is_terminal or whole.cell_len <= cox.out.width:
         cox.say(whole)
         return
-    cox.say(facts, break_words=True)
+    cox.say(facts, hang=2)
     if request:
         cox.say(Text("  ").append_text(request))
 

@@ -91,7 +91,7 @@ async def _request(cox: Cox, client: "Client", request: str, since: float | None
             "(`cox init --max-age` sets how long they are kept)",
         )
     cox.emit(told)
-    cox.say(view_explain.story(told, cox.out.width))
+    cox.say(view_explain.story(told, cox.out.width), hang=4)
     return Exit.DONE
 
 
@@ -109,7 +109,7 @@ async def _tenant(cox: Cox, client: "Client", tenant: str, since_s: float) -> Ex
             f"the log has nothing on tenant {tenant} in that time: look further back (--since)",
         )
     cox.emit(found)
-    cox.say(view_explain.slow(found, cox.out.width))
+    cox.say(view_explain.slow(found, cox.out.width), hang=4)
     return Exit.DONE
 
 

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 def policies(cox: Cox) -> Exit:
     """Show the installed policies: what each does and its parameters, with their defaults.
 
-    A parameter is given as `cox controller --policy NAME --set PARAMETER=VALUE`.
+    A parameter is given as `cox controller --policy NAME --set PARAMETER=VALUE`; docs/policies.md explains them.
     """
     from coxswain.control import policy
 
     found = [policy.describe(entry) for entry in policy.available().values()]
     cox.emit({"policies": found})
-    cox.say(Text("\n").join(line for each in found for line in _lines(each)))
+    cox.say(Text("\n").join(line for each in found for line in _lines(each)), hang=4)
     for each in found:
         if each.error:
             cox.warn(f"cox: {each.error}")

@@ -152,7 +152,7 @@ async def _tell(cox: Cox, client: "Client", request: str, workers: list[str]) ->
             "it has finished, or was never there (`cox events --request` reads the log)",
         )
     cox.emit(told)
-    cox.say(view_requests.story(told, time.time()))
+    cox.say(view_requests.story(told, time.time()), hang=4)
     return Exit.DONE
 
 

@@ -353,7 +353,7 @@ async def _send_over(
     verdict = judge(done, noun, targets, replies)
     cox.emit(Outcome(verb=verb, outcome=outcome(verdict), missing=verdict.missing, replies=tuple(replies)))
     for line in verdict.lines:
-        cox.say(line, break_words=True)
+        cox.say(line, hang=2)
     for problem in verdict.problems:
         cox.warn(f"cox: {problem}")
     for reply in replies:

@@ -20,6 +20,7 @@ from coxswain.schemas.events import Event, Finished
 SHOWN: Final = 10
 """Groups of those ahead, and of holds; `--json` has all."""
 BAR: Final = 40
+"""Cells at most."""
 
 _AHEAD: Final = (
     Column(title="ADMITTED", right=True),
@@ -52,7 +53,7 @@ def _child(told: Story, child: ChildStory, width: int) -> Text:
             ),
             f"{span(total_s)} in all",
         ),
-        _phases(child.queued_s, child.running_s, child.held_s),
+        _phases(child.queued_s, child.running_s, child.held_s, width),
     ]
     if child.ttft_s is not None:
         lines.append(Text(f"  first token after {span(child.ttft_s)}"))
@@ -66,15 +67,20 @@ def _child(told: Story, child: ChildStory, width: int) -> Text:
     return Text("\n").join(lines)
 
 
-def _phases(queued_s: float, running_s: float, held_s: float) -> Text:
-    """A bar of where the time went, and its parts."""
-    total_s = queued_s + running_s + held_s
-    bar, words = Text("  "), []
-    for name, seconds in (("queued", queued_s), ("running", running_s), ("held", held_s)):
+def _phases(queued_s: float, running_s: float, held_s: float, width: int) -> Text:
+    """A bar of where the time went, as long as there is room for, and its parts."""
+    phases = {"queued": queued_s, "running": running_s, "held": held_s}
+    total_s = sum(phases.values())
+    words = Text("  ").join(
+        Text(f"{name} {span(seconds)} ({share(seconds, total_s)})", style=STATE_STYLE[name])
+        for name, seconds in phases.items()
+    )
+    cells = max(0, min(BAR, width - words.cell_len - 6))
+    bar = Text("  ")
+    for name, seconds in phases.items():
         if total_s and seconds:
-            bar.append("━" * max(1, round(BAR * seconds / total_s)), style=STATE_STYLE[name])
-        words.append(Text(f"{name} {span(seconds)} ({share(seconds, total_s)})", style=STATE_STYLE[name]))
-    return bar.append("  ").append_text(Text("  ").join(words))
+            bar.append("━" * max(1, round(cells * seconds / total_s)), style=STATE_STYLE[name])
+    return bar.append("  ").append_text(words)
 
 
 def _ahead(groups: Sequence[Ahead], when: str, width: int) -> list[Text]:
@@ -151,7 +157,7 @@ def slow(found: Slow, width: int) -> Text:
         Text(
             f"  {plural(found.requests, 'request')}, {_ended(found)}, {count(found.output_tokens)} tokens out"
         ),
-        _phases(found.queued_s, found.running_s, found.held_s),
+        _phases(found.queued_s, found.running_s, found.held_s, width),
         Text(f"  time to first token {_quantiles(found.ttft)}"),
         Text(f"  wait for admission  {_quantiles(found.wait)}; {found.waited} had to wait"),
     ]
@@ -199,7 +205,7 @@ def _missing(events: int) -> list[Text]:
         return []
     return [
         Text(
-            f"  {plural(events, 'event')} are missing from the log: this account may be incomplete",
+            f"  {plural(events, 'event')} missing from the log: this account may be incomplete",
             style="yellow",
         )
     ]

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner, Result
 
 from coxswain.control.cli import app
@@ -82,6 +84,17 @@ def test_help_can_be_read_in_80_columns(path: tuple[str, ...]) -> None:
 def test_help_of_a_program_is_its_own(program: str, option: str) -> None:
     """Who asks for it before anything else is shown all that it takes."""
     assert option in _cox(program, "--help").stdout
+
+
+def test_a_long_line_hangs_where_it_is_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal it is broken between words, but for an id, which is to be copied; in a file it is one line."""
+    text = Text.assemble("fail", ("  the leader was not heard for a while", "red"), "\n\n", "r" * 50)
+    cox = Cox(Options())
+    cox.say(text, hang=6)
+    assert capsys.readouterr().out == text.plain + "\n"
+    cox.out = Console(width=30, force_terminal=True, color_system=None)
+    cox.say(text, hang=6)
+    assert capsys.readouterr().out == f"fail  the leader was not\n      heard for a while\n\n{'r' * 50}\n"
 
 
 def test_help_fits_the_terminal() -> None:

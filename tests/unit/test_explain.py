@@ -102,6 +102,9 @@ def test_phases_add_up_to_what_the_bill_says() -> None:
     assert (child.queued_s, child.running_s, child.held_s) == pytest.approx((2.0, 4.0, 5.0))
     assert (bill.queued_s, bill.run_s, bill.held_s) == pytest.approx((2.0, 4.0, 5.0))
     assert child.phase == "finished"
+    text = view_explain.story(tell(mine.request, made), 80).plain
+    [phases] = [line for line in text.splitlines() if "━" in line]
+    assert len(phases) <= 80
 
 
 def test_a_dropped_request_waits_again_when_it_is_continued() -> None:
