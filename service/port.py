@@ -176,6 +176,8 @@ class Port:
         self._wake_engine: Callable[[], None] = _nobody
         self._wake_bus: Callable[[], None] = _nobody
         self._set_alarm: Callable[[], None] = _nobody
+        self.look: Callable[[], None] = _nobody
+        """Called by the engine before it decides on a step: have what has arrived by now handed in (`attach_bus`)."""
         self._bus_told = False
         self._urgent = False
         """Whether more than events waits."""
@@ -280,15 +282,22 @@ class Port:
 
     # The bus's side
 
-    def attach_bus(self, wake: Callable[[], None], set_alarm: Callable[[], None] = _nobody) -> None:
-        """Say how to wake the bus; both are called on the engine thread and must be thread-safe and quick.
+    def attach_bus(
+        self,
+        wake: Callable[[], None],
+        set_alarm: Callable[[], None] = _nobody,
+        look: Callable[[], None] = _nobody,
+    ) -> None:
+        """Say how to wake the bus; all are called on the engine thread and must be thread-safe and quick.
 
         Args:
             wake: items wait, `collect` them.
             set_alarm: `wake_at` is earlier than `alarm_at`.
+            look: `offer` what has arrived, without waiting.
         """
         self._wake_bus = wake
         self._set_alarm = set_alarm
+        self.look = look
 
     def offer(self, item: Inbound) -> bool:
         """Queue an item for the engine and wake it; False if its queue is full (it is not queued).

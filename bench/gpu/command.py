@@ -1,4 +1,4 @@
-"""The command path on a busy engine: from publishing to the reply, which says that the command is in force.
+"""The command path on a busy engine: from publishing until the engine has taken it, which is when it is in force.
 
 Called by `host`. The client is a process of its own (`client`), as operators and controllers are. Beside it:
 step time with and without commands, and with the bus in its process, in a thread, and without any.
@@ -38,9 +38,10 @@ async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str,
             await asyncio.sleep(sizes.ramp_s[many])
             quiet = await _steps(llm, window_s / 2)
             begin = time.perf_counter()
-            spans = await _client(wire, target.name, sizes.commands)
+            found = await _client(wire, target.name, sizes.commands)
             lines = await ask(llm, "meter")
             busy = steps(lines, begin, time.perf_counter())
+            ahead = await ask(llm, "unix_offset")
             bus = {}
             for kind, turn in TURNS:
                 await ask(llm, "connect", kind)
@@ -54,8 +55,10 @@ async def command(llm: Any, wire: Any, sizes: Sizes, *, slots: int) -> dict[str,
             assert target.task is not None
             target.task.cancel()
             await asyncio.gather(target.task, return_exceptions=True)
+    spans = [(sent, taken - ahead) for sent, taken, _ in found]
     return {
-        "slots": slots, "in_force_s": [end - sent for sent, end in spans],
+        "slots": slots, "in_force_s": [taken - sent for sent, taken in spans],
+        "replied_s": [replied - sent for sent, _, replied in found],
         "beyond_a_step_s": beyond_a_step([line[0] for line in lines], spans),
         "steps": quiet, "steps_with_commands": busy, "bus": bus,
     }  # fmt: skip
@@ -66,13 +69,13 @@ def beyond_a_step(ends: list[float], spans: list[tuple[float, float]]) -> list[f
 
     Args:
         ends: when steps ended, in order.
-        spans: when each command was sent, and its reply came.
+        spans: when each command was sent and taken.
     """
     found = []
-    for sent, replied in spans:
-        first, last = bisect_right(ends, sent), bisect_left(ends, replied)
+    for sent, taken in spans:
+        first, last = bisect_right(ends, sent), bisect_left(ends, taken)
         met = ends[max(0, first - 1) : last + 1]
-        found.append(replied - sent - max((after - before for before, after in pairwise(met)), default=0.0))
+        found.append(taken - sent - max((after - before for before, after in pairwise(met)), default=0.0))
     return found
 
 
@@ -83,7 +86,7 @@ async def _steps(llm: Any, seconds: float) -> dict[str, float]:
     return steps(await ask(llm, "meter"), begin, time.perf_counter())
 
 
-async def _client(wire: Any, request: str, count: int) -> list[tuple[float, float]]:
+async def _client(wire: Any, request: str, count: int) -> list[tuple[float, float, float]]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "bench.gpu", "client", request, "--worker", *wire.workers, "--count", str(count),
         stdout=asyncio.subprocess.PIPE, env=dict(os.environ),
@@ -97,4 +100,4 @@ async def _client(wire: Any, request: str, count: int) -> list[tuple[float, floa
             await process.wait()
     if process.returncode:
         raise RuntimeError(f"the client ended with {process.returncode}")
-    return msgspec.json.decode(out, type=list[tuple[float, float]])
+    return msgspec.json.decode(out, type=list[tuple[float, float, float]])

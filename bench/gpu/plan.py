@@ -139,7 +139,7 @@ def units(sizes: Sizes) -> list[Unit]:
     def path(slots: int) -> Unit:
         return Unit(
             name=f"command-{slots}", part="command", side=STEERED, kind="command", fields={"slots": slots},
-            seconds=sizes.ramp_s[slots == many] + 4.5 * sizes.windows_s[slots == many] + 0.03 * sizes.commands + 24.0,
+            seconds=sizes.ramp_s[slots == many] + 4.5 * sizes.windows_s[slots == many] + 0.045 * sizes.commands + 24.0,
         )  # fmt: skip
 
     middle = sizes.budgets[len(sizes.budgets) // 2]

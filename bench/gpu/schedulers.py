@@ -160,6 +160,11 @@ def connected(scheduler: Any, _: Any) -> bool:
     return bool(scheduler.port.connected)
 
 
+def unix_offset(scheduler: Any, _: Any) -> float:
+    """From this machine's `perf_counter` to the clock that replies are stamped by."""
+    return float(scheduler.port.unix_offset) + time.monotonic() - time.perf_counter()
+
+
 def leave(scheduler: Any, _: Any) -> None:
     """Sabotage: what a victim was to compute in its step stays in the prefix cache, as in stock vLLM."""
     scheduler.victims.leaves = lambda _request: scheduler.victims.unmark()
@@ -172,6 +177,7 @@ OPERATIONS = {
     "resize": resize,
     "connect": connect,
     "connected": connected,
+    "unix_offset": unix_offset,
     "leave": leave,
 }
 EngineCore.bench = bench

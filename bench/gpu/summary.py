@@ -222,16 +222,17 @@ def command(part: Parts) -> str:
             )
             for kind in ("process", "thread", "none")
         )
-        beyond = result.get("beyond_a_step_s")
+        beyond, replied = result.get("beyond_a_step_s"), result.get("replied_s")
         rows.append((
             result["slots"], *(quantile(result["in_force_s"], share).text(1e3, 1) for share in (0.5, 0.99)),
             quantile(beyond, 0.99).text(1e3, 1) if beyond else "–",
+            quantile(replied, 0.99).text(1e3, 1) if replied else "–",
             f"{result['steps']['step_ms']:.2f}", f"{result['steps_with_commands']['step_ms']:.2f}",
             f"{process:.2f} / {thread:.2f} / {none:.2f}", f"{process / none:.3f}", f"{thread / none:.3f}",
         ))  # fmt: skip
     head = (
-        "command path: running | in force p50 ms | p99 ms | beyond a step p99 ms | step ms | with commands"
-        " | step ms, bus in a process / a thread / none | process | thread"
+        "command path: running | in force p50 ms | p99 ms | beyond a step p99 ms | replied p99 ms | step ms"
+        " | with commands | step ms, bus in a process / a thread / none | process | thread"
     )
     return table(head, rows)
 

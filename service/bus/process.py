@@ -2,7 +2,9 @@
 
 What the engine says is encoded and sent on its own thread (`outbox.py`). A second thread sleeps until something
 arrives: it hands commands to the engine, keeps its alarm, sends what the socket had no room for, and starts another
-process when one has ended. `child.py` is the other end, `wire.py` what crosses.
+process when one has ended. Before each step the engine's thread looks for commands too: while it works, the other one
+waits for the interpreter, and what came meanwhile would be a whole step late. `child.py` is the other end, `wire.py`
+what crosses.
 """
 
 import contextlib
@@ -68,6 +70,12 @@ class BusProcess:
         self._poke = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stop_at = inf
         self._child: subprocess.Popen[bytes] | None = None
+        self._reading = threading.Lock()
+        """Held by whichever thread reads: of the socket, and of what follows."""
+        self._arrived = select.poll()
+        """Whether there is something to read, for the engine's thread."""
+        self._ours: socket.socket | None = None
+        self._buffer = bytearray()
         self._connected = False
         """What the process said last of NATS."""
         self._beginnings = 0
@@ -87,7 +95,7 @@ class BusProcess:
 
     def start(self) -> None:
         """Start the thread and, on it, the process; returns at once."""
-        self._port.attach_bus(wake=self._send, set_alarm=self._rouse)
+        self._port.attach_bus(wake=self._send, set_alarm=self._rouse, look=self._look)
         self._thread.start()
 
     def stop(self, timeout_s: float = 3.0) -> bool:
@@ -102,6 +110,14 @@ class BusProcess:
     def _send(self) -> None:
         if not self._outbox.send():
             self._rouse()
+
+    def _look(self) -> None:
+        """Take what has arrived, unless the thread is at it. That nobody is there any more, it will see."""
+        if self._arrived.poll(0) and self._reading.acquire(blocking=False):
+            try:
+                self._read()
+            finally:
+                self._reading.release()
 
     def _rouse(self) -> None:
         """Have the thread look at its alarm, at what is unsent and at `_stop_at`."""
@@ -174,6 +190,9 @@ class BusProcess:
                     return f"it cannot be started: {error}"
             try:
                 self._outbox.open(ours, self._begin)
+                with self._reading:
+                    self._ours = ours
+                    self._arrived.register(ours, select.POLLIN)
                 return self._serve(ours) or f"it ended with {self._child.wait(GRACE_S)}"
             except subprocess.TimeoutExpired:
                 return "it closed its socket"
@@ -184,6 +203,11 @@ class BusProcess:
                 self._child = None
 
     def _part(self) -> None:
+        with self._reading:
+            if self._ours is not None:
+                self._arrived.unregister(self._ours)
+            self._ours = None
+            self._buffer.clear()
         self._outbox.close()
         self._connected, self._full_since, self._beginnings = False, inf, 0
         self._port.beginnings += 1  # the next bus knows nothing
@@ -193,7 +217,7 @@ class BusProcess:
 
     def _serve(self, ours: socket.socket) -> str:
         """Serve the process until it ends (then nothing is returned), or must be ended (why)."""
-        poll, buffer, ending = self._poll(), bytearray(), False
+        poll, ending = self._poll(), False
         self._heard_at, self._suspect = time.monotonic(), False
         while time.monotonic() < self._stop_at:
             if self._stop_at < inf and not ending:
@@ -205,8 +229,10 @@ class BusProcess:
                 poll, min(self._heard_at + SILENCE_S, self._full_since + STALL_S, self._stop_at)
             )
             flags = ready.get(ours.fileno(), 0)
-            if flags & ~select.POLLOUT and not self._read(ours, buffer):
-                return ""
+            if flags & ~select.POLLOUT:
+                with self._reading:
+                    if not self._read():
+                        return ""
             if flags & select.POLLOUT:
                 self._outbox.go_on()
             self._look_at_stall()
@@ -235,10 +261,12 @@ class BusProcess:
 
     # From the process
 
-    def _read(self, ours: socket.socket, buffer: bytearray) -> bool:
+    def _read(self) -> bool:
         """Take what has arrived; False if the process is gone."""
+        if self._ours is None:
+            return True
         try:
-            data = ours.recv(READ)
+            data = self._ours.recv(READ)
         except BlockingIOError:
             return True
         except OSError:
@@ -246,8 +274,8 @@ class BusProcess:
         if not data:
             return False
         self._heard_at, self._suspect = time.monotonic(), False
-        buffer += data
-        for body in wire.unpack(buffer):
+        self._buffer += data
+        for body in wire.unpack(self._buffer):
             try:
                 self._take(wire.read_down(body), body)
             except Exception:  # noqa: BLE001 - one message must not end the bus

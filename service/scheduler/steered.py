@@ -147,6 +147,7 @@ class SteeredScheduler(ChoosesVictims, AsyncScheduler):
         if self._hands_over:
             time.sleep(HANDOVER_S)
             self._hands_over = False
+        self.port.look()
         now = self.now()
         if self.port.pending():
             self._drain(now)

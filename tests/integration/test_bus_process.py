@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -124,6 +125,38 @@ async def test_bus_that_was_away_goes_on(nats_server: NatsServer) -> None:
         assert worker.bus.pid == first
         await eventually(lambda: not worker.bus._outbox._kept)
     assert await stored(nats_server.url) == list(range(1, 501))
+
+
+async def test_the_engine_finds_what_the_thread_has_had_no_time_for(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands that came while the engine's thread had the interpreter are in force in its next step."""
+    with Worker(nats_server.url, busy=True) as worker:
+        await worker.connected()
+        held, stuck = threading.Event(), threading.Event()
+        wait = worker.bus._wait
+
+        def late(*args) -> dict[int, int]:
+            ready = wait(*args)
+            stuck.set()
+            held.wait(10)
+            return ready
+
+        monkeypatch.setattr(worker.bus, "_wait", late)
+        worker.bus._rouse()  # out of the wait that it is in, into ours
+        async with await nats.connect(nats_server.url) as client:
+            asked = asyncio.create_task(abort(client, 1))
+            await asyncio.to_thread(stuck.wait, 5)
+            try:
+                await eventually(lambda: worker.bus._arrived.poll(0))
+                assert not worker.port.pending()
+                worker.port.look()
+                assert worker.port.pending() == 1
+                worker.port.look()  # nothing there
+                assert worker.port.pending() == 1
+            finally:
+                held.set()
+                asked.cancel()
 
 
 async def test_alarm_rings_without_a_process(
