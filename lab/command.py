@@ -24,7 +24,7 @@ from coxswain.control.policy import Tables
 from coxswain.lab import report
 from coxswain.lab.bound import gap
 from coxswain.lab.devices import DEVICES
-from coxswain.lab.experiment import Outcome, StuckError
+from coxswain.lab.experiment import Outcome, StuckError, chosen
 from coxswain.lab.experiment import run as run_one
 from coxswain.lab.life import Life
 from coxswain.lab.metrics import Metrics, measure
@@ -93,7 +93,7 @@ def list_suites(cox: Cox) -> None:
 def run(cox: Cox, asked: Asked) -> Exit:
     """Run one policy on one suite and show what came of it."""
     (case,) = _cases(asked)
-    _check_files(asked)
+    _check(asked)
     ((policy, settings),) = asked.policies
     setup = msgspec.structs.replace(case.setup, policy=policy, settings=settings)
     outcome = _run(cox, case, setup)
@@ -120,7 +120,7 @@ def compare(cox: Cox, asked: Asked) -> Exit:
     """Run every policy on every suite, and show them beside each other and what was published."""
     documents, cases = [], _cases(asked)
     drawings: list[tuple[Sequence[Life], str, Path]] = []
-    _check_files(asked)
+    _check(asked)
     for case in cases:
         runs = []
         for policy, settings in asked.policies:
@@ -158,7 +158,7 @@ def compare(cox: Cox, asked: Asked) -> Exit:
 
 def _again(cox: Cox, case: Case, asked: Asked, first: Sequence[Metrics]) -> list[dict[str, Any]]:
     """Run everything again with the other seeds; show medians and ranges, beside the first policy with each seed."""
-    runs = {_label(*chosen): [metrics] for chosen, metrics in zip(asked.policies, first, strict=True)}
+    runs = {_label(*each): [metrics] for each, metrics in zip(asked.policies, first, strict=True)}
     documents = []
     for number in range(1, asked.seeds):
         setup = seeded(case.setup, number, asked.seeds)
@@ -279,8 +279,14 @@ def _progress(cox: Cox, what: str, total: int) -> Iterator[Any]:
 # Files and documents
 
 
-def _check_files(asked: Asked) -> None:
-    """Make sure, before anything runs, that what is asked for can be written in the end."""
+def _check(asked: Asked) -> None:
+    """Make sure, before anything runs, that every policy can be made and every file written.
+
+    Raises:
+        CliError, PolicyError: what cannot.
+    """
+    for policy, settings in asked.policies:
+        chosen(Setup(policy=policy, settings=settings))
     try:
         if asked.requests is not None:
             asked.requests.open("a").close()

@@ -68,7 +68,7 @@ def run(arrivals: Sequence[Arrival], setup: Setup, progress: Progress | None = N
         StuckError: requests are left that nothing will ever finish.
     """
     _check(arrivals, setup)
-    make_policy, kind, limit = _chosen(setup)
+    make_policy, kind, limit = chosen(setup)
     agenda = Agenda(START - LEAD_S)
     lives = [Life(arrival=arrival) for arrival in arrivals]
     left = len(lives)
@@ -192,7 +192,12 @@ class _Rpm:
         return True
 
 
-def _chosen(setup: Setup) -> tuple[MakePolicy | None, Kind, _Limit | None]:
+def chosen(setup: Setup) -> tuple[MakePolicy | None, Kind, _Limit | None]:
+    """What makes the policy (None: no controller), whose scheduler runs, and who stands at the door.
+
+    Raises:
+        PolicyError: no such policy, or a setting that it does not take.
+    """
     name, settings = setup.policy, setup.settings
     limit: _Limit | None = None
     if name in STOCK:

@@ -179,6 +179,18 @@ def test_a_mistake_is_said_in_a_line_and_nothing_runs(cox, tmp_path, arguments, 
     assert not done.stdout
 
 
+def test_a_comparison_looks_at_every_policy_before_the_first_one_runs(cox, monkeypatch):
+    """A slip in the last name does not cost the minutes that the others take."""
+    monkeypatch.setattr("coxswain.lab.command.run_one", lambda *_: pytest.fail("it ran"))
+    for policies, says in (
+        ("fcfs,nosuch", "no policy 'nosuch'"),
+        ("fcfs,vtc:wq=many", "wq=many does not fit"),
+    ):
+        done = cox("compare", "--trace", "tiny.csv", "--policies", policies)
+        assert done.exit_code == 2, done.output
+        assert says in " ".join(done.output.split())
+
+
 def test_sentences_break_between_words():
     """On a narrow terminal, with what goes on indented."""
     gap = Gap(most=9.0, between=("a", "b"), bound=20.0, lower=10.0, together_s=60.0, uneven=0.01)
