@@ -36,6 +36,7 @@ from coxswain.service.edge.asgi import EdgeMiddleware
 from coxswain.service.edge.core import OPEN_PATHS, Edge, EdgeSettings
 from coxswain.service.keys import Grant, Keyring
 from coxswain.service.tiny import make_model
+from tests.support.nats import free_port
 from tests.support.secured import Secured, secured
 
 SECRET = "5e" * 32
@@ -228,9 +229,7 @@ def whole(folder: Path) -> Iterator[Whole]:
     admin = keys.add(folder / "keys.json", Grant(tenant="root", admin=True), now=0.0)
     model = make_model(folder / "model")
     (model / "model.safetensors").unlink()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = folder / "worker.log"
     with secured(folder) as nats:
         url = nats.nats.url.replace("//", "//somebody:hunter2-in-url@")

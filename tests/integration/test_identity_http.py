@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pytest
 from coxswain.service import keys, tiny
 from coxswain.service.keys import Grant
 from coxswain.service.worker import MIDDLEWARE
+from tests.support.nats import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -55,9 +55,7 @@ class Server(NamedTuple):
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, Path]]:
     """Run vLLM on a free port until the block ends; its log is in the failure if it does not start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     record, log = folder / "record.jsonl", folder / "server.log"
     record.touch()
     env = {name: value for name, value in os.environ.items() if not name.startswith("COX_")} | {

@@ -6,7 +6,6 @@ A worker on the simulated device behind its real HTTP server, with the real edge
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from coxswain.control.client import Client
 from coxswain.schemas import metrics as names
 from coxswain.schemas.commands import Continue, Preempt, Targets
 from coxswain.schemas.policy import TenantPolicy
+from tests.support.nats import free_port
 from tests.support.otlp import Receiver
 from tests.support.promql import OF_PROMETHEUS, queries, selectors
 from tests.support.serving import FLEET, WORKER, Api, Served, serving
@@ -94,9 +94,7 @@ def eventually(
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """One fleet for all tests of this module."""
     folder = tmp_path_factory.mktemp("metrics")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with (
         pytest.MonkeyPatch.context() as env,
         Receiver() as receiver,

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from coxswain.service.config import SettingRefusedError
 from coxswain.service.simulated.checker import ProtocolViolationError, Rule
 from coxswain.service.simulated.tokens import Vocabulary, seed_of
 from coxswain.service.tiny import make_model
+from tests.support.nats import free_port
 from tests.support.simulated import engine
 
 pytestmark = pytest.mark.vllm
@@ -117,9 +117,7 @@ def test_worker_serves_http_in_seconds(tmp_path: Path) -> None:
     """`cox worker --device simulated` answers without weights, always the same, checked, async, within a grammar."""
     model = make_model(tmp_path / "model")
     (model / "model.safetensors").unlink()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path / "worker.log"
     with log.open("wb") as out:
         worker = subprocess.Popen(

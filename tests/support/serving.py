@@ -3,11 +3,10 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from coxswain.control.client import Client
 from coxswain.control.tables import init
 from coxswain.service import keys
 from coxswain.service.tiny import make_model
-from tests.support.nats import NatsServer
+from tests.support.nats import NatsServer, free_port
 
 WORKER = "cpu-1"
 FLEET = "acceptance"
@@ -80,9 +79,7 @@ def serving(folder: Path, *arguments: str, tenants: tuple[str, ...] = ()) -> Ite
         path = folder / "keys.json"
         given[tenant] = keys.add(path, keys.Grant(tenant=tenant, metrics=True), now=time.time())
         env["COX_KEYS"] = str(path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = folder / "worker.log"
     with log.open("wb") as out:
         worker = subprocess.Popen(
@@ -220,10 +217,3 @@ class Api:
     async def close(self) -> None:
         """Close all connections."""
         await self.client.aclose()
-
-
-async def api_of(served: Served) -> AsyncIterator[Api]:
-    """An API client for one test."""
-    api = Api(served)
-    yield api
-    await api.close()

@@ -12,6 +12,7 @@ from coxswain.control.fleet import Fleet
 from coxswain.control.metrics import STEP_BUCKETS_S, Histogram, Meter, PortTakenError, serve
 from coxswain.schemas import metrics as names
 from tests.support.frames import frame
+from tests.support.nats import free_port
 
 
 def meter() -> Meter:
@@ -66,11 +67,7 @@ def test_a_histograms_buckets_hold_what_is_not_above_them() -> None:
 @pytest.fixture
 def served() -> Iterator[tuple[Meter, str]]:
     """A meter on a port of its own."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     one = meter()
     stop = serve(one, "127.0.0.1", port)
     yield one, f"127.0.0.1:{port}"
