@@ -21,7 +21,9 @@ VERSION: Final = 1
 MAX_BYTES: Final = 4 << 30
 """A recording ends here: whoever forgot it keeps a disk that is not full."""
 LEAD_IN_S: Final = 2.0
-"""From so long before a place the frames must be read to know how all was there: whole ones come every second."""
+"""From so long before a place the frames are read at least, to know how all was there: full ones come every second."""
+MAX_LEAD_IN_S: Final = 32.0
+"""And at most: where they cost much, every 30 s."""
 
 
 class RecordingError(ControlError):
@@ -43,14 +45,20 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     frame: Frame
 
 
-class _At(msgspec.Struct):
+class _FrameHead(msgspec.Struct):
+    worker: str
+    full: bool
+
+
+class _LineHead(msgspec.Struct):
     at: float
+    frame: _FrameHead
 
 
 _encode: Final = msgspec.json.Encoder().encode
 _decode_head: Final = msgspec.json.Decoder(Head).decode
 _decode_line: Final = msgspec.json.Decoder(Line).decode
-_decode_at: Final = msgspec.json.Decoder(_At).decode
+_decode_line_head: Final = msgspec.json.Decoder(_LineHead).decode
 
 
 class Recorder:
@@ -124,6 +132,7 @@ class Recording:
         self._times: list[float] = []
         self._offsets: list[int] = []
         self._place = 0
+        self._lead_in_s = LEAD_IN_S
         try:
             self.fleet = self._head().fleet
             self._index()
@@ -162,7 +171,7 @@ class Recording:
 
     def seek(self, at: float) -> None:
         """Go to a place so far before `at` that what is read from there tells all that was known at `at`."""
-        self._place = bisect_right(self._times, at - LEAD_IN_S)
+        self._place = bisect_right(self._times, at - self._lead_in_s)
 
     def _head(self) -> Head:
         try:
@@ -175,15 +184,22 @@ class Recording:
 
     def _index(self) -> None:
         offset = self._file.tell()
+        full_at: dict[str, float] = {}
+        """When each worker's last full frame came."""
         for line in self._file:
             try:
-                at = _decode_at(line).at
+                head = _decode_line_head(line)
             except UNREADABLE:  # the last line of a recording that was cut off, as a rule
                 offset += len(line)
                 continue
             # A clock that was set back must not hide what follows.
-            self._times.append(max(at, self._times[-1] if self._times else at))
+            at = max(head.at, self._times[-1] if self._times else head.at)
+            self._times.append(at)
             self._offsets.append(offset)
             offset += len(line)
+            if head.frame.full:
+                apart_s = at - full_at.get(head.frame.worker, at)
+                self._lead_in_s = max(self._lead_in_s, min(apart_s + LEAD_IN_S, MAX_LEAD_IN_S))
+                full_at[head.frame.worker] = at
         if not self._times:
             raise RecordingError(f"{self._file.name} has no frame in it")

@@ -13,12 +13,14 @@ from tests.support.frames import frame, request, row
 NOW = 1_700_000_000.0
 
 
-def recorded(path: Path, count: int = 20) -> Path:
+def recorded(path: Path, count: int = 20, full_every: int = 1) -> Path:
     """A frame a second: every request of them runs, one more in each."""
     with Recorder(path, "main", NOW) as recorder:
         for n in range(count):
-            requests = tuple(request(f"r{i}") for i in range(n))
-            recorder.write(frame("w1", "01A", n, row("a", running=n), requests=requests), NOW + n)
+            full = n % full_every == 0
+            requests = tuple(request(f"r{i}") for i in range(n) if full or i == n - 1)
+            made = frame("w1", "01A", n, row("a", running=n), requests=requests, full=full)
+            recorder.write(made, NOW + n)
     return path
 
 
@@ -31,11 +33,14 @@ def test_a_recording_gives_the_frames_that_were_recorded(tmp_path: Path) -> None
         assert list(played.read(NOW + 99)) == []
 
 
-@pytest.mark.parametrize("at", [0.0, 4.5, 12.0, 19.0])
-def test_what_is_read_from_any_place_tells_all_that_was_known_there(tmp_path: Path, at: float) -> None:
-    """A fresh overview sees what one that saw everything sees."""
+@pytest.mark.parametrize("full_every", [1, 8], ids="full frames {} s apart".format)
+@pytest.mark.parametrize("at", [0.0, 4.5, 12.0, 15.5, 19.0])
+def test_what_is_read_from_any_place_tells_all_that_was_known_there(
+    tmp_path: Path, at: float, full_every: int
+) -> None:
+    """A fresh overview sees what one that saw everything sees, also of a worker whose full frames come seldom."""
     pictures = []
-    with Recording(recorded(tmp_path / "r.jsonl")) as played:
+    with Recording(recorded(tmp_path / "r.jsonl", full_every=full_every)) as played:
         for jump in (False, True):
             overview = Overview("main")
             played.seek(NOW + at if jump else NOW)
