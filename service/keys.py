@@ -190,7 +190,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _save(path: Path, rows: tuple[Key, ...]) -> None:
-    save(path, msgspec.json.format(msgspec.json.encode(KeysFile(keys=rows)), indent=1) + b"\n")
+    """Replace the file; workers that could read it still can."""
+    content = msgspec.json.format(msgspec.json.encode(KeysFile(keys=rows)), indent=1) + b"\n"
+    save(path, content, like=path.stat() if path.exists() else None)
 
 
 def add(path: Path, grant: Grant, *, now: float) -> str:

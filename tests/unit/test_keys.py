@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import stat
 from pathlib import Path
 
 import msgspec
@@ -113,6 +114,20 @@ def test_logs_show_neither_keys_nor_hashes(file: Path) -> None:
     assert written.count("keys.loaded") == 1
     assert key not in written
     assert keys.digest(key) not in written
+
+
+def test_file_stays_readable_to_those_it_was_readable_to(file: Path) -> None:
+    """Workers run as another user than whoever adds and revokes keys: a revoked key must not live on for that."""
+    key = keys.add(file, Grant(tenant="acme"), now=1.0)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(file, -1, 12_345)
+    before = file.stat()
+    keys.add(file, Grant(tenant="other-one"), now=2.0)
+    keys.revoke(file, key.removeprefix(keys.PREFIX).partition("-")[0])
+    after = file.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
 def test_file_that_others_may_write_is_refused(file: Path) -> None:
