@@ -7,7 +7,7 @@ while it hears nothing, what it heard last stands, and where it never heard anyt
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from nats.aio.msg import Msg
 
 from coxswain.common.connection import Connection
 from coxswain.common.logs import get_logger
+from coxswain.common.nats_client import NatsClient
 from coxswain.common.throttle import Throttle
 from coxswain.schemas.errors import UNREADABLE
 from coxswain.schemas.subjects import Subjects
@@ -25,11 +26,12 @@ from coxswain.service.edge.caps import EdgeCaps
 from coxswain.service.edge.metrics import EdgeMetrics
 from coxswain.service.edge.views import EdgeFrame
 
-PENDING_MESSAGES: Final = 256
-PENDING_BYTES: Final = 32 * 1024 * 1024
-"""What may wait while the server is busy; what comes then is dropped, and repaired by the next full frame."""
+PENDING_FRAMES: Final = 256
+"""Frames that may wait while the server is busy; beyond it they are dropped, which the next full frame repairs."""
 PENDING_EVENTS: Final = 16_384
-"""The same of events, which come many at once; of those dropped, spans lack a piece."""
+"""Events that may wait, since many come at once; the spans of those dropped lack a piece."""
+PENDING_BYTES: Final = 32 * 1024 * 1024
+"""Bytes of either."""
 LOG_PERIOD_S: Final = 60.0
 
 _decode = msgspec.json.Decoder(EdgeFrame).decode
@@ -92,17 +94,10 @@ class EdgeStatus:
         try:
             subjects = Subjects(self._connection.fleet)
             for worker in sorted(self.caps.workers):
-                heard: dict[str, Callable[[Msg], Awaitable[None]]] = {
-                    subjects.status(worker): self._on_status
-                }
+                await self._subscribe(client, subjects.status(worker), self._hear_status, PENDING_FRAMES)
                 if self.traces is not None:
-                    heard[subjects.event(worker, "*")] = self._on_event
-                for subject, hear in heard.items():
-                    await client.subscribe(
-                        subject,
-                        cb=hear,
-                        pending_msgs_limit=PENDING_MESSAGES if hear == self._on_status else PENDING_EVENTS,
-                        pending_bytes_limit=PENDING_BYTES,
+                    await self._subscribe(
+                        client, subjects.event(worker, "*"), self.traces.heard, PENDING_EVENTS
                     )
             self._say(reachable=True)
             await lost.wait()
@@ -110,24 +105,26 @@ class EdgeStatus:
         finally:
             await close(client)
 
-    async def _on_status(self, msg: Msg) -> None:
-        try:
-            seen = _decode(msg.data)
-            self.caps.heard(seen, time.monotonic())
-            if seen.worker in self.caps.workers:
-                self.metrics.latest.keep(seen, msg.data, time.time())
-        except UNREADABLE as error:
-            self._on_error(error)
-        except Exception:  # noqa: BLE001 - one bad frame must not end the subscription
-            self._log.exception("edge.frame_failed", subject=msg.subject)
+    async def _subscribe(
+        self, client: NatsClient, subject: str, hear: Callable[[bytes], None], most: int
+    ) -> None:
+        async def guarded(msg: Msg) -> None:
+            try:
+                hear(msg.data)
+            except UNREADABLE as error:
+                self._on_error(error)
+            except Exception:  # noqa: BLE001 - one bad message must not end the subscription
+                self._log.exception("edge.message_failed", subject=msg.subject)
 
-    async def _on_event(self, msg: Msg) -> None:
-        try:
-            self.traces.heard(msg.data)
-        except UNREADABLE as error:
-            self._on_error(error)
-        except Exception:  # noqa: BLE001 - one bad event must not end the subscription
-            self._log.exception("edge.event_failed", subject=msg.subject)
+        await client.subscribe(
+            subject, cb=guarded, pending_msgs_limit=most, pending_bytes_limit=PENDING_BYTES
+        )
+
+    def _hear_status(self, payload: bytes) -> None:
+        seen = _decode(payload)
+        self.caps.heard(seen, time.monotonic())
+        if seen.worker in self.caps.workers:
+            self.metrics.latest.keep(seen, payload, time.time())
 
     def _say(self, *, reachable: bool, **why: str) -> None:
         """Log once per change of state."""
