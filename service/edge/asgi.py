@@ -37,12 +37,7 @@ ticket: Final[ContextVar[Ticket | None]] = ContextVar("coxswain_ticket", default
 """The request being handled; tasks that it starts (streams, background responses) inherit it."""
 
 
-ENDS: Final = Refusal(
-    503,
-    "ServiceUnavailableError",
-    "this server is shutting down: send new requests elsewhere",
-    DRAINING_RETRY_S,
-)
+ENDS: Final = Refusal(503, "this server is shutting down: send new requests elsewhere", DRAINING_RETRY_S)
 
 
 class EdgeMiddleware:

@@ -31,12 +31,7 @@ SWEEP_S: Final = 0.1
 RETRY_S: Final = (1, 60)
 """Least and most that Retry-After says."""
 DRAINING_RETRY_S: Final = 10
-DRAINS: Final = Refusal(
-    503,
-    "ServiceUnavailableError",
-    "this server is draining: send new requests elsewhere",
-    DRAINING_RETRY_S,
-)
+DRAINS: Final = Refusal(503, "this server is draining: send new requests elsewhere", DRAINING_RETRY_S)
 
 
 class Passage:
@@ -323,7 +318,6 @@ def _too_many(who: str, count: int, load: Load) -> Refusal:
     retry_s = min(max(ceil(load.oldest_s / max(count, 1)), least), most)
     return Refusal(
         429,
-        "RateLimitError",
         f"{who} has {count} requests waiting here, and at most {load.cap} may (max_queued): try again in {retry_s} s",
         retry_s,
     )

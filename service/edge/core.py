@@ -71,22 +71,34 @@ _INT: Final = re.compile(rb"[+-]?[0-9]{1,10}")
 _HEADER_NAME: Final = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,128}")
 
 
+_KINDS: Final = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    429: "RateLimitError",
+    503: "ServiceUnavailableError",
+}
+
+
 class Refusal(NamedTuple):
     """An HTTP answer instead of the request: a status and an OpenAI-style error."""
 
     status: int
-    kind: str
-    """The error's `type`."""
     message: str
     retry_after_s: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """The error's `type`."""
+        return _KINDS[self.status]
 
 
 class RefusedRequestError(Exception):
     """The request may not pass; `refusal` is the answer."""
 
-    def __init__(self, status: int, kind: str, message: str) -> None:
+    def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
-        self.refusal = Refusal(status, kind, message)
+        self.refusal = Refusal(status, message)
 
 
 class Ticket(NamedTuple):
@@ -227,15 +239,13 @@ class Edge:
             if name not in self._ours:
                 kept.append((name, value))
             elif name in taken and name != ID_HEADER:
-                raise RefusedRequestError(400, "BadRequestError", f"header {name.decode()} is given twice")
+                raise RefusedRequestError(400, f"header {name.decode()} is given twice")
             else:
                 taken[name] = value
         grant = self._who(kept, taken, peer)
         if self._keys is not None and not grant.admin and not is_api(path):
             raise RefusedRequestError(
-                403,
-                "PermissionDeniedError",
-                "this path is not part of the serving API: it needs a key with `admin`",
+                403, "this path is not part of the serving API: it needs a key with `admin`"
             )
         class_ = _class(grant, taken.get(CLASS_HEADER))
         public = request_id.make(self._key, grant.tenant, class_, ulid)
@@ -258,15 +268,11 @@ class Edge:
         key = _secret(headers)
         if key is None:
             raise RefusedRequestError(
-                401,
-                "AuthenticationError",
-                "no API key: send it as `Authorization: Bearer …` or `x-api-key: …`",
+                401, "no API key: send it as `Authorization: Bearer …` or `x-api-key: …`"
             )
         grant = self._keys.find(key)
         if grant is None:
-            raise RefusedRequestError(
-                401, "AuthenticationError", "this API key is not known here, or was revoked"
-            )
+            raise RefusedRequestError(401, "this API key is not known here, or was revoked")
         return grant
 
     def _trusts(self, peer: str | None) -> bool:
@@ -317,9 +323,7 @@ def _tenant(value: bytes) -> str:
     try:
         return check_client(value.decode())
     except (UnicodeDecodeError, NameRefusedError) as error:
-        raise RefusedRequestError(
-            400, "BadRequestError", f"the tenant header is not allowed: {error}"
-        ) from error
+        raise RefusedRequestError(400, f"the tenant header is not allowed: {error}") from error
 
 
 def _class(grant: Grant, asked: bytes | None) -> str:
@@ -328,14 +332,12 @@ def _class(grant: Grant, asked: bytes | None) -> str:
     try:
         name = check_token("class", asked.decode("latin-1"))
     except NameRefusedError as error:
-        raise RefusedRequestError(400, "BadRequestError", f"X-Cox-Class: {error}") from error
+        raise RefusedRequestError(400, f"X-Cox-Class: {error}") from error
     if grant.classes is None or name == grant.class_ or name in grant.classes:
         return name
     allowed = ", ".join(sorted({*grant.classes, *filter(None, (grant.class_,))})) or "none"
     raise RefusedRequestError(
-        403,
-        "PermissionDeniedError",
-        f"X-Cox-Class: class {name!r} is not allowed for this key; allowed: {allowed}",
+        403, f"X-Cox-Class: class {name!r} is not allowed for this key; allowed: {allowed}"
     )
 
 
@@ -344,8 +346,6 @@ def _priority(grant: Grant, asked: bytes | None) -> int | None:
         return None
     if not _INT.fullmatch(asked) or not INT32_MIN <= int(asked) <= INT32_MAX:
         raise RefusedRequestError(
-            400,
-            "BadRequestError",
-            f"X-Vllm-Priority: a whole number from {INT32_MIN} to {INT32_MAX} is allowed",
+            400, f"X-Vllm-Priority: a whole number from {INT32_MIN} to {INT32_MAX} is allowed"
         )
     return min(max(int(asked), grant.priority_min), grant.priority_max)
