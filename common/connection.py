@@ -21,13 +21,13 @@ DEFAULT_URL: Final = "nats://127.0.0.1:4222"
 DEFAULT_FLEET: Final = "main"
 PING_INTERVAL_S: Final = 1.5
 MAX_PINGS: Final = 2
-"""A server that is silent for (MAX_PINGS + 1) x PING_INTERVAL_S, less at most one interval, is given up. So whoever is
-connected to a frozen one of several has found another before workers give their leader up, which is after 5 s. Shorter
-would win nothing: a leader that cannot renew its lease has lost it by then. Our own stalls count once, however long."""
+"""A server that is silent for (MAX_PINGS + 1) x PING_INTERVAL_S, less at most one interval, is given up. So a client of
+a frozen server has moved to another before workers give up their leader, which is after 5 s. Shorter would gain
+nothing: a leader that cannot renew its lease has lost it by then. A stall of our own counts as one, however long."""
 
 _USER: Final = re.compile(r"[^/,\s]+@")
 _SEED: Final = re.compile("S[A-Z2-7]{40}")
-"""What may be an nkey seed, put where the path of its file belongs: never to be shown."""
+"""What may be an nkey seed, given in place of its file's path: never to be shown."""
 
 
 class AddressRefusedError(ValueError):
@@ -95,8 +95,8 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `nats.connect`, without TLS (see `tls`).
 
-        With an nkey, answers go to an inbox that has our public key in its name: only we may hear it, and
-        nobody need be told its prefix.
+        With an nkey, answers go to an inbox that has our public key in its name: only we may subscribe to it, and its
+        prefix needs no setting.
 
         Raises:
             IdentityRefusedError: the seed's file cannot be read or has none.

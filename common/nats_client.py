@@ -1,6 +1,6 @@
-"""nats-py's client with the habits that nobody of ours may lack: TLS where asked for, an orderly end, and open ears.
+"""nats-py's client as all of ours need it: TLS where it is asked for, an orderly end, and no message that stops it.
 
-Called by `service/bus/connect.py` and `control/link.py`, which have more habits, each its own.
+Called by `service/bus/connect.py` and `control/link.py`, which add what only their side needs.
 """
 
 import re
@@ -20,9 +20,9 @@ _LINES: Final = {
 }
 """How a message begins: to nats-server only a space or a tab ends a name. nats-py's own patterns also take \\r, \\v and
 \\f for space: the rest of such a subject becomes the number of a subscription, or a line that it gives up at. Whoever
-may publish anywhere could have a message taken for one from where they may not."""
+may publish at all could pass a message off as one on a subject that is closed to them."""
 _LOST: Final = sorted(_LINES.keys() - set(parser.Parser.parse.__code__.co_names))
-"""Of these patterns, those that this nats-py does not read by."""
+"""Of these patterns, those that the parser of this nats-py does not use."""
 _parse: Any = FunctionType(
     parser.Parser.parse.__code__, vars(parser) | _LINES, argdefs=parser.Parser.parse.__defaults__
 )
@@ -35,7 +35,7 @@ class _Parser(parser.Parser):
 
 
 class _Names(NUID):
-    """Names of inboxes that nobody can guess; nats-py's each add the same to the last, so that two tell all others."""
+    """Names of inboxes that nobody can guess; nats-py's own grow by a constant, so that two reveal all others."""
 
     def next(self) -> bytearray:
         """22 characters, as many as nats-py counts on."""
@@ -45,12 +45,12 @@ class _Names(NUID):
 class NatsClient(Client):
     """Never goes on in the clear where TLS was asked for; nats-py's own does what the server says.
 
-    A connection that breaks with bytes unsent is closed as any other; nats-py (2.15, `_close`) writes them into it once
-    more, which uvloop answers with a RuntimeError: nobody would be told, and its subscriptions never end.
+    A connection that breaks with bytes unsent is closed like any other; nats-py (2.15, `_close`) writes them to it once
+    more, which uvloop answers with a RuntimeError: no callback would be told, and its subscriptions would never end.
 
-    No message ends our hearing. nats-server passes on any bytes in a subject, a reply subject or headers, whoever sends
-    them; nats-py (2.16) stops reading at some, and believes itself connected. Here names are made readable, and headers
-    that nobody can read are none. The message stays: a stream's reader that never gets one asks for it for ever.
+    No message stops the reading. nats-server passes on any bytes in a subject, a reply subject or headers, whoever
+    sends them; nats-py (2.16) stops reading at some, and believes itself connected. Here names are made readable, and
+    unreadable headers are dropped. The message is kept: a stream's consumer that never gets one asks for it for ever.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class NatsClient(Client):
 
     @property
     def unsent(self) -> int:
-        """Bytes that wait for a server which does not read; nats-py counts those alone that its transport lacks."""
+        """Bytes that wait for a server which does not read; nats-py leaves out those that its transport has."""
         writer = getattr(self._transport, "_io_writer", None)
         return self._pending_data_size + (
             writer.transport.get_write_buffer_size() if writer is not None else 0

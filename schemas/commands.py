@@ -1,6 +1,6 @@
 """Commands: what is asked of a worker, and what it answers.
 
-One struct per verb; `decode` turns a payload into the struct and the names of fields that nobody knows;
+One struct per verb; `decode` turns a payload into the struct and the names of unknown fields;
 `encode` is its inverse. Rules that need state (epoch, expiry, targets) are the worker's to check.
 """
 
@@ -53,7 +53,7 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     """The envelope of every command."""
 
     id: CommandId
-    """A ULID, or any token that the issuer makes once: the same id is applied once and answered again."""
+    """A ULID, or any token that the issuer uses once: a repeated id is answered again and not applied again."""
     issuer: Annotated[str, msgspec.Meta(max_length=128)] = ""
     """Who asks, for logs and events."""
     epoch: Epoch | None = None
@@ -160,7 +160,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     counts: dict[str, int] = {}
     """Targets per outcome."""
     ignored: tuple[str, ...] = ()
-    """Fields that nobody knows: a typo shows here."""
+    """Unknown fields: a typo shows here."""
     results: tuple[TargetResult, ...] = ()
     results_omitted: int = 0
     code: int | None = None

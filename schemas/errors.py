@@ -13,8 +13,8 @@ ERROR_HEADER = "Nats-Service-Error"
 CODE_HEADER = "Nats-Service-Error-Code"
 
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What decoding a stranger's bytes can raise. msgspec has no error of its own for text that is no UTF-8, and
-none for brackets nested too deep: who catches `MsgspecError` alone dies of either."""
+"""What decoding untrusted bytes can raise. msgspec has no error of its own for text that is not UTF-8, nor for brackets
+nested too deep: code that catches `MsgspecError` alone dies of either."""
 
 
 class Code(IntEnum):

@@ -39,7 +39,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="ev
 
 
 class Queued(Event, frozen=True, kw_only=True, tag="queued"):
-    """The request joined the queue. The fields describe what it met there, which explains why it waited."""
+    """The request joined the queue. The fields describe the queue that it found, which explains why it waited."""
 
     prompt_tokens: int
     """Tokens of its prompt."""

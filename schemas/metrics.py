@@ -15,7 +15,7 @@ Rules:
 from typing import Final, Literal, NamedTuple
 
 LONG_SILENT_S: Final = 30.0
-"""What is a level, not a count, is exported no longer once its worker was silent for so long."""
+"""Gauges of a worker that has been silent for longer are no longer exported."""
 
 
 class Metric(NamedTuple):

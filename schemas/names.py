@@ -14,7 +14,7 @@ DEFAULT = "default"
 """The tenant of requests without identity, and the class of requests that name none."""
 ALL = "all"
 OTHER = "other"
-"""The account that tenants share for which a worker has none left; the label of the rest in metrics."""
+"""The account shared by tenants for which a worker has none left; in metrics, the label of the rest."""
 RESERVED = frozenset({ALL, OTHER})
 
 MAX_TENANT_BYTES = 128
@@ -32,7 +32,7 @@ RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 """A request, as clients and commands name it."""
 MAX_LABEL_CHARS = 128
 Label = Annotated[str, msgspec.Meta(max_length=MAX_LABEL_CHARS)]
-"""What somebody calls itself, for people to read."""
+"""What a program calls itself, for people to read."""
 
 
 class NameRefusedError(ValueError):
@@ -84,7 +84,7 @@ def check_tenant(name: str) -> str:
 
 
 def check_client(tenant: str) -> str:
-    """Return `tenant` if a client may be that one: any tenant but `OTHER`, whose account is others'.
+    """Return `tenant` if a client may be it: any tenant but `OTHER`, whose account is shared.
 
     Raises:
         NameRefusedError: as `check_tenant`, and for the reserved name.

@@ -13,15 +13,15 @@ ROWS: Final = ("tenants", "classes", "requests", "gone")
 
 
 class Part(Protocol):
-    """A frame, or as much of one as somebody reads, as far as its parts are concerned."""
+    """What joining needs of a frame, or of as much of one as its reader decodes."""
 
     @property
     def incarnation(self) -> str:
-        """Whose."""
+        """Which run of the worker sent it."""
 
     @property
     def seq(self) -> int:
-        """Which."""
+        """Its number."""
 
     @property
     def part(self) -> int:
@@ -39,7 +39,7 @@ T = TypeVar("T")
 class Parts(Generic[T]):
     """Collects something for each part of one worker's full frame, the newest only: memory is bounded by one frame.
 
-    A part of a frame that cannot be (the third of two) is nobody's.
+    An impossible part (the third of two) is ignored.
     """
 
     def __init__(self) -> None:

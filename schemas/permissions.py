@@ -3,9 +3,9 @@
 Pure. `control/auth.py` makes the server's configuration of it, `docs/protocol.md` shows it, the tests hold a
 real server to it. Least permission: what a role's own programs do, and nothing else.
 
-Two accounts keep what is stored from what is said. JetStream lives in one without users of ours; the roles
-live in the other and reach it through `crossing` alone. That is not neatness: a publisher names the subject of
-the answer, and NATS does not ask whether it may publish there. With tables and workers in one account, an
+Two accounts keep what is stored apart from what is said. JetStream lives in one without users of ours; the roles
+live in the other and reach it through `crossing` alone. That is not for neatness: a publisher chooses the subject of
+the answer, and NATS does not check whether it may publish there. With tables and workers in one account, an
 event's acknowledgement could be sent into a row of the tenant table. Answers from the other account end in
 this one's subjects, and none of those is stored.
 """
@@ -64,7 +64,7 @@ def _worker(subjects: Subjects, workers: Sequence[str]) -> Rights:
     for name in workers:
         publish += [subjects.status(name), subjects.event(name, "*")]
         subscribe += [*subjects.commands_of(name), *subjects.queries_of(name), subjects.status(name)]
-        subscribe.append(subjects.event(name, "*"))  # its own server's front makes spans of them
+        subscribe.append(subjects.event(name, "*"))  # its own HTTP edge makes spans of them
     # Answers: spelt out, for `allow_responses` would let whoever asks choose any subject, a table's row too.
     return Rights((*publish, f"{INBOX}.>"), (*dict.fromkeys(subscribe), subjects.lead, *_DISCOVERY))
 

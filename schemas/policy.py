@@ -1,4 +1,4 @@
-"""Policy tables and the leader's word: what a class or tenant means, who leads.
+"""Policy tables and the leader's heartbeat: what a class or tenant means, who leads.
 
 The tables live in JetStream KV, one key per class or tenant; the leader applies both with `configure`.
 """
@@ -23,7 +23,7 @@ MAX_BASE: Final = 1e18
 Finite = Annotated[float, msgspec.Meta(ge=-MAX_BASE, le=MAX_BASE)]
 
 LEADER_LEASE_S: Final = 5.0
-"""For how long workers go on with a leader that says nothing, unless `COX_LEADER_LEASE_S` says otherwise."""
+"""How long workers obey a leader that is silent, unless `COX_LEADER_LEASE_S` says otherwise."""
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
@@ -65,9 +65,9 @@ class ClassPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     max_queued: Count | None = None
     """Requests of the class that may wait on one worker; the HTTP edge refuses more (429)."""
     linger_s: NotNegative = 0.0
-    """For how long after a better class was last present its step budget stays in force."""
+    """How long its step budget stays in force after a better class was last present."""
     stand_aside: bool = False
-    """Running requests of the class wait until one of a better class that begins has said its first token."""
+    """Running requests of the class wait while one of a better class computes its first token."""
 
 
 class TenantPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -139,9 +139,9 @@ class LeaseHolder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plain(row: Row) -> Row:
-    """An equal row that leaves out all that has its default, as text and in a `digest`.
+    """An equal row that leaves out every default when it is encoded, also for a `digest`.
 
-    msgspec leaves out what *is* the default: a 1.0 that was read is another object than the one in the struct.
+    msgspec leaves out only what *is* the default: a 1.0 that was decoded is not the object in the struct.
     """
     fields = zip(row.__struct_fields__, row.__struct_defaults__, strict=True)
     spelt = {name: default for name, default in fields if _spells_out(getattr(row, name), default)}
@@ -155,7 +155,7 @@ def _spells_out(value: object, default: object) -> bool:
 def digest(classes: Mapping[str, ClassPolicy], tenants: Mapping[str, TenantPolicy]) -> str:
     """16 hex digits that name the two tables: equal tables of `plain` rows have equal digests, wherever computed.
 
-    Fields that have their default are left out: a version that does not know them has the same while nobody uses them.
+    Defaults are left out: a version that does not know a field computes the same digest while nobody uses it.
     """
     text = msgspec.json.encode({"classes": classes, "tenants": tenants}, order="deterministic")
     return hashlib.sha256(text).hexdigest()[:16]

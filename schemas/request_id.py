@@ -1,4 +1,4 @@
-"""A request's public id: what every command, report and event calls it by. Pure text work.
+"""A request's public id, by which every command, report and event names it. Pure text work.
 
 Called by the scheduler, which makes it of vLLM's internal id (`service/request_id.py`), and by the control side, where
 a person may give the id in a response's body instead.
@@ -8,12 +8,12 @@ import re
 from typing import Final
 
 MARK: Final = "cox."
-"""With what a signed id begins."""
+"""How a signed id begins."""
 MAX_CHARS: Final = 512
 """Longest public id; a signed one has at most 497 characters, a client's own is cut."""
 
 _SIGNED = re.compile(
-    # The end is checked too: a signature with more letters behind it is somebody's alteration.
+    # The end is checked too: a signature with more letters behind it was altered.
     r"(cox\.([A-Za-z0-9_~%-]{1,384})\.([a-z0-9_-]{0,64})\.[0-9A-HJKMNP-TV-Z]{26})\.([0-9a-f]{16})(?![0-9A-Za-z.])",
 )
 # What vLLM puts before the id that a client sent, in the `id` of a response's body.

@@ -1,4 +1,4 @@
-"""Status: what a worker says of itself, 20 times a second while anything changes, whole every second.
+"""Status: what a worker reports of itself, 20 times a second while anything changes, in full every second.
 
 All values are absolute and totals are cumulative since `incarnation`, so a lost frame loses nothing:
 the next full frame repairs what a gap in `seq` left out.
@@ -17,10 +17,10 @@ MAX_PARTS: Final = 4_096
 
 ZERO: Final = 0.0
 ONE: Final = 1.0
-"""Defaults of a tenant's numbers. Rows leave them out where they are these very objects: write `number or ZERO`."""
+"""Defaults of a tenant's numbers. msgspec omits them only where they are these very objects: write `number or ZERO`."""
 
 Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
-"""Any that can be. Readers add up many of them, and square some: whoever made them up, the result is a number."""
+"""Bounded, so that sums and squares of many stay finite, whoever sent them."""
 Total = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 ShortName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 State = Literal["serving", "draining", "paused"]
@@ -53,7 +53,7 @@ class CommandStats(msgspec.Struct, frozen=True, kw_only=True):
     rejected_total: dict[str, Total] = {}
     """By refusal code, as text."""
     outcomes_total: dict[str, dict[str, Total]] = {}
-    """The same by verb, then by outcome: `applied`, `partial`, or the refusal's code. A verb that there is not is
+    """The same by verb, then by outcome: `applied`, `partial`, or the refusal's code. Unknown verbs count as
     `other`."""
     queue_depth: Total = 0
 
@@ -100,7 +100,7 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_def
     classes: tuple[str, ...] = ()
     """Classes that its requests may ask for beside `class`, as its row of the table says."""
     expected_output: Number = ZERO
-    """Output tokens that the leader expects of a request of it: charged when that is admitted."""
+    """Output tokens that the leader expects of each of its requests: charged at admission."""
 
 
 class ClassStatus(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
@@ -183,15 +183,15 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     events_waiting_s: Number = 0.0
     """How long the oldest of them has waited."""
     revision: Total = 0
-    """Grows by one with every delta. A full frame has that of the last delta, which it repeats in all its rows but for
-    ages: whoever merged every revision up to it knows them. 0: nothing is promised."""
+    """Grows by one with every delta. A full frame has that of the last delta: a reader that merged every revision up to
+    it knows all its rows already, except for ages. 0: nothing is promised."""
     classes: tuple[ClassStatus, ...] = ()
     charged: dict[str, Number] = {}
-    """Of a delta: tenants that were served or ranked and of whom nothing else changed, with their `charged`. Their rows
-    are the last of `tenants`, in this order: who has merged all revisions before and counts no output can do without
-    them."""
+    """In a delta: tenants that were served or ranked and of which nothing else changed, with their `charged`. Their
+    rows are the last of `tenants`, in this order; a reader that merged all revisions before and counts no output can
+    skip them."""
     bases: dict[str, Number] = {}
-    """Of these tenants, those with another `base`, and it."""
+    """Of these tenants, those whose `base` changed, with the new one."""
     tenants: tuple[TenantStatus, ...] = ()
     requests: tuple[RequestStatus, ...] = ()
     gone: tuple[Gone, ...] = ()
@@ -202,7 +202,7 @@ MAX_PAGE: Final = 1_000
 
 
 class QueuePage(msgspec.Struct, frozen=True, kw_only=True):
-    """Reply to `query queue`: the queue in order from `after` on, as of now; pages of one that moves may overlap."""
+    """Reply to `query queue`: the queue in order from `after` on; pages of a queue that moves may overlap."""
 
     requests: tuple[RequestStatus, ...]
     next: str | None
@@ -271,9 +271,9 @@ decode_config = msgspec.json.Decoder(Config).decode
 
 def decode_glance(payload: bytes, decode: Callable[[bytes], Frame] = decode_frame) -> Frame:
     """A frame as `decode` gives it, but without single requests: a fraction of the time where there are many."""
-    # Workers write requests last, and inside of a JSON string these bytes cannot be: what follows need not be read.
+    # Workers write requests last, and no JSON string can contain these bytes: what follows need not be read.
     tenants = payload.find(b'"tenants":[')
-    # To where their rows end is found many times faster than what comes there.
+    # Searching for the end of their rows first is many times faster.
     end = payload.find(b',"requests":[', payload.find(b"]", tenants))
     if end > tenants > 0 and payload.find(b'"classes":[', 0, end) > 0:
         try:

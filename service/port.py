@@ -29,11 +29,11 @@ from coxswain.schemas.status import (
 )
 
 EVENTS_S = 0.05
-"""For how long events may wait for one another before the bus is told of them: as long as a status frame's interval."""
+"""How long events may wait for one another before the bus is woken for them: a status frame's interval."""
 MAX_COMMANDS = 4_096
 """Commands that wait for the engine."""
 MAX_QUERIES = 1_024
-"""Queries that wait for the engine. They stand behind the commands: whoever only looks delays nobody who steers."""
+"""Queries that wait for the engine, behind the commands: who only looks must not delay who steers."""
 MAX_OUTBOUND = 65_536
 """Replies, frames and events that wait for the bus."""
 EVENT_ROOM = MAX_OUTBOUND - 8_192
@@ -77,21 +77,22 @@ class ReplyOut(Struct, tag="reply", array_like=True, gc=False):
 RequestTold = tuple[int, RequestStatus, bool]
 """The engine's number of a request, its row without a position, and whether it may be delivered tokens."""
 TenantTold = tuple[TenantStatus, float | None, int, float]
-"""A tenant's row without its age, since when its oldest request waits (Unix s), what of its output no request that has
-a slot shows, and the price of output."""
+"""A tenant's row without its age; since when its oldest request has waited (Unix s); its output tokens beyond those of
+its requests with a slot; the price of an output token."""
 Charge = tuple[str, float, float, int, int, float]
-"""A tenant's name, and of its row the base, what it is charged and the output in that; then as above."""
+"""A tenant's name; of its row `base`, `charged` and the output tokens; then the last two as above."""
 
 
 class Draft(NamedTuple):
     """What changed since the draft before, as the engine tells it: the bus makes frames of it (`bus/board.py`).
 
-    The engine's time is dear, and making and encoding rows was most of what a large frame cost. So a row crosses when
-    something touched it; of what only goes on, one number, in an order that both sides know.
+    The engine's time is precious, and making and encoding rows would be most of the cost of a large frame. So a row
+    crosses only when something touched it; for a request that merely goes on, one number does, in an order that both
+    sides know.
     """
 
     number: int
-    """One more than the last: a gap is a loss, which `Port.begin_anew` mends."""
+    """One more than the last: a gap is a loss, which `Port.begin_anew` repairs."""
     fresh: bool
     """Forget what was told before."""
     complete: bool
@@ -99,13 +100,14 @@ class Draft(NamedTuple):
     frame: Frame
     """Without the rows below; it has all classes."""
     requests: Sequence[RequestTold] = ()
-    """Rows that are not known as they are."""
+    """Rows that are new or changed."""
     gone: Sequence[tuple[int, int]] = ()
     """What is no longer listed: its number, and the output tokens that it had."""
     head: Sequence[int] = ()
     """Who waits first, in order."""
     tokens: Sequence[int] = ()
-    """Output tokens of what may be delivered some, in the order in which it was told last; then of `head`."""
+    """Output tokens of requests that may be delivered some, in the order in which their rows last crossed; then of
+    `head`."""
     tenants: Sequence[TenantTold] = ()
     charges: Sequence[Charge] = ()
 
@@ -172,7 +174,7 @@ class Port:
         self._queries: deque[tuple[int, QueryIn]] = deque()
         """Each with how many commands had been offered before it."""
         self.outbound: deque[Outbound] = deque()
-        """What waits for the bus: from outside to be looked at only, as every step does."""
+        """What waits for the bus. Others may look at it, as every step does, but not change it."""
         self._wake_engine: Callable[[], None] = _nobody
         self._wake_bus: Callable[[], None] = _nobody
         self._set_alarm: Callable[[], None] = _nobody
@@ -198,7 +200,7 @@ class Port:
         self.connected = False
         """Whether NATS is there: without it the engine builds no frames."""
         self.beginnings = 0
-        """How often the bus has known nothing, or not everything."""
+        """How often the bus had to be told everything from the beginning."""
         self.events_dropped = 0
         """Events that the bus could not deliver; the engine adds those that it could not queue."""
         self.alarm_at = inf

@@ -1,8 +1,8 @@
-"""What the engine has told: the rows of a worker's status, and what of them has been said in a frame. Pure.
+"""The rows of a worker's status as the engine last told them, and which of them a frame has said already. Pure.
 
-The engine tells what changed (`port.Draft`); frames with what changed, and with everything, are made here, where time
-is cheap. What a tenant was delivered is summed and charged here too, as the engine does when it looks at it: see
-`Account.settle`. Called by `loop.py`, and by the laboratory's bus.
+The engine tells what changed (`port.Draft`). Deltas and full frames are made of it here, where time is cheap. A
+tenant's output is summed and charged here too, as the engine does it when it needs the sum: see `Account.settle`.
+Called by `loop.py`, and by the lab's bus.
 """
 
 from collections import Counter
@@ -17,23 +17,23 @@ from coxswain.schemas import status as st
 from coxswain.service.port import Draft
 
 FULL_SHARE: Final = 0.05
-"""Part of the bus's time that full frames may take: everything comes less often where there is much of it."""
+"""Share of the bus's time that full frames may take: where there are many rows they come less often."""
 MAX_FULL_S: Final = 30.0
-"""But so often, whatever it costs."""
+"""Longest pause between full frames, whatever they cost."""
 PATIENCE: Final = 64
 """Drafts that a board which knows nothing passes over before it asks again: the answer must have been lost."""
 
 
 class Tenant(NamedTuple):
-    """What was told of a tenant."""
+    """A tenant as the engine told it."""
 
     row: st.TenantStatus
     since: float | None
     """When its oldest request began to wait (Unix s)."""
     past: int
-    """Its output that no request with a slot shows."""
+    """Its output tokens beyond those of its requests with a slot."""
     price: float
-    """Of output."""
+    """Of an output token."""
 
     def as_of(self, now: float, live: int) -> st.TenantStatus:
         """Its row, with its age and all that it was delivered; `live`: output tokens of its requests with a slot."""
@@ -50,7 +50,7 @@ class Board:
 
     Args:
         interval_s: least time between two full frames.
-        begin_anew: called when something is missing that the engine told: it must tell everything again.
+        begin_anew: called when a draft was lost: the engine must tell everything again.
         requests: whether anybody reads the rows of single requests; frames go without them otherwise.
     """
 
@@ -72,7 +72,8 @@ class Board:
         self._requests: dict[int, st.RequestStatus] = {}
         """Rows of what is listed, by the engine's number, as of now."""
         self._served: dict[int, str] = {}
-        """Who may be delivered tokens, in the order of `Draft.tokens`: the tenant, if that is charged by them."""
+        """Requests that may be delivered tokens, in the order of `Draft.tokens`: the tenant to charge for them, or
+        empty."""
         self._head: dict[int, None] = {}
         self._tenants: dict[str, Tenant] = {}
         self._live: Counter[str] = Counter()
@@ -85,13 +86,13 @@ class Board:
         self._news: dict[int, None] = {}
         self._gone: dict[tuple[str, int], int] = {}
         self._tenant_news: dict[str, bool] = {}
-        """Whether anything but output, its charge and its base is other."""
+        """Tenants that changed, and whether in more than output, its charge and the base."""
         self._rebased: dict[str, None] = {}
 
     # What the engine tells
 
     def take(self, draft: Draft) -> bool:
-        """Note what the engine tells; False if what it told before is missing: then nothing can be made of it."""
+        """Take a draft; False if one before it is missing, without which nothing can be made of it."""
         if draft.fresh:
             self._clear()
         elif self._frame is None:
@@ -131,7 +132,7 @@ class Board:
         self._news[number] = None
 
     def _take_head(self, head: Sequence[int], tokens: Sequence[int]) -> None:
-        """A row is told without a position: whoever is no longer here was told anew, or is gone."""
+        """Rows cross without a position: a request that left the head has crossed again, or is gone."""
         for place, (number, count) in enumerate(zip(head, tokens, strict=True)):
             row = self._requests[number]
             if row.position != place or row.output_tokens != count:
@@ -158,7 +159,7 @@ class Board:
     # What is said
 
     def delta(self) -> st.Frame | None:
-        """Rows that the last frame did not have, or had otherwise, ages apart; None where a full frame is the first."""
+        """What changed since the last frame, except for ages; None where a full frame must come first."""
         frame = self._frame
         if frame is None or (self.complete and not self._begun):
             return None

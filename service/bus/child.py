@@ -22,7 +22,7 @@ from coxswain.service.port import Inbound, LeadIn, Outbound, Port, QueryIn
 BEAT_S: Final = 0.25
 """How often the engine's process is told what changed."""
 LIFE_S: Final = 2.0
-"""How often it is told that we live, if nothing did."""
+"""How often it is told that we are alive, if nothing changed."""
 MAX_UNREAD: Final = 16 * 1024 * 1024
 """Bytes that wait for an engine's process which does not read; beyond it commands are refused.
 
@@ -34,7 +34,7 @@ floods would end every hold of the leader."""
 LARGE: Final = 64 * 1024
 """Bytes of a command that names hundreds of targets."""
 ALONE_S: Final = 2.0
-"""How long what is left is sent when the engine has gone without a word."""
+"""How long we go on sending what is left when the engine has gone without a word."""
 
 
 class FarPort(Port):
@@ -53,7 +53,7 @@ class FarPort(Port):
         self._told: wire.State | None = None
         self._told_at = 0.0
         self.news = asyncio.Event()
-        """Set when the engine's process must be told how we are."""
+        """Set when the engine's process must be told our state at once."""
 
     def tell_connected(self, connected: bool) -> None:
         """Have the engine's process told at once whether NATS is there."""
@@ -90,7 +90,7 @@ class FarPort(Port):
         self._arrived.extend(items)
 
     def tell(self, state: wire.State) -> None:
-        """Tell the engine's process how we are, if that is news or it has heard nothing for a while."""
+        """Tell the engine's process our state, if that changed or it has heard nothing for a while."""
         now = time.monotonic()
         if state != self._told or now - self._told_at >= LIFE_S:
             self._told, self._told_at = state, now

@@ -3,8 +3,8 @@
 An event is in the backlog until sent and in flight until acknowledged. Acknowledgements are awaited in a
 window; when one is overdue or the connection is lost, everything in flight goes back to the head of the
 backlog and is sent again from there. JetStream knows an event by its `Nats-Msg-Id` and stores a repeated
-one once, as long as the repetition falls into the stream's `duplicate_window`. Where nothing stores events for too
-long they are given up as far as the log goes, and published once for whoever listens now. Called by `loop.py`.
+one once, as long as the repetition falls into the stream's `duplicate_window`. If nothing stores events for too long,
+the log does without them: each is published once, for whoever listens now. Called by `loop.py`.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ NO_STREAM_SAID_S: Final = 5.0
 NO_STREAM_GRACE_S: Final = 30.0
 """How long "no stream" may be an election: in a cluster that lost the stream's leader NATS waits up to 9 s before it
 even begins one. It is said after the first. After the second events are given up; one a second probes. Silence counts
-as well: where somebody listens to events, NATS does not say that no stream does."""
+as well: while anybody subscribes to events, NATS does not report that no stream does."""
 PROBE_S: Final = 1.0
 FULL: Final = 503
 """The code by which JetStream says that it has no room: its disk is full, or a stream that refuses what is new."""
@@ -73,7 +73,7 @@ class EventLog:
         self._backlog: deque[Event] = deque()
         self._flight: dict[int, Event] = {}
         self._sent = 0
-        """Of every send the number, which is also the last token of its acknowledgement's inbox."""
+        """Number of the last send; it is also the last token of the inbox for its acknowledgement."""
         self._patience_until = 0.0
         self._hold_off_until = 0.0
         self._failures = 0
@@ -81,7 +81,7 @@ class EventLog:
         self._denied = False
         """Whether NATS said that nobody stores events; silence may be a pause."""
         self._given_up = False
-        """Whether there is no stream for so long that events are published and forgotten, but for those that probe."""
+        """Whether there has been no stream for so long that events are published and forgotten, except for probes."""
         self._troubles: set[str] = set()
         self._news = asyncio.Event()
         self._newest = 0

@@ -62,22 +62,22 @@ class Frames:
     def remember(self, frame: Frame, now: float, *, idle: bool, known: bool = False) -> None:
         """Take note of a frame, also of one that cannot be sent: an idle one stays true until the next.
 
-        `known`: whoever listens has all of it, by what changed; else it is repeated soon.
+        `known`: listeners have all of it already, from deltas; otherwise it is repeated soon.
         """
         self._idle = (frame, now) if idle else None
         if not known:
             self._beats = self._parts
 
     def led(self, epoch: Epoch, now: float) -> None:
-        """A leader's heartbeat came. An idle engine says nothing of it while nothing changes by it."""
+        """Note a leader's heartbeat: an idle engine makes no frame for one that changes nothing."""
         if self._led[0] is None or epoch >= self._led[0]:
             self._led = (epoch, now)
 
     def heartbeat(self, now: float, limit: int) -> list[bytes]:
         """The idle frame again, as of now; nothing while the engine is awake.
 
-        One that takes several parts comes again after as many heartbeats, so that these are a part each in the
-        mean: between them they only say that the worker lives, as deltas without rows and without a revision.
+        One that takes several parts is repeated only every so many heartbeats, so that a heartbeat costs one part on
+        average. Those between only say that the worker is alive, as deltas without rows and without a revision.
         """
         if self._idle is None:
             return []
@@ -108,7 +108,7 @@ class Frames:
         return self._stamp(frame, now)
 
     def refuse(self, verb: str, code: Code) -> None:
-        """The bus refused a command. Whatever a stranger calls its verb, there are few."""
+        """Count a command that the bus refused; unknown verbs count as one, since strangers can invent any."""
         self._refused.setdefault(verb if verb in VERBS else OTHER, Counter())[str(int(code))] += 1
 
     @property

@@ -59,7 +59,7 @@ def command(subject: CommandSubject, payload: bytes, now: float) -> tuple[Comman
         if (ahead_s := epoch_ahead_s(asked.epoch, now)) is not None:
             raise RefusedError(
                 Code.STALE,
-                f"epoch {list(asked.epoch)} is of {ahead_s:.6g} s from now by this worker's clock and is not believed "
+                f"epoch {list(asked.epoch)} lies {ahead_s:.6g} s ahead of this worker's clock and is not believed "
                 f"(at most {MAX_EPOCH_AHEAD_S:g} s): its first number is when the lease's bucket was made, in Unix s",
             )
         if isinstance(asked, Preempt) and asked.lease_s is None:
@@ -110,10 +110,10 @@ def epoch_ahead_s(epoch: Epoch, now: float) -> float | None:
 
 
 def answerable(reply: str) -> bool:
-    """Whether an answer may go to a subject: whoever asks chooses it, and NATS lets us publish it there.
+    """Whether an answer may go to a subject: whoever asks chooses it, and NATS would let us publish there.
 
-    Not into anybody's subjects (ours, JetStream's, a table's rows). What JetStream delivers has such a one too: a
-    stored command is one from the past.
+    Not to our own subjects, JetStream's, or a table's rows. A message that JetStream delivers has such a reply subject
+    too: a stored command is one from the past.
     """
     return not reply.startswith(("cox.", "$"))
 

@@ -158,7 +158,7 @@ class Bus:
     async def _hand_on(self, item: Outbound) -> bool:
         """Hand on one item; whether it was a frame that was sent.
 
-        Without a connection, who asked is gone; what was told is not, nor what an idle engine last said.
+        Without a connection there is nobody to answer; events, and what an idle engine last said, are kept.
         """
         session = self._session
         if isinstance(item, EventOut):
@@ -180,15 +180,15 @@ class Bus:
         return False
 
     def _complete(self, item: AnswerOut) -> AnswerOut:
-        """The answer, whole: of status the engine told only what is new."""
+        """The answer in full: of its status, the engine told only what is new."""
         if not isinstance(item.answer, Draft):
             return item
         if self._board.take(item.answer):
             return AnswerOut(item.token, self._board.full(peek=True))
-        return AnswerOut(item.token, RefusedError(Code.CLOSING, "the bus has just begun anew: ask again"))
+        return AnswerOut(item.token, RefusedError(Code.CLOSING, "the bus has just been restarted: ask again"))
 
     async def _show(self, session: Session, *, idle: bool) -> None:
-        """Say what changed, and everything where that is due: who has what changed need not read the many rows."""
+        """Send what changed, then everything if that is due: whoever has the first need not read the second's rows."""
         board, now = self._board, time.monotonic()
         if (delta := board.delta()) is not None:
             await session.status(delta, idle=False)

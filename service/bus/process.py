@@ -27,11 +27,11 @@ from coxswain.service.config import Settings
 from coxswain.service.port import Port
 
 STALL_S: Final = 1.0
-"""A bus that takes nothing for so long gets no frames until it does."""
+"""A bus that has taken nothing for this long gets no frames until it does."""
 SILENCE_S: Final = 10.0
-"""A bus that says nothing for so long is killed."""
+"""A bus that has said nothing for this long is killed."""
 GRACE_S: Final = 2.0
-"""It gets this much more: the silence may have been ours, as after a machine's sleep."""
+"""It is given this much more, once: the silence may have been ours, as after a machine's sleep."""
 BACKOFF_S: Final = (0.1, 5.0)
 """First and longest pause before another is started; doubled each time, until one has lived twice the longest."""
 READ: Final = 2**18
@@ -77,9 +77,9 @@ class BusProcess:
         self._ours: socket.socket | None = None
         self._buffer = bytearray()
         self._connected = False
-        """What the process said last of NATS."""
+        """Whether the process, as it last said, is connected to NATS."""
         self._beginnings = 0
-        """And of how often it missed something."""
+        """How often, as it last said, it missed something."""
         self._heard_at = 0.0
         self._suspect = False
         self._full_since = inf

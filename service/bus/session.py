@@ -33,8 +33,8 @@ PENDING_MESSAGES: Final = 8_192
 """Messages of one subscription that wait for us; beyond it nats-py drops and reports them."""
 PENDING_BYTES: Final = 16 * 1024 * 1024
 MAX_UNSENT: Final = 8 * 1024 * 1024
-"""Bytes that may wait for a server which does not read. What would be more is left out, if it is a frame (the next
-repairs that), or refused, if it is an answer; one alone that is larger goes out when nothing waits."""
+"""Bytes that may wait for a server which does not read. Beyond it a frame is left out, which the next one repairs, and
+an answer is refused; a single larger one goes out when nothing else waits."""
 MARGIN: Final = 1_024
 """Bytes by which a message, headers included, stays below the server's `max_payload`."""
 CHECK_S: Final = 1.0
@@ -153,7 +153,7 @@ class Session:
             if too_large := self._too_large(parts[0]):
                 answer = RefusedError(Code.TOO_LARGE, f"the answer does not fit: {too_large}; ask for less")
             elif not self._fits(parts):
-                why = "NATS takes less than this worker is asked for: try again later"
+                why = "this worker is asked for more than NATS takes from it: try again later"
                 answer = RefusedError(Code.QUEUE_FULL, why)
             else:
                 for part in parts:
@@ -285,7 +285,7 @@ class Session:
             self._warn("lead.malformed", subject=msg.subject, size=len(msg.data))
         elif (ahead_s := intake.epoch_ahead_s(lead.epoch, self._port.unix())) is not None:
             self._warn(
-                "lead.not_believed", epoch=lead.epoch, ahead_s=round(ahead_s), why="it is of the future"
+                "lead.not_believed", epoch=lead.epoch, ahead_s=round(ahead_s), why="it lies in the future"
             )
         elif not self._port.offer(LeadIn(lead)):
             self._warn("lead.dropped", why="the engine's process does not read")

@@ -64,7 +64,7 @@ class AnswerUp(_Message, tag="answer"):
 
 
 class FullUp(_Message, tag="full"):
-    """What came down and found no room, sent back to be refused."""
+    """What came down and found the port full, sent back to be refused."""
 
     message: bytes
 
@@ -89,7 +89,7 @@ class QueryDown(_Message, tag="query"):
 
 
 class State(_Message, tag="state"):
-    """Down, whenever it changes and as a sign of life: how the bus is."""
+    """Down, whenever it changes and as a sign of life: the state of the bus."""
 
     connected: bool
     settled: int

@@ -35,7 +35,7 @@ REFUSALS = [
     (OPERATOR, "abort", {"id": "c", "targets": TARGETS, "expires_at": NOW + 61.1}, 400, "61.1 s ahead"),
     (CONTROLLER, "abort", {"id": "c", "epoch": [1, 1], "targets": TARGETS}, 400, "expires_at is missing"),
     (CONTROLLER, "abort", {"id": "c", "expires_at": NOW + 1, "targets": TARGETS}, 400, "epoch is missing"),
-    (CONTROLLER, "abort", {**FENCED, "epoch": [NOW + 301, 2]}, 409, "301 s from now"),
+    (CONTROLLER, "abort", {**FENCED, "epoch": [NOW + 301, 2]}, 409, "301 s ahead"),
     (CONTROLLER, "preempt", FENCED, 400, "lease_s is missing"),
     (("operator", "all"), "rank", {"id": "c", "incarnation": "i"}, 400, "never for all"),
     (OPERATOR, "configure", {"id": "c", "tenants": {"é" * 100: {}}}, 400, "200 bytes"),
