@@ -199,9 +199,6 @@ class _Given:
     def get(self, name: str) -> str | None:
         return self._values.get(name)
 
-    def names(self) -> set[str]:
-        return set(self._values)
-
 
 def _environment(
     own: argparse.Namespace, env: Mapping[str, str], *, cpu: bool, cores: int, given: _Given
@@ -212,7 +209,7 @@ def _environment(
         added["COX_KEYS"] = str(Path(own.keys).expanduser().absolute())
     defaults = {"COX_NATS_URL": DEFAULT_URL, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if cpu:
-        if not {"kv-cache-memory-bytes", "gpu-memory-utilization"} & given.names():
+        if "kv-cache-memory-bytes" not in given and "gpu-memory-utilization" not in given:
             defaults["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_GIB)
         if cores < SMALL_CORES:
             defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -243,10 +240,10 @@ def _has_one_server(given: _Given) -> bool:
     """
     if "api-server-count" in given:
         return given.get("api-server-count") == "1"
-    balanced_elsewhere = {
+    balanced_elsewhere = (
         "data-parallel-rank", "data-parallel-external-lb", "data-parallel-multi-port-external-lb", "headless"
-    }  # fmt: skip
-    return given.get("data-parallel-size") in {None, "1"} or bool(balanced_elsewhere & given.names())
+    )  # fmt: skip
+    return given.get("data-parallel-size") in {None, "1"} or any(name in given for name in balanced_elsewhere)
 
 
 # The shell: what is installed, what the machine is, and running it.

@@ -103,10 +103,6 @@ class Frames:
         """Whether there is a frame to repeat."""
         return self._idle is not None
 
-    def answer(self, frame: Frame, now: float) -> Frame:
-        """A frame as the answer to `query status`: as of the last number given."""
-        return self._stamp(frame, now)
-
     def refuse(self, verb: str, code: Code) -> None:
         """Count a command that the bus refused; unknown verbs count as one, since strangers can invent any."""
         self._refused.setdefault(verb if verb in VERBS else OTHER, Counter())[str(int(code))] += 1
@@ -118,12 +114,13 @@ class Frames:
 
     def _number(self, frame: Frame, now: float, limit: int) -> list[bytes]:
         self._seq += 1
-        payloads = split(self._stamp(frame, now), limit)
+        payloads = split(self.stamp(frame, now), limit)
         if frame.full:
             self._parts, self._beats = len(payloads), 0
         return payloads
 
-    def _stamp(self, frame: Frame, now: float) -> Frame:
+    def stamp(self, frame: Frame, now: float) -> Frame:
+        """A frame with the last number given, and what the bus itself knows; it answers `query status` as it is."""
         events, oldest_s = self._waiting(now)
         return replace(
             frame, seq=self._seq, sent_at=now, part=0, parts=1, commands=self._count(frame.commands),

@@ -48,11 +48,11 @@ class Outbox:
                 self._send(self._port.collect())
             return not self._unsent
 
-    def go_on(self) -> bool:
-        """Send bytes that wait, now that the socket has room; False if some wait still."""
+    def go_on(self) -> None:
+        """Send bytes that wait, now that the socket has room, and then what waits in the port."""
         with self._lock:
             self._flush()
-        return self.send()
+        self.send()
 
     def say(self, message: wire.Up) -> None:
         """Send a message of our own."""

@@ -176,7 +176,7 @@ class Session:
 
     def _encoded(self, answer: Any) -> list[bytes]:
         if isinstance(answer, Frame):
-            return split(self._frames.answer(answer, self._port.unix()), self._room)
+            return split(self._frames.stamp(answer, self._port.unix()), self._room)
         return [encode(answer)]
 
     def _fits(self, parts: list[bytes]) -> bool:

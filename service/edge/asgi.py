@@ -1,6 +1,6 @@
 """The HTTP edge as ASGI middleware: carries `core.py`'s decisions out, decides nothing itself.
 
-Outermost in vLLM's server (see `identity.py`). It touches headers only, never bodies: of those it sees when they end.
+Outermost in vLLM's server (see `identity.py`). It touches headers only; of bodies it sees only when they end.
 Streaming is unaffected.
 """
 
@@ -47,7 +47,7 @@ class EdgeMiddleware:
         app: what comes next.
         edge: the decisions.
         keyring: the keys that `edge` uses, to be kept fresh, or None.
-        listen: makes what knows of the engines' queues, from the server's app, or None if nobody is to know.
+        listen: makes, from the server's app, what knows the engines' queues; None if nothing should.
         count: told the status of every refusal.
         ends: whether the server's app was told to end.
     """
@@ -144,7 +144,7 @@ class EdgeMiddleware:
     async def _once_whole(self, scope: Scope, receive: Receive, send: Send, passage: Passage) -> None:
         """Have the app handle a request that needs a place in its class, which it is given once its body is there.
 
-        If there is none any more, to the app the client is gone; what it makes of that nobody sees.
+        If there is none any more, the app is told that the client is gone; what it answers to that nobody sees.
         """
         refusal: Refusal | None = None
         answers = False

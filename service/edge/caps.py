@@ -6,9 +6,9 @@ Pure: frames and clock readings in, a refusal or a passage out; a decision is a 
 What counts as queued is what the engines' last frames say, and what this process let through that those frames cannot
 know of yet. A frame's totals say how many of a tenant's requests an engine has ever been given, so it is known which
 of those sent are in the frame's count. So the count is too high by at most what left the queue since the last frame.
-Where this process is the only one it is never too low, but a class's by what the front end works on for longer than
-`LOST_S`. Of several processes each knows its own alone: together they let in at most what the others sent since the
-last frame beyond a cap.
+Where this process is the only one it is never too low, except for a class, by what the front end works on for longer
+than `LOST_S`. Several processes know only their own requests: together they exceed a cap by at most what the others
+sent since the last frame.
 """
 
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -21,11 +21,12 @@ from coxswain.service.edge.core import Refusal
 from coxswain.service.edge.views import ClassSeen, EdgeFrame, TenantSeen, View
 
 STALE_S: Final = 5.0
-"""Numbers of a worker that was silent for longer count no more: it publishes at least once a second."""
+"""The numbers of a worker that has been silent for longer do not count: it publishes at least once a second."""
 LOST_S: Final = 5.0
 """A request that no frame has confirmed for so long never reached an engine.
 
-What vLLM's front end has not made a request of for so long after its body was there leaves its class's place to others.
+An HTTP request that vLLM's front end has not handed to an engine this long after its body came gives its place in the
+class to others.
 """
 SWEEP_S: Final = 0.1
 RETRY_S: Final = (1, 60)
@@ -37,9 +38,9 @@ DRAINS: Final = Refusal(503, "this server is draining: send new requests elsewhe
 class Passage:
     """One HTTP request that was let through, until it has reached the engine or will not.
 
-    It has a place of its tenant's all the while. Places of a class are others' too, and two things last for as long as
-    a client likes: its upload, and vLLM's fetch of what the body links to (images, audio). So it has one of those from
-    when its body is there, for at most `LOST_S`.
+    It counts for its tenant all the while. A class is shared with other tenants, and two things last as long as a
+    client likes: its upload, and vLLM's fetch of what the body links to (images, audio). So it has a place in its class
+    only from when its body is there, and for at most `LOST_S`.
 
     Args:
         caps: where it counts.
@@ -81,7 +82,7 @@ class Passage:
         self._sent += self._last
 
     def refused(self) -> None:
-        """The front end did not give the engine after all what it said last."""
+        """The front end did not give the engine what was reported last to `sent`, after all."""
         self._caps.note_refused(self.tenant, self._last)
         self._last = []
 
@@ -113,7 +114,7 @@ class Sent:
         self.account = account
         self.class_ = class_
         self.over = False
-        """Whether it counts no more. A frame will say that it came all the same."""
+        """Whether it no longer counts. A frame will report its arrival all the same."""
         self.told = False
         """Whether a frame did."""
 
@@ -192,7 +193,7 @@ class EdgeCaps:
         return given
 
     def note_refused(self, tenant: str, last: list[Sent]) -> None:
-        """What was sent last no engine was given."""
+        """No engine was given what was sent last."""
         self.note_over(last)
         for each in reversed(last):
             each.told = True
@@ -208,12 +209,12 @@ class EdgeCaps:
                 _less(self.sent_in, each.class_)
 
     def take_place(self, passage: Passage, now: float) -> None:
-        """A request is as good as in its class's queue."""
+        """From now on a request counts in its class."""
         self._placed[passage] = now
         self.underway_in[passage.class_] += 1
 
     def leave_place(self, passage: Passage) -> None:
-        """It is not, any more or yet."""
+        """It no longer does, if it did."""
         if self._placed.pop(passage, None) is not None:
             _less(self.underway_in, passage.class_)
 
@@ -248,11 +249,11 @@ class EdgeCaps:
 
     @property
     def draining(self) -> bool:
-        """Whether all engines are to become empty: they stay so when frames stop, only their numbers grow old."""
+        """Whether all engines drain: unlike their numbers, that does not grow old when frames stop."""
         return bool(self.views) and all(view.draining for view in self.views.values())
 
     def account(self, tenant: str) -> str:
-        """For whom a tenant's requests count: for itself, unless some engine has them with others' and none apart."""
+        """Whose account a tenant's requests are in: `OTHER` if some engine is out of accounts and none has its own."""
         views = self.views.values()
         shared = any(view.overflows for view in views) and not any(tenant in view.tenants for view in views)
         return OTHER if shared else tenant
@@ -297,7 +298,7 @@ class EdgeCaps:
             if row is not None:
                 wanted = asked if asked in row.classes and asked in view.classes else row.class_
                 return wanted if wanted in view.classes else DEFAULT
-        # Whoever never came has no row: what it may is not known here.
+        # A tenant that never came has no row: which classes it may ask for is not known here.
         return asked if any(asked in view.classes for view in views) else DEFAULT
 
 

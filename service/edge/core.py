@@ -33,9 +33,9 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 HEALTH: Final = "/health"
 READY: Final = "/ready"
-"""Ours: whether new requests should come here. vLLM's own probe says only whether the engine lives."""
+"""Ours: whether new requests should come here. vLLM's own probe says only whether the engine is alive."""
 OPEN_PATHS: Final = frozenset({HEALTH, READY, "/ping", "/version", "/metrics"})
-"""Probes: nothing of a tenant is there, but on `/metrics` for who `sees_tenants`."""
+"""Probes: they tell nothing of tenants, except `/metrics` to whoever `sees_tenants`."""
 _API_PREFIXES: Final = ("/v1/", "/v2/", "/cohere/")
 _API_PATHS: Final = frozenset(
     {
@@ -55,7 +55,7 @@ _ADMIN_PATHS: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapt
 
 _WITHOUT_ENGINE: Final = frozenset({"/tokenize", "/detokenize"})
 _WITHOUT_ENGINE_ENDS: Final = ("/cancel", "/count_tokens", "/render", "/derender")
-"""What the front end answers by itself, of what is sent with POST."""
+"""POST requests that the front end answers without an engine."""
 
 CLASS_HEADER: Final = b"x-cox-class"
 PRIORITY_HEADER: Final = b"x-vllm-priority"
@@ -64,8 +64,7 @@ CLIENT_ID_HEADER: Final = b"x-client-request-id"
 MAX_CLIENT_ID: Final = 128
 """Characters of the client's own id that the response repeats."""
 FORWARDED: Final = "FORWARDED_ALLOW_IPS"
-"""uvicorn's: from whom X-Forwarded-For replaces the peer's address; loopback where it is not set, nobody where it is
-empty."""
+"""uvicorn's: the peers whose X-Forwarded-For replaces their address; unset means loopback, empty means nobody."""
 _LOOPBACK: Final = "127.0.0.0/8,::1/128"
 _INT: Final = re.compile(rb"[+-]?[0-9]{1,10}")
 _HEADER_NAME: Final = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,128}")

@@ -1,4 +1,4 @@
-"""The edge's holds on vLLM's inside: the last word on a request's id and priority, what is refused, whether it ends.
+"""The edge's hooks in vLLM: the last word on a request's id and priority, what is refused, whether the server ends.
 
 Headers are not enough: `/v1/responses` and others ignore X-Request-Id, and a body may name its own
 priority. vLLM gives every request its internal id in `InputProcessor.assign_request_id`
@@ -42,8 +42,9 @@ def bound(request: Any, held: Ticket) -> None:
 def ends(app: Any) -> bool:
     """Whether vLLM's server was told to end, `app` being its FastAPI application.
 
-    With `--shutdown-timeout` it listens on until its engine is done, answers what comes with nothing, and what comes
-    late never: then it does not end at all. `MPClient.shutdown` (v1/engine/core_client.py) first detaches a finalizer.
+    With `--shutdown-timeout` it listens until its engine is done. Requests that come meanwhile get an empty answer,
+    late ones none, and then the server does not end at all. `MPClient.shutdown` (v1/engine/core_client.py) first
+    detaches a finalizer.
     """
     client = getattr(getattr(app, "state", None), "engine_client", None)
     finalizer = getattr(getattr(client, "engine_core", None), "_finalizer", None)

@@ -1,8 +1,8 @@
-"""Steering's numbers on vLLM's own `/metrics`: of the workers behind a server, as their status frames have them.
+"""Steering's numbers on vLLM's own `/metrics`, from the status frames of the workers behind a server.
 
-Nothing is read, computed or kept for it in the engine, and in the server only the last frames as they came; they are
-read when somebody asks. Where vLLM runs several API server processes any of them may be asked: they share what was
-counted by a file in the folder where prometheus_client's processes share theirs.
+The engine does nothing for it, and the server keeps only the last frames, which it decodes when somebody asks. Where
+vLLM runs several API server processes any of them may be asked: they share what was counted by a file in the folder
+where prometheus_client's processes share theirs.
 
 Called by `status.py` (frames) and `asgi.py` (requests for the page).
 """
@@ -71,7 +71,7 @@ class Latest:
     def take(self) -> tuple[list[Raw], list[Raw]]:
         """Full frames, oldest first, and each worker's last of any kind. Decode them elsewhere.
 
-        Of ended incarnations none is kept longer.
+        Incarnations that have ended are not kept after that.
         """
         taken = list(self._lives.values())
         newest = {worker: (worker, incarnation) for worker, incarnation in self._lives}
@@ -151,7 +151,7 @@ class EdgeMetrics:
         return self._tally
 
     def _read(self, file: Path) -> Tally:
-        """What all processes counted; where somebody else damaged it, what this one knows of that."""
+        """What all processes counted; if the file is damaged, what this one knows of it."""
         try:
             return _read_tally(file.read_bytes())
         except UNREADABLE as error:

@@ -1,7 +1,7 @@
-"""The edge's ear: one NATS connection per API server process, for the status of the engines behind it. Shell only.
+"""One NATS connection per API server process, which hears the status of the engines behind it. Shell only.
 
-Started on the server's own loop with the first thing that it serves, its own start above all. Nothing waits for it:
-while it hears nothing, what it heard last stands, and where it never heard anything everybody is served.
+Started on the server's own loop with the first thing that it serves, which is its lifespan as a rule. Nothing waits for
+it: while it hears nothing, what it heard last stands; until it has heard something, everybody is served.
 """
 
 import asyncio

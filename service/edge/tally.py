@@ -5,9 +5,9 @@ increment is credited once, for good: to its tenant where that has a series of i
 counter only grows, over restarts and however tenants change between named and `other`, and increments add up exactly.
 
 Who is named: up to `limit` tenants, in order of what they were served of late; when there are more, a place changes
-hands only to one that is served `MARGIN` times as much as its holder, who has had it for `TENURE_S` at least. Who lost
-it keeps its series, still, for `KEPT_S`, so that Prometheus has seen the last of it; then the series ends. It is not
-added to `other`: that would look like service all at once.
+hands only to one that is served `MARGIN` times as much as its holder, who has had it for `TENURE_S` at least. The
+series of a tenant that lost its place stands still for `KEPT_S`, so that Prometheus has seen the last of it, and then
+ends. It is not added to `other`: that would look like service all at once.
 
 Called by `metrics.py`, whenever somebody asks for `/metrics`. A struct of plain values, so that several API
 server processes can share it as bytes.

@@ -146,13 +146,13 @@ def test_refusals_of_the_bus_are_counted_with_the_engines() -> None:
     )  # fmt: skip
     counted = msgspec.structs.replace(frame(), commands=engines)
     sent = decode_frame(frames.outgoing(counted, 1.0, 1 << 20, idle=False)[0])
-    assert sent.commands == frames.answer(counted, 1.0).commands
+    assert sent.commands == frames.stamp(counted, 1.0).commands
     assert sent.commands.rejected_total == {"400": 5, "404": 3}
     assert sent.commands.outcomes_total == {
         "abort": {"applied": 2, "400": 3}, "preempt": {"404": 3}, "other": {"400": 2},
     }  # fmt: skip
     again = Frames(refused=frames.refused)
-    assert again.answer(counted, 1.0).commands == sent.commands, "the next bus goes on from there"
+    assert again.stamp(counted, 1.0).commands == sent.commands, "the next bus goes on from there"
 
 
 def test_events_that_wait_are_those_of_when_the_frame_is_sent() -> None:
