@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 from coxswain.schemas.events import KINDS
 from coxswain.schemas.names import ALL, check_tenant, check_token
 from coxswain.schemas.policy import INT32_MAX, INT32_MIN
+from coxswain.schemas.request_id import MAX_CHARS
 
-MAX_REQUEST_CHARS: Final = 512
 MAX_PORT: Final = 65_535
 MAX_LEASE_S: Final = 86_400.0
 MAX_DURATION_S: Final = 3_650 * 86_400.0
@@ -181,8 +181,8 @@ def tenant(text: str) -> str:
 
 def request(text: str) -> str:
     """A request id, as the X-Request-Id of the response gave it."""
-    if not 0 < len(text) <= MAX_REQUEST_CHARS:
-        raise ValueError(f"a request id has 1 to {MAX_REQUEST_CHARS} characters, not {len(text)}")
+    if not 0 < len(text) <= MAX_CHARS:
+        raise ValueError(f"a request id has 1 to {MAX_CHARS} characters, not {len(text)}")
     return text
 
 

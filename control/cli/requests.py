@@ -6,7 +6,7 @@ Called by `__init__.py`; what it looks like is decided in `view_requests.py`.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,13 +17,10 @@ from coxswain.control.cli.view_requests import Listing, Told
 from coxswain.control.view.picture import RequestRow
 from coxswain.schemas.errors import Code, RefusedError
 from coxswain.schemas.names import ALL
-from coxswain.schemas.status import Frame, QueueQuery, RequestQuery, RequestStatus
+from coxswain.schemas.status import MAX_PAGE, Frame, QueueQuery, RequestQuery, RequestStatus
 
 if TYPE_CHECKING:
     from coxswain.control.client import Client
-
-PAGE: Final = 1_000
-"""Requests per page of a queue: the protocol's most."""
 
 State = Literal["running", "held", "queued"]
 Wanted = Callable[[RequestStatus], bool]
@@ -133,7 +130,7 @@ async def _queue(cox: Cox, client: "Client", worker: str) -> AsyncIterator[Reque
     """One worker's queue in order, page by page, as it is when each page is asked for."""
     after: str | None = None
     while True:
-        query = QueueQuery(after=after, limit=PAGE)
+        query = QueueQuery(after=after, limit=MAX_PAGE)
         [page] = await client.query(worker, "queue", query, timeout_s=cox.timeout_s)
         for status in page.requests:
             yield status
