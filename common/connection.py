@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from coxswain.common.logs import REDACTED
 from coxswain.schemas.names import check_token
 from coxswain.schemas.permissions import INBOX
 
 DEFAULT_URL: Final = "nats://127.0.0.1:4222"
 DEFAULT_FLEET: Final = "main"
+REDACTED: Final = "[redacted]"
+"""Stands for a secret, in messages and logs."""
 PING_INTERVAL_S: Final = 1.5
 MAX_PINGS: Final = 2
 """A server that is silent for (MAX_PINGS + 1) x PING_INTERVAL_S, less at most one interval, is given up. So a client of

@@ -15,10 +15,11 @@ from typing import Any, Final, TextIO
 
 import structlog
 
+from coxswain.common.connection import REDACTED
+
 LEVELS: Final = ("info", "warning", "error")
 FORMATS: Final = ("json", "text")
 """What `COX_LOG_LEVEL` and `COX_LOG` may be; `config.py` refuses anything else."""
-REDACTED: Final = "[redacted]"
 _SECRET: Final = re.compile(
     r"pass(word|wd|phrase)?$|secret|seed|token$|creds|credential|api_?key|jwt|authorization", re.IGNORECASE
 )

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from coxswain.common.logs import FORMATS, LEVELS
 from coxswain.control.cli import parse
 from coxswain.control.cli.app import Cox, option
 from coxswain.control.cli.exits import CliError, Exit
@@ -85,6 +84,7 @@ async def controller(
 
     Logs go to stderr, as JSON with --json or if it is not a terminal (COX_LOG, COX_LOG_LEVEL).
     """
+    from coxswain.common.logs import FORMATS, LEVELS
     from coxswain.control import daemon, logs
     from coxswain.control import policy as policies
     from coxswain.control.web.page import Web

@@ -423,7 +423,7 @@ def test_version_is_machine_readable() -> None:
 
 def test_help_loads_neither_nats_nor_vllm() -> None:
     """The command line starts quickly and without an engine: heavy modules come when they are needed."""
-    heavy = "{'nats', 'vllm', 'torch'} & set(sys.modules)"
+    heavy = "{'nats', 'structlog', 'vllm', 'torch'} & set(sys.modules)"
     line = [sys.executable, "-c", f"import sys, coxswain.control.cli; sys.exit(bool({heavy}))"]
     assert subprocess.run(line, check=False, timeout=60).returncode == 0
 
