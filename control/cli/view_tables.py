@@ -1,6 +1,7 @@
 """The tenant and class tables for people. Pure; called by `policy_tables.py`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from rich.text import Text
 
@@ -23,15 +24,15 @@ _CLASS = (
     Column(title="ORDER"),
     Column(title="SLO", right=True),
     Column(title="CUT-IN"),
-    Column(title="QUANTUM", right=True, drop=1),
-    Column(title="COOLDOWN", right=True, drop=1),
-    Column(title="AGEING", right=True, drop=1),
-    Column(title="PREFILL/STEP", right=True, drop=1),
-    Column(title="LINGER", right=True, drop=2),
-    Column(title="STAND ASIDE", drop=2),
-    Column(title="BORROW", drop=1),
+    Column(title="QUANTUM", right=True, drop=6),
+    Column(title="COOLDOWN", right=True, drop=7),
+    Column(title="AGEING", right=True, drop=4),
+    Column(title="PREFILL/STEP", right=True, drop=3),
+    Column(title="LINGER", right=True, drop=9),
+    Column(title="STAND ASIDE", drop=8),
+    Column(title="BORROW", drop=5),
     Column(title="MAX RUNNING", right=True, drop=1),
-    Column(title="MAX QUEUED", right=True, drop=1),
+    Column(title="MAX QUEUED", right=True, drop=2),
 )
 
 
@@ -47,7 +48,13 @@ def classes(rows: Mapping[str, ClassPolicy], width: int) -> Text:
     if not rows:
         return Text("no rows: there is one class, default, with fair order")
     ordered = sorted(rows, key=lambda name: (rows[name].position, name))
-    return grid(_CLASS, [_class(name, rows[name]) for name in ordered], width)
+    shown = [_class(name, rows[name]) for name in ordered]
+    # Where there is no room for all, what no class has goes first.
+    columns = [
+        replace(column, drop=column.drop + len(_CLASS)) if column.drop and set(cells) == {"-"} else column
+        for column, cells in zip(_CLASS, zip(*(row.cells for row in shown), strict=True), strict=True)
+    ]
+    return grid(columns, shown, width)
 
 
 def _tenant(name: str, row: TenantPolicy) -> Row:
@@ -85,8 +92,8 @@ def _class(name: str, row: ClassPolicy) -> Row:
             "-" if row.ageing_s is None else span(row.ageing_s),
             _or_dash(row.max_prefill_tokens_per_step),
             span(row.linger_s) if row.linger_s else "-",
-            "yes" if row.stand_aside else "no",
-            "yes" if row.borrow else "no",
+            "yes" if row.stand_aside else "-",
+            "yes" if row.borrow else "-",
             _or_dash(row.max_running),
             _or_dash(row.max_queued),
         ],

@@ -220,3 +220,25 @@ def test_tables_show_what_is_in_force() -> None:
     ).plain
     assert "0…" in tenants
     assert "any" in tenants
+
+
+@pytest.mark.parametrize(
+    ("title", "fields"),
+    [
+        ("QUANTUM", {"quantum_s": 1.0}),
+        ("COOLDOWN", {"cooldown_s": 1.0}),
+        ("AGEING", {"ageing_s": 9.0}),
+        ("PREFILL/STEP", {"max_prefill_tokens_per_step": 64}),
+        ("LINGER", {"linger_s": 1.0}),
+        ("STAND ASIDE", {"stand_aside": True}),
+        ("BORROW", {"borrow": True}),
+        ("MAX RUNNING", {"max_running": 4}),
+        ("MAX QUEUED", {"max_queued": 4}),
+    ],
+)
+def test_what_a_class_was_given_is_shown_in_80_columns(title: str, fields: dict[str, Any]) -> None:
+    """What no class has gives way to it."""
+    rows = {"interactive": ClassPolicy(slo_s=30.0), "batch": ClassPolicy(position=10, **fields)}
+    shown = view_tables.classes(rows, 80).plain
+    assert title in shown.splitlines()[0]
+    assert max(map(cell_len, shown.splitlines())) <= 80
