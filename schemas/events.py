@@ -50,7 +50,7 @@ class Queued(Event, frozen=True, kw_only=True, tag="queued"):
     running: int = 0
     """Requests that ran on this worker."""
     virtual_time: float | None = None
-    """Its tenant's virtual time; in a `fair` class the lowest goes next."""
+    """Its tenant's virtual time, as of the last frame or admission; in a `fair` class the lowest goes next."""
     next_request: str | None = None
     """The request whose turn it was; null if nothing waited."""
     next_tenant: str | None = None
@@ -60,7 +60,7 @@ class Queued(Event, frozen=True, kw_only=True, tag="queued"):
     next_priority: int | None = None
     """That request's priority."""
     next_virtual_time: float | None = None
-    """The virtual time of that request's tenant."""
+    """The virtual time of that request's tenant, as of then too."""
 
 
 class Admitted(Event, frozen=True, kw_only=True, tag="admitted"):

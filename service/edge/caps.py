@@ -292,7 +292,7 @@ class EdgeCaps:
         return [view for view in self.views.values() if now - view.heard_at <= STALE_S]
 
     def _class_of(self, views: list[View], tenant: str, asked: str) -> str:
-        """The class in which the engine will queue it (`SteeringCore._group_for`), as far as the frames tell."""
+        """The class in which the engine will queue it (`SteeringCore._group_of`), as far as the frames tell."""
         for view in views:
             row = view.row(tenant)
             if row is not None:

@@ -42,7 +42,7 @@ def met(record: Record, queue: SteeredQueue, roster: Roster) -> dict[str, Any]:
     account, first = record.account, queue.glance()
     fields: dict[str, Any] = {
         "prompt_tokens": record.prompt_tokens, "waiting": len(queue), "tenant_waiting": account.queued - 1,
-        "running": len(roster.running), "virtual_time": account.rank[0],
+        "running": len(roster.running), "virtual_time": account.virtual_time,
     }  # fmt: skip
     if first is not None:
         next_account = first.account

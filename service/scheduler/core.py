@@ -340,11 +340,9 @@ class SteeringCore:
                 self.tenants.account(name).seen = True
 
     def _group_of(self, record: Record) -> ClassGroup:
-        return self._group_for(record.account.policy, record.set_class, record.asked_class)
-
-    def _group_for(self, policy: TenantPolicy, told: str, asked: str) -> ClassGroup:
         """The class a request runs in: what a command told, what it asked for and may, its tenant's, `default`."""
-        classes = self.roster.classes
+        classes, policy = self.roster.classes, record.account.policy
+        told, asked = record.set_class, record.asked_class
         if told in classes:
             return classes[told]
         if asked in classes and (asked == policy.class_ or asked in policy.classes):

@@ -242,3 +242,18 @@ def test_a_request_tells_whom_it_met_when_it_joined_the_queue() -> None:
     assert met[4]["virtual_time"] == met[4]["next_virtual_time"] == 10.0
     admitted = [fields for _, kind, fields in engine.events if kind is ev.Admitted]
     assert [(each["virtual_time"], each["waiting"]) for each in admitted] == [(10.0, 3), (10.0, 2)]
+
+
+def test_a_request_that_comes_looks_at_no_virtual_time() -> None:
+    """Its event tells its own tenant's and the next one's as of the same moment: the last admission or frame."""
+    engine = FakeEngine(slots=1)
+    engine.submit("a", prompt=10)
+    engine.submit("a", prompt=10)
+    running = engine.admit()
+    engine.deliver(running, 3)
+    engine.submit("a")
+    met = engine.seen(ev.Queued)[-1]
+    assert met["virtual_time"] == met["next_virtual_time"] == 10.0
+    assert running.account.rank[0] == 10.0 + 3 * engine.core.tenants.prices.output
+    engine.submit("a")
+    assert engine.seen(ev.Queued)[-1]["virtual_time"] == running.account.virtual_time > 10.0
