@@ -7,7 +7,8 @@ Hypothesis draws the same examples in every run, so that a change that passes on
 nobody has seen yet: `make test TESTS=tests/unit ARGS=--hypothesis-profile=explore`.
 
 A test with real processes is tried once more when it fails, for a machine that many share may stall in the middle
-of it. Such a test is named at the end of the run as RERUN: whoever sees one mends it. Unit tests have no excuse.
+of it. Such a test is named at the end of the run as RERUN, with what failed: whoever sees one mends it. Unit tests
+have no excuse.
 
 Files run side by side, but those with a real model one after the other: two models would have the cores to themselves.
 """
