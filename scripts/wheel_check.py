@@ -89,10 +89,11 @@ def use(wheel: Path, work: Path) -> None:
         CheckError: if `cox schema` prints something other than the committed schema.
     """
     home = work / "venv"
-    venv.create(home, with_pip=True)
+    venv.create(home)
     python, cox = home / "bin" / "python", home / "bin" / "cox"
     lock = ROOT / "requirements" / "control.lock"
-    _run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(lock), str(wheel)], work)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    _run([*pip, "--no-deps", "--no-compile", "-r", str(lock), str(wheel)], work)
     _run([str(python), "-I", "-c", USE_IT], work)
     _run([str(cox), "--help"], work)
     if _run([str(cox), "schema"], work) != (ROOT / "docs" / "schema.json").read_text():
