@@ -58,6 +58,7 @@ class Inbox:
                 self._port.put(ReplyOut(item.token, self._apply(now, item)))
             if clock() > began + DRAIN_S:
                 break
+        self._port.flush()  # now: vLLM's part of the step takes milliseconds
         if idle or began >= self._answers_at:
             self._answer_some(now, DRAIN_S if idle else ANSWERS_S)
 
