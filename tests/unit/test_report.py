@@ -15,7 +15,7 @@ from coxswain.schemas.policy import ClassPolicy, TenantPolicy, TenantRank
 from coxswain.schemas.status import MAX_PAGE, CommandStats, Frame, QueueQuery, RequestStatus, TenantStatus
 from coxswain.service.bus import wire
 from coxswain.service.bus.board import PATIENCE, Board
-from coxswain.service.port import Draft
+from coxswain.service.port import Draft, FrameOut
 from coxswain.service.scheduler import report
 from coxswain.service.scheduler import rows as module
 from coxswain.service.scheduler.lines import MAX_SKIPPED
@@ -51,11 +51,11 @@ class Reported:
     def tell(self, *, answer: bool = False) -> Draft:
         """What the engine tells next, across the socket to the bus."""
         told = self.reporter.draft(self.engine.now, GAUGES, COMMANDS, answer=answer)
-        message = wire.FrameUp(told, False)
+        message = FrameOut(told, False)
         ((arrived,),) = (
             wire.read_batch(body).messages for body in wire.unpack(bytearray(wire.pack_up(0, [message])))
         )
-        assert isinstance(arrived, wire.FrameUp)
+        assert isinstance(arrived, FrameOut)
         assert self.board.take(arrived.draft)
         return told
 
