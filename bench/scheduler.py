@@ -6,8 +6,8 @@ The real scheduler and KV manager without a device (`bench.sides`). All cases ta
 each is written to PATH as it ends, and a case that PATH has already is not run again. Cases:
 
     steps/RUNNING/WAITING/TENANTS   a decode step: `schedule` + `update_from_output`
-    churn/RUNNING/WAITING/TENANTS   the same with requests that come, are admitted and end in every step; their
-                                    `add_request` counts, and "alone" is without it
+    churn/RUNNING/WAITING/TENANTS   the same while as many requests come as are admitted and end, one in 256 steps
+                                    of each that runs; their `add_request` counts, and "alone" is without it
     frame/RUNNING/WAITING/TENANTS   a status frame, everything that runs having changed
     single/WAITING                  one request reprioritized or aborted, one tenant re-ranked
     command/WAITING                 a command that names 1,000 waiting requests

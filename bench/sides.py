@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import count
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 from bench.rig import Rig, vllm_config
@@ -251,15 +251,17 @@ def steps(running: int, waiting: int, tenants: int, rounds: int, *, churn: bool)
     `x/y alone` does not.
     """
     sides = [Side(name, running, waiting, tenants, churn=churn) for name in SIDES]
-    arrivals = max(1, running // LIFE) if churn else 0
+    # As many come as end, so that the queue stays as long as it is: fewer than one a step where few run.
+    coming = (int((step + 1) * running / LIFE) - int(step * running / LIFE) for step in count())
     whole: dict[str, list[float]] = {name: [] for name in SIDES}
     alone: dict[str, list[float]] = {name: [] for name in SIDES}
     with no_collection():
         for index in range(-2, rounds):
             random.Random(index).shuffle(sides)
+            first, *others = islice(coming, TURN + 1) if churn else (0,) * (TURN + 1)
             for side in sides:
-                side.step(arrivals)
-                turn = [side.step(arrivals) for _ in range(TURN)]
+                side.step(first)
+                turn = [side.step(arrivals) for arrivals in others]
                 if index >= 0:
                     whole[side.name].append(sum(spent.whole for spent in turn) / TURN)
                     alone[side.name].append(sum(spent.alone for spent in turn) / TURN)
