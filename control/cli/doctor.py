@@ -37,7 +37,7 @@ async def doctor(cox: Cox) -> Exit:
         level = (each.level.ljust(_INDENT), _STYLES[each.level])
         cox.say(Text.assemble(level, printable(f"{each.check}: {each.found}")), hang=_INDENT)
         if each.mend:
-            cox.say(" " * _INDENT + each.mend, hang=_INDENT)
+            cox.say(" " * _INDENT + printable(f"mend: {each.mend}"), hang=_INDENT)
     warned = sum(each.level == "warn" for each in findings)
     cox.say(
         f"{plural(failed, 'failure')}, {plural(warned, 'warning')}" if failed or warned else "all is well"
