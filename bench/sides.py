@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import count, islice
+from types import MethodType
 from typing import Any, NamedTuple
 
 from bench.rig import Rig, vllm_config
@@ -24,7 +25,7 @@ from coxswain.common.logs import get_logger
 from coxswain.service.bus.process import BUFFER
 
 STOCK = ("fcfs", "priority")
-OURS = ("quiet", "on")
+OURS = ("quiet", "on", "bare")
 SIDES = (*STOCK, *OURS)
 """In the order in which they are made; they run in any. Nobody is judged by `fcfs`, which comes first: of sides that
 do the very same the first made took 5 to 10 % less time, where 1,024 come and go; the others did not differ."""
@@ -87,7 +88,8 @@ class Side:
 
     Args:
         name: `fcfs` or `priority`: stock vLLM; `quiet`: ours without a bus; `on`: ours with accounting, events
-            and frames, encoded and sent to a process that throws them away.
+            and frames, encoded and sent to a process that throws them away; `bare`: `quiet`, with all of vLLM's own
+            `allocate_slots`, which says what steering costs without what `compat.allocation` saves.
         churn: requests have `LIFE` tokens, the first ones end at random; otherwise none ends.
         spare: slots beyond those that may run, for holds.
     """
@@ -106,6 +108,9 @@ class Side:
         self.name = name
         self.rig = Rig(stock_scheduler() if stock else SteeredScheduler, config)
         self.scheduler = self.rig.scheduler
+        if name == "bare":
+            manager = self.scheduler.kv_cache_manager
+            manager.allocate_slots = MethodType(type(manager).allocate_slots, manager)
         self._tenants = tenants
         self._numbers = count()
         self._left_at = time.monotonic()

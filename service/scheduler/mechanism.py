@@ -62,7 +62,8 @@ class Mechanism:
         self._aside: Collection[Group] = ()
         self._busy: list[Group] = []
         self._reserve_lookahead: Callable[..., Any] = scheduler._reserve_prefill_lookahead  # noqa: SLF001
-        self._allocate: Callable[..., Any] = scheduler.kv_cache_manager.allocate_slots
+        manager = scheduler.kv_cache_manager
+        self._allocate = manager.allocate_slots = compat.allocation(manager)
 
     def attach(self, core: SteeringCore) -> None:
         """The core that this engine reports to."""
@@ -366,9 +367,9 @@ class Mechanism:
         scheduler.max_num_active_reqs = max(0, min(self._active, self._total - len(roster.kept)))
         manager = scheduler.kv_cache_manager
         wanted = bool(roster.kept or roster.parked)
-        self._reclaiming = _put(
-            manager, "allocate_slots", self._allocate_or_reclaim, wanted, self._reclaiming
-        )
+        if wanted is not self._reclaiming:
+            self._reclaiming = wanted
+            manager.allocate_slots = self._allocate_or_reclaim if wanted else self._allocate
 
     def _allocate_or_reclaim(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """vLLM's `allocate_slots`; when blocks are short, held requests give theirs before anybody fails."""

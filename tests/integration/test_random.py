@@ -117,6 +117,7 @@ def check(tmp_path: Path, wanted: list[Case] | None = None, **options: Any) -> R
     wanted = cases(SEED, REQUESTS) if wanted is None else wanted
     run = play(tmp_path, wanted, **options)
     assert run.engine.steps > 2 * len(wanted)
+    assert run.engine.cut_short > 4 * len(wanted)
     assert run.ledger.preempted_total > len(wanted) / 4
     assert run.ledger.recomputed_total > 5 * len(wanted)
     assert min(run.done.values()) > 0

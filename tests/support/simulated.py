@@ -40,8 +40,12 @@ class Engine:
         """What the last step computed."""
         self._cached: dict[Any, list[int | None]] = {}
         """What a key of the prefix cache stands for."""
+        self.cut_short = 0
+        """How often `compat.allocation` answered in vLLM's place."""
         self._commands = 0
         self._watch(core.model_executor.driver_worker)
+        if hasattr(core.scheduler, "mechanism"):
+            self._check_allocation(core.scheduler.kv_cache_manager, core.scheduler.mechanism)
 
     @property
     def scheduler(self) -> Any:
@@ -62,6 +66,38 @@ class Engine:
             return execute(output)
 
         worker.execute_model = execute_model
+
+    def _check_allocation(self, manager: Any, mechanism: Any) -> None:
+        """Where `compat.allocation` answers in vLLM's place: vLLM would say the same, and change nothing."""
+        from coxswain.service.scheduler import compat
+
+        its, asked = type(manager).allocate_slots, []
+
+        def vllms(request: Any, *args: Any, **kwargs: Any) -> Any:
+            asked.append(request)
+            return its(manager, request, *args, **kwargs)
+
+        manager.allocate_slots = vllms
+        ours = compat.allocation(manager)
+
+        def state(request: Any) -> tuple[Any, ...]:
+            (group,), pool = manager.coordinator.single_type_managers, manager.block_pool
+            table = [block.block_id for block in group.req_to_blocks.get(request.request_id, ())]
+            cached, free = group.num_cached_block.get(request.request_id), pool.get_num_free_blocks()
+            return table, cached, free, len(pool.cached_block_hash_to_block), len(group.new_block_ids)
+
+        def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
+            before = state(request)
+            blocks = ours(request, *args, **kwargs)
+            if not asked:
+                self.cut_short += 1
+                assert state(request) == before
+                assert vllms(request, *args, **kwargs) is blocks
+                assert state(request) == before
+            asked.clear()
+            return blocks
+
+        mechanism._allocate = manager.allocate_slots = allocate_slots
 
     def forget(self) -> None:
         """Begin anew: nothing must be left of what was."""
@@ -197,7 +233,7 @@ class Engine:
             assert not scheduler.core.queue
             assert not scheduler._loads
             assert scheduler.max_num_active_reqs == scheduler.mechanism._active
-            assert "allocate_slots" not in scheduler.kv_cache_manager.__dict__
+            assert scheduler.kv_cache_manager.allocate_slots == scheduler.mechanism._allocate
 
 
 @contextmanager
