@@ -8,6 +8,7 @@ each is written to PATH as it ends, and a case that PATH has already is not run 
     steps/RUNNING/WAITING/TENANTS   a decode step: `schedule` + `update_from_output`
     churn/RUNNING/WAITING/TENANTS   the same while as many requests come as are admitted and end, one in 256 steps
                                     of each that runs; their `add_request` counts, and "alone" is without it
+    cached/RUNNING/WAITING/TENANTS  a decode step with prefix caching and blocks of 16 tokens, vLLM's defaults
     frame/RUNNING/WAITING/TENANTS   a status frame, everything that runs having changed
     single/WAITING                  one request reprioritized or aborted, one tenant re-ranked
     command/WAITING                 a command that names 1,000 waiting requests
@@ -40,15 +41,14 @@ def cases(rounds: int, *, quick: bool) -> dict[str, Callable[[], Case]]:
     """All cases by name, in the order in which they run."""
     found: dict[str, Callable[[], Case]] = {}
 
-    def step_case(running: int, waiting: int, tenants: int, *, churn: bool) -> None:
-        kind = "churn" if churn else "steps"
+    def step_case(kind: str, running: int, waiting: int, tenants: int) -> None:
         found[f"{kind}/{running}/{waiting}/{tenants}"] = lambda: steps(
-            running, waiting, tenants, rounds, churn=churn
+            running, waiting, tenants, rounds, churn=kind == "churn", caching=kind == "cached"
         )
 
     if quick:
-        step_case(64, 1_000, 10, churn=False)
-        step_case(64, 1_000, 10, churn=True)
+        step_case("steps", 64, 1_000, 10)
+        step_case("churn", 64, 1_000, 10)
         found["frame/64/1000/10"] = lambda: changes.frame(64, 1_000, 10, rounds)
         found["single/5000"] = lambda: changes.single(5_000, 100, rounds)
         found["command/5000"] = lambda: changes.command(5_000, 1_000, 3)
@@ -63,17 +63,19 @@ def cases(rounds: int, *, quick: bool) -> dict[str, Callable[[], Case]]:
     found["capped/64/10000"] = lambda: changes.capped(64, 10_000, rounds)
     found["memory/20000"] = lambda: changes.memory(20_000)
     for running, tenants in product(RUNNING, TENANTS):
-        step_case(running, 10_000, tenants, churn=True)
+        step_case("churn", running, 10_000, tenants)
+    for running in RUNNING:
+        step_case("cached", running, 10_000, 100)
     # By length of the queue: the long ones take most of the time, to fill.
     for waiting, running, tenants in product(WAITING, RUNNING, TENANTS):
-        step_case(running, waiting, tenants, churn=False)
+        step_case("steps", running, waiting, tenants)
     return found
 
 
 def line(name: str, case: Case) -> str:
     """A case as a line for people."""
     kind = name.partition("/")[0]
-    if kind in ("steps", "churn"):
+    if kind in ("steps", "churn", "cached"):
         ratios = [
             "{} {:.3f} [{:.3f} {:.3f}] mean {:.3f}".format(
                 ours, *case[f"{ours}/priority"], case[f"{ours}/priority mean"]

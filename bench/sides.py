@@ -91,19 +91,22 @@ class Side:
             and frames, encoded and sent to a process that throws them away; `bare`: `quiet`, with all of vLLM's own
             `allocate_slots`, which says what steering costs without what `compat.allocation` saves.
         churn: requests have `LIFE` tokens, the first ones end at random; otherwise none ends.
+        caching: with a prefix cache, of blocks of 16 tokens: vLLM's defaults; otherwise blocks of 32 and none.
         spare: slots beyond those that may run, for holds.
     """
 
     def __init__(
-        self, name: str, running: int, waiting: int, tenants: int, *, churn: bool = False, spare: int = 0
-    ) -> None:
+        self, name: str, running: int, waiting: int, tenants: int, *, churn: bool = False, caching: bool = False,
+        spare: int = 0,
+    ) -> None:  # fmt: skip
         from coxswain.service.scheduler import SteeredScheduler
 
         stock = name in STOCK
         config = vllm_config(
             max_num_seqs=running + spare, max_num_active_seqs=running,
             max_num_batched_tokens=max(running * 16, 2_048), max_model_len=4_096,
-            num_blocks=running * 40 + 16, policy=name if stock else "fcfs",
+            num_blocks=running * (80 if caching else 40) + 16, block_size=16 if caching else 32,
+            prefix_caching=caching, policy=name if stock else "fcfs",
         )  # fmt: skip
         self.name = name
         self.rig = Rig(stock_scheduler() if stock else SteeredScheduler, config)
@@ -248,14 +251,16 @@ TURN = 4
 """Steps in a row of one side, after one that only warms the caches: an engine does not share them with three others."""
 
 
-def steps(running: int, waiting: int, tenants: int, rounds: int, *, churn: bool) -> dict[str, Any]:
+def steps(
+    running: int, waiting: int, tenants: int, rounds: int, *, churn: bool = False, caching: bool = False
+) -> dict[str, Any]:
     """Step times of all sides, `TURN` steps at a time in turns (µs, median), and our steps' ratios to stock's.
 
     `x/y` is the median of the rounds' ratios with its 95 % interval; `x/y mean` is the ratio of all time spent, which
     also counts what happens in few steps only: frames. Where requests come, these count their `add_request`, and
     `x/y alone` does not.
     """
-    sides = [Side(name, running, waiting, tenants, churn=churn) for name in SIDES]
+    sides = [Side(name, running, waiting, tenants, churn=churn, caching=caching) for name in SIDES]
     # As many come as end, so that the queue stays as long as it is: fewer than one a step where few run.
     coming = (int((step + 1) * running / LIFE) - int(step * running / LIFE) for step in count())
     whole: dict[str, list[float]] = {name: [] for name in SIDES}
