@@ -36,6 +36,8 @@ BACKOFF_S: Final = (0.1, 5.0)
 """First and longest pause before another is started; doubled each time, until one has lived twice the longest."""
 READ: Final = 2**18
 """Bytes read at once."""
+LOOK: Final = 2**14
+"""Bytes that the engine's thread reads at once: some hundred commands, and a millisecond of its step."""
 BUFFER: Final = 2**22
 """Bytes that we ask the socket to hold; the kernel may allow less."""
 
@@ -71,7 +73,7 @@ class BusProcess:
         self._stop_at = inf
         self._child: subprocess.Popen[bytes] | None = None
         self._reading = threading.Lock()
-        """Held by whichever thread reads: of the socket, and of what follows."""
+        """Held by whichever thread reads or judges what was read: the socket, and what follows."""
         self._arrived = select.poll()
         """Whether there is something to read, for the engine's thread."""
         self._ours: socket.socket | None = None
@@ -112,10 +114,13 @@ class BusProcess:
             self._rouse()
 
     def _look(self) -> None:
-        """Take what has arrived, unless the thread is at it. That nobody is there any more, it will see."""
-        if self._arrived.poll(0) and self._reading.acquire(blocking=False):
+        """Take a little of what has arrived, unless something waits already, or the thread is at it.
+
+        The rest, and that nobody is there any more, are the thread's.
+        """
+        if not self._port.pending() and self._arrived.poll(0) and self._reading.acquire(blocking=False):
             try:
-                self._read()
+                self._read(LOOK)
             finally:
                 self._reading.release()
 
@@ -235,8 +240,10 @@ class BusProcess:
                         return ""
             if flags & select.POLLOUT:
                 self._outbox.go_on()
-            self._look_at_stall()
-            if self._silent():
+            with self._reading:
+                self._look_at_stall()
+                silent = self._silent()
+            if silent:
                 return f"it said nothing for {SILENCE_S + GRACE_S:g} s"
         return "it did not end in time"
 
@@ -261,12 +268,12 @@ class BusProcess:
 
     # From the process
 
-    def _read(self) -> bool:
-        """Take what has arrived; False if the process is gone."""
+    def _read(self, most: int = READ) -> bool:
+        """Take what has arrived, at most so many bytes of it; False if the process is gone."""
         if self._ours is None:
             return True
         try:
-            data = self._ours.recv(READ)
+            data = self._ours.recv(most)
         except BlockingIOError:
             return True
         except OSError:

@@ -138,13 +138,16 @@ def _framed(body: bytes) -> bytes:
 def unpack(buffer: bytearray) -> Iterator[bytes]:
     """The bodies that have arrived whole; what is left in the buffer is the beginning of the next."""
     at = 0
-    while len(buffer) - at >= LENGTH:
-        end = at + LENGTH + int.from_bytes(buffer[at : at + LENGTH], "big")
-        if len(buffer) < end:
-            break
-        yield bytes(buffer[at + LENGTH : end])
-        at = end
-    del buffer[:at]
+    try:
+        while len(buffer) - at >= LENGTH:
+            begin = at + LENGTH
+            end = begin + int.from_bytes(buffer[at:begin], "big")
+            if len(buffer) < end:
+                break
+            at = end
+            yield bytes(buffer[begin:end])
+    finally:  # whoever takes them may be interrupted (Ctrl-C): none comes twice
+        del buffer[:at]
 
 
 def read_batch(body: bytes) -> Batch:

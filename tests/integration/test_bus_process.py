@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,11 +29,22 @@ pytestmark = pytest.mark.nats
 SUBJECTS = Subjects(FLEET)
 
 
+ABORT = SUBJECTS.command("operator", WORKER, "abort")
+
+
+def body(number: int) -> bytes:
+    """A command."""
+    return json.dumps({"id": f"c{number}", "targets": {"all": True}}).encode()
+
+
 async def abort(client, number: int, timeout_s: float = 5):
     """Send one command; its reply."""
-    payload = json.dumps({"id": f"c{number}", "targets": {"all": True}}).encode()
-    subject = SUBJECTS.command("operator", WORKER, "abort")
-    return decode_reply((await client.request(subject, payload, timeout=timeout_s)).data)
+    return decode_reply((await client.request(ABORT, body(number), timeout=timeout_s)).data)
+
+
+def arrived(worker: Worker) -> bytes:
+    """What the process has said, and nobody has read."""
+    return worker.bus._ours.recv(2**20, socket.MSG_PEEK) if worker.bus._arrived.poll(0) else b""
 
 
 async def test_killed_bus_is_started_again_and_loses_no_event(nats_server: NatsServer) -> None:
@@ -154,9 +166,20 @@ async def test_the_engine_finds_what_the_thread_has_had_no_time_for(
                 assert worker.port.pending() == 1
                 worker.port.look()  # nothing there
                 assert worker.port.pending() == 1
+                # Of a flood, a look takes what costs a step a millisecond, and nothing while something waits.
+                worker.port.take()
+                for number in range(2, 502):
+                    await client.publish(ABORT, body(number), reply="_INBOX.nobody")
+                await eventually(lambda: len(arrived(worker)) > 2 * process.LOOK)
+                worker.port.look()
+                taken = worker.port.pending()
+                assert 10 < taken < 200
+                worker.port.look()
+                assert worker.port.pending() == taken
             finally:
                 held.set()
                 asked.cancel()
+            await eventually(lambda: worker.port.pending() == 500)
 
 
 async def test_alarm_rings_without_a_process(

@@ -86,6 +86,25 @@ def test_messages_survive_any_cut(leads: list[Lead], size: int) -> None:
     assert not buffer
 
 
+def test_no_message_comes_twice() -> None:
+    """Whoever takes messages may be interrupted (Ctrl-C on the engine's thread)."""
+    messages = [
+        LeadIn(Lead(epoch=(1.0, revision), controller="c", policy="vtc", at=1.0)) for revision in range(3)
+    ]
+    buffer = bytearray(b"".join(wire.pack_down(wire.down(message)) for message in messages))
+    bodies: list[bytes] = []
+
+    def take() -> None:
+        for body in wire.unpack(buffer):
+            bodies.append(body)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        take()
+    bodies += wire.unpack(buffer)
+    assert [wire.from_down(wire.read_down(each)) for each in bodies] == messages
+
+
 def test_frames_answers_and_queries() -> None:
     """A frame keeps its rows and the numbers beside them; an answer is the JSON that it would have been."""
     told = draft(frame(requests=2, tenants=3), 7)
