@@ -13,7 +13,7 @@ A machine that is shared runs slower at times. How fast it was, a loop without m
 each turn (`pace`): `paced` is what the turn would have taken at the median pace of the run.
 
 All runs of a fleet play the same turns. With `--runs 5` each turn counts once more, as the median of its runs: a turn
-that is slow by what it does is slow in all of them, and one that the machine held up is not.
+that is slow by what it does is slow in all of them, and one that was held up by chance is not.
 """
 
 import argparse
