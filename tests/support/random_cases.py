@@ -94,5 +94,5 @@ def undisturbed(engine: Engine, wanted: list[Case]) -> dict[str, list[int]]:
             send(engine, case, turn)
         if case.turns:
             send(engine, case, [1], last=True)
-    engine.run()
+    engine.run(50 * len(wanted))
     return engine.outputs
