@@ -45,6 +45,8 @@ class _Names(NUID):
 class NatsClient(Client):
     """Never goes on in the clear where TLS was asked for; nats-py's own does what the server says.
 
+    One address with TLS asks for it at all of them, as in nats.go: a list must not be as safe as its weakest.
+
     A connection that breaks with bytes unsent is closed like any other; nats-py (2.15, `_close`) writes them to it once
     more, which uvloop answers with a RuntimeError: no callback would be told, and its subscriptions would never end.
 
@@ -62,6 +64,7 @@ class NatsClient(Client):
         super().__init__()
         self._ps = _Parser(self)
         self._nuid = _Names()
+        self._encrypted = False
 
     @property
     def unsent(self) -> int:
@@ -71,13 +74,18 @@ class NatsClient(Client):
             writer.transport.get_write_buffer_size() if writer is not None else 0
         )
 
+    def _setup_server_pool(self, connect_url: str | list[str]) -> None:
+        super()._setup_server_pool(connect_url)  # type: ignore[arg-type]
+        # Not asked of the pool later: servers that fail leave it.
+        self._encrypted = any(server.uri.scheme in {"tls", "wss"} for server in self._server_pool)
+
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        server = self._current_server
-        asked = self.options.get("tls") or (server is not None and server.uri.scheme == "tls")
-        if asked and not info.get("tls_required"):
-            raise Error(
-                "the server offers no TLS, and its address (tls://), COX_NATS_CA or _CERT asks for it"
-            )
+        scheme = self._current_server.uri.scheme if self._current_server else ""
+        # Over ws:// nats-py goes on in the clear even if the server says otherwise; wss:// is encrypted by now.
+        encrypted = scheme == "wss" or (scheme != "ws" and info.get("tls_required"))
+        asked = self.options.get("tls") or self._encrypted or scheme == "tls"
+        if asked and not encrypted:
+            raise Error("the server offers no TLS, and an address (tls://), COX_NATS_CA or _CERT asks for it")
         await super()._process_info(info, initial_connection)
 
     async def _process_op_err(self, e: Exception) -> None:

@@ -4,10 +4,12 @@ import asyncio
 import json
 import socket
 import struct
+from contextlib import nullcontext
 from typing import Any, Self
 
 import pytest
 import uvloop
+from nats.errors import Error
 
 from coxswain.common import nats_client
 from coxswain.common.connection import Connection
@@ -80,6 +82,51 @@ def test_a_connection_that_is_reset_with_bytes_unsent_is_over() -> None:
         return failures
 
     assert uvloop.run(run()) == []
+
+
+@pytest.mark.parametrize("address", ["nats://me:t0p@{}:{}", "me:t0p@{}:{}", "tls://me:t0p@{}:{}"])
+def test_one_address_with_tls_asks_for_it_at_all(address: str) -> None:
+    """A server that offers no TLS hears nothing, whatever its own address says."""
+
+    async def run() -> bytes:
+        heard: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(INFO)
+            heard.set_result(await reader.readline())
+            writer.close()
+
+        async with asyncio.timeout(WITHIN_S), await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+            urls = ("tls://127.0.0.1:1", address.format(*server.sockets[0].getsockname()))
+            with pytest.raises(Error, match="offers no TLS"):
+                await connect(
+                    Connection(urls=urls), name="t", on_error=lambda _: None, on_closed=lambda: None
+                )
+            return await heard
+
+    assert asyncio.run(run()) == b""
+
+
+@pytest.mark.parametrize(
+    ("urls", "says_tls", "goes_on"),
+    [
+        (["tls://a", "nats://b"], False, False),
+        (["tls://a", "nats://b"], True, True),
+        (["nats://a", "nats://b"], False, True),
+        (["wss://a", "ws://b"], True, False),  # nats-py would not encrypt it
+        (["ws://a", "wss://b"], False, True),  # it is encrypted already
+    ],
+)
+async def test_tls_is_asked_for_when_its_address_was_given_up(
+    urls: list[str], says_tls: bool, goes_on: bool
+) -> None:
+    """nats-py drops servers that fail; the one that is left is not trusted more for that."""
+    client = NatsClient()
+    client._setup_server_pool(urls)
+    del client._server_pool[0]
+    client._current_server = client._server_pool[0]
+    with nullcontext() if goes_on else pytest.raises(Error, match="offers no TLS"):
+        await client._process_info({"tls_required": says_tls}, initial_connection=True)
 
 
 def test_what_waits_for_a_deaf_server_is_bounded_in_bytes() -> None:
