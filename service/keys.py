@@ -190,9 +190,21 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _save(path: Path, rows: tuple[Key, ...]) -> None:
-    """Replace the file; workers that could read it still can."""
+    """Replace the file; workers that could read it still can.
+
+    Raises:
+        KeysRefusedError: if it would not keep its owner.
+    """
     content = msgspec.json.format(msgspec.json.encode(KeysFile(keys=rows)), indent=1) + b"\n"
-    save(path, content, like=path.stat() if path.exists() else None)
+    like = path.stat() if path.exists() else None
+    try:
+        save(path, content, like=like)
+    except PermissionError as error:
+        if like is None:
+            raise
+        raise KeysRefusedError(
+            f"keys file {path} would not keep its owner and group: run this as its owner (uid {like.st_uid}) or root"
+        ) from error
 
 
 def add(path: Path, grant: Grant, *, now: float) -> str:

@@ -1,5 +1,6 @@
 """API keys: made, looked up, reloaded and revoked, and never shown again."""
 
+import errno
 import io
 import multiprocessing
 import os
@@ -128,6 +129,24 @@ def test_file_stays_readable_to_those_it_was_readable_to(file: Path) -> None:
     keys.revoke(file, key.removeprefix(keys.PREFIX).partition("-")[0])
     after = file.stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+def test_whoever_may_not_keep_the_owner_is_told_who_may(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file stays as it is, nothing is left beside it, and the refusal says as whom to run it."""
+    keys.add(file, Grant(tenant="acme"), now=1.0)
+    before = file.read_bytes()
+
+    def refuse(*_: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    assert keys.main(["add", "--tenant", "globex", str(file)]) == 2
+    said = capsys.readouterr()
+    assert f"run this as its owner (uid {file.stat().st_uid}) or root" in said.err
+    assert said.out == ""
+    assert (file.read_bytes(), list(file.parent.iterdir())) == (before, [file])
 
 
 def test_file_that_others_may_write_is_refused(file: Path) -> None:
