@@ -26,9 +26,10 @@ MAX_PINGS: Final = 2
 a frozen server has moved to another before workers give up their leader, which is after 5 s. Shorter would gain
 nothing: a leader that cannot renew its lease has lost it by then. A stall of our own counts as one, however long."""
 
-_USER: Final = re.compile(r"[^/,\s]+@")
-_SEED: Final = re.compile("S[A-Z2-7]{40}")
-"""What may be an nkey seed, given in place of its file's path: never to be shown."""
+_USER: Final = re.compile(r"(^|,)(\s*(?:(?:nats|tls|wss?)://)?)[^,]*@", re.IGNORECASE)
+"""All that stands in front of an address's last @, whatever it is: passwords hold anything."""
+_SEED: Final = re.compile("S[A-Z2-7]{40}|-----BEGIN ")
+"""What may be a seed or another secret, given in place of its file's path: never to be shown."""
 
 
 class AddressRefusedError(ValueError):
@@ -83,13 +84,13 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         for place, url in enumerate(self.urls, 1):
             try:
                 parts = urlsplit(url if "://" in url else f"nats://{url}")
-                usable = parts.hostname and parts.port != 0
+                usable = parts.hostname and parts.port != 0 and url.count("@") == parts.netloc.count("@")
             except ValueError:  # whose text quotes the address
                 usable = False
             if not usable:
                 raise AddressRefusedError(
-                    f"address {place} of {len(self.urls)} has no host, or no port from 1 to 65535: "
-                    "use nats://host:port, several separated by commas",
+                    f"address {place} of {len(self.urls)} has no host, no port from 1 to 65535, or a password "
+                    "with a /, ? or #: use nats://host:port, several separated by commas",
                 )
         return self
 
@@ -100,7 +101,8 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         prefix needs no setting.
 
         Raises:
-            IdentityRefusedError: the seed's file cannot be read or has none.
+            IdentityRefusedError: the seed's file cannot be read or has none, or the credentials stand in place of a
+                path.
         """
         options: dict[str, Any] = {
             "servers": list(self.urls),
@@ -108,6 +110,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
             "max_outstanding_pings": MAX_PINGS,
         }
         if self.creds:
+            _check_path("COX_NATS_CREDS", self.creds)
             options["user_credentials"] = self.creds
         if self.nkey:
             options["nkeys_seed"] = self.nkey
@@ -122,6 +125,8 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         """
         if not (self.ca or self.cert):
             return None
+        for name, path in (("CA", self.ca), ("CERT", self.cert), ("KEY", self.key)):
+            _check_path(f"COX_NATS_{name}", path or "")
         try:
             context = ssl.create_default_context(cafile=self.ca)
             if self.cert:
@@ -136,7 +141,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
 
 def without_users(addresses: str) -> str:
     """Addresses of NATS, separated by commas, as messages and logs may show them: without user, password or token."""
-    return _USER.sub(f"{REDACTED}@", addresses)
+    return _USER.sub(rf"\1\2{REDACTED}@", addresses)
 
 
 def public_nkey(path: str) -> str:
@@ -151,11 +156,14 @@ def public_nkey(path: str) -> str:
         seed = bytearray(Path(path).read_bytes().strip())
         public: str = nkeys.from_seed(seed).public_key.decode()
     except OSError as error:
-        if _SEED.search(path):
-            raise IdentityRefusedError(
-                "COX_NATS_NKEY is a seed: it must be the path of a file with one"
-            ) from None
+        _check_path("COX_NATS_NKEY", path)
         raise IdentityRefusedError(f"COX_NATS_NKEY: {path} cannot be read: {error.strerror}") from error
     except (nkeys.NkeysError, ValueError):
         raise IdentityRefusedError(f"COX_NATS_NKEY: {path} holds no nkey seed (SU…)") from None
     return public
+
+
+def _check_path(name: str, path: str) -> None:
+    """Before nats-py or an error quotes it."""
+    if _SEED.search(path):
+        raise IdentityRefusedError(f"{name} must be the path of a file, not what such a file holds") from None

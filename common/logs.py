@@ -15,7 +15,7 @@ from typing import Any, Final, TextIO
 
 import structlog
 
-from coxswain.common.connection import REDACTED
+from coxswain.common.connection import REDACTED, without_users
 
 LEVELS: Final = ("info", "warning", "error")
 FORMATS: Final = ("json", "text")
@@ -23,7 +23,10 @@ FORMATS: Final = ("json", "text")
 _SECRET: Final = re.compile(
     r"pass(word|wd|phrase)?$|secret|seed|token$|creds|credential|api_?key|jwt|authorization", re.IGNORECASE
 )
-_USERINFO: Final = re.compile(r"(?<=://)[^/\s]+(?=@)")
+_ADDRESSES: Final = re.compile(r"(^|_)(urls?|servers?|address(es)?)$", re.IGNORECASE)
+_NATS: Final = r"(?:(?<=nats://)|(?<=tls://)|(?<=ws://)|(?<=wss://))"
+_USERINFO: Final = re.compile(rf"{_NATS}(?:(?!://)\S)+(?=@)|(?<=://)[^/\s]+(?=@)", re.IGNORECASE)
+"""In an address of NATS a slash does not end the password; any other has a path, which may have an @."""
 
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -31,7 +34,8 @@ def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> Mu
     for key, value in event.items():
         if isinstance(value, str | bytes):
             text = value if isinstance(value, str) else value.decode(errors="replace")
-            event[key] = REDACTED if _SECRET.search(key) else _USERINFO.sub(REDACTED, text)
+            text = without_users(text) if _ADDRESSES.search(key) else _USERINFO.sub(REDACTED, text)
+            event[key] = REDACTED if _SECRET.search(key) else text
     return event
 
 

@@ -69,6 +69,8 @@ def test_cox_and_controllers_never_show_a_secret(
         f"nats://me:{PASSWORD}@127.0.0.1:9,nats://{TOKEN}@no-such-host.invalid:1",
         f"nats://me:{PASSWORD}@127.0.0.1:x",
         nats_server.url.replace("//", f"//me:{PASSWORD}@"),
+        f"nats://me:1/{PASSWORD}@127.0.0.1:{port}",
+        f"me:{PASSWORD} {PASSWORD}@127.0.0.1:9",
     )
     keys = (seed_file, str(torn), seed, "")
     text = ""
@@ -77,6 +79,7 @@ def test_cox_and_controllers_never_show_a_secret(
         text += said(env, "ps") + said(env, "doctor", "--json")
     for key in keys:
         text += said({"COX_NATS_URL": addresses[0], "COX_NATS_NKEY": key}, "abort", "r1")
+    text += said({"COX_NATS_URL": server.nats.url, "COX_NATS_CREDS": seed}, "ps")
     text += logged(
         server.env("controller") | {"COX_NATS_URL": addresses[0]},
         {"COX_NATS_URL": addresses[2], "COX_NATS_NKEY": seed_file},

@@ -3,6 +3,8 @@
 import io
 import json
 
+import pytest
+
 from coxswain.common.logs import REDACTED, get_logger, redact
 
 
@@ -41,6 +43,25 @@ def test_secrets_do_not_reach_the_log() -> None:
         redact(None, "", {"error": "nats://me:p@t0p@h:1,h:2 c@h"})["error"]
         == f"nats://{REDACTED}@h:1,h:2 c@h"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "shown"),
+    [
+        ("error", "no: nats://me:t0p/t0p@h:1", f"no: nats://{REDACTED}@h:1"),
+        ("error", "nats://me:t0p/t0p@h:1,TLS://t0p/@i", f"nats://{REDACTED}@h:1,TLS://{REDACTED}@i"),
+        ("urls", "me:t0p@h, t0p@i:1, j", f"{REDACTED}@h, {REDACTED}@i:1, j"),
+        ("urls", "me:t0p/t0p t0p@h,wss://t0p@i:1/x", f"{REDACTED}@h,wss://{REDACTED}@i:1/x"),
+        ("server", "t0p@h", f"{REDACTED}@h"),
+        ("server", "h:1", "h:1"),
+        ("tenant", "me@example.com", "me@example.com"),
+        ("error", "see http://h/a@b", "see http://h/a@b"),
+        ("observer", "me@h", "me@h"),
+    ],
+)
+def test_whatever_a_password_holds_none_of_it_is_shown(key: str, text: str, shown: str) -> None:
+    """With a slash in it, or without a scheme in front of it; and a name with an @ stays as it is."""
+    assert redact(None, "", {key: text}) == {key: shown}
 
 
 def test_exceptions_say_what_and_where() -> None:

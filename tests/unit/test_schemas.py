@@ -16,6 +16,7 @@ from coxswain.common.connection import (
     PING_INTERVAL_S,
     AddressRefusedError,
     Connection,
+    IdentityRefusedError,
 )
 from coxswain.schemas import commands, events, names, policy, status
 from coxswain.schemas.commands import VERBS
@@ -463,7 +464,8 @@ def test_an_empty_environment_means_this_machine():
     "url",
     [
         "::::", "nats://", "nats://host:99999", "nats://host:0", "nats://[::1", "nats://u:hunter2@host:x",
-        "nats://u:hunter2/x@host",
+        "nats://u:hunter2/x@host", "nats://u:1/hunter2@host", "u:22/hunter2@host", "nats://u:1?hunter2@host",
+        "nats://u:1#hunter2@host",
     ],
 )  # fmt: skip
 def test_an_address_that_is_none_is_refused_by_its_place(url):
@@ -474,7 +476,25 @@ def test_an_address_that_is_none_is_refused_by_its_place(url):
 
 
 @pytest.mark.parametrize(
-    "url", ["host", "host:4222", "nats://u:p@host", "tls://[::1]:4222", "ws://host:80/x"]
+    ("name", "secret"),
+    [
+        ("creds", "SU" + "A2" * 28),
+        ("creds", "-----BEGIN USER NKEY SEED-----\nhunter2"),
+        ("nkey", "SU" + "A2" * 28),
+        ("ca", "-----BEGIN CERTIFICATE-----\nhunter2"),
+        ("key", "-----BEGIN PRIVATE KEY-----\nhunter2"),
+    ],
+)
+def test_a_secret_in_place_of_its_path_is_not_shown(name, secret):
+    """Whoever puts it into the variable is told which, and no error quotes it."""
+    connection = Connection(**{"cert": "cert.pem", name: secret})
+    with pytest.raises(IdentityRefusedError, match=f"COX_NATS_{name.upper()} must be the path") as refused:
+        connection.options() and connection.tls()
+    assert secret not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["host", "host:4222", "nats://u:p@host", "nats://u:p@p@host", "tls://[::1]:4222", "ws://host:80/x"]
 )
 def test_addresses_of_every_kind_pass(url):
     """With or without scheme, port and user; IPv6 too."""

@@ -169,7 +169,13 @@ def test_bad_name_is_refused_before_anything_starts(argv: tuple[str, ...]) -> No
 
 @pytest.mark.parametrize(
     "address",
-    ["nats://me:hunter2@h:4222", "me:hunter2@h:4222", "nats://h,hunter2@h", "nats://me:x@hunter2@h"],
+    [
+        "nats://me:hunter2@h:4222",
+        "me:hunter2@h:4222",
+        "nats://h,hunter2@h",
+        "nats://me:x@hunter2@h",
+        "nats://me:hunter2 x@h",
+    ],
 )
 def test_dry_run_text_hides_passwords(address: str) -> None:
     """The printed command can be pasted into a ticket, whether or not an address has a scheme, or a password an `@`."""
