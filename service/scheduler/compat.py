@@ -46,12 +46,6 @@ PRIVATE: Final = {
 """What we override or call that vLLM does not promise to keep."""
 
 
-_FULL_ATTENTION: Final = [
-    ["KVCacheManager", coordinator, "FullAttentionManager"]
-    for coordinator in ("UnitaryKVCacheCoordinator", "KVCacheCoordinatorNoPrefixCache")
-]
-"""Types of a KV cache manager, its coordinator and its groups where blocks stay until their request ends."""
-
 _REASONS: Final = {
     status: str(reason)
     for status in RequestStatus
@@ -205,11 +199,9 @@ def allocation(manager: Any) -> Callable[..., Any]:
     for models with more than full attention, whose steps also free blocks, and in a version that was not tested.
     """
     allocate: Callable[..., Any] = manager.allocate_slots
-    groups = manager.coordinator.single_type_managers
-    kinds = [type(each).__name__ for each in (manager, manager.coordinator, *groups)]
-    if version() not in TESTED or kinds not in _FULL_ATTENTION:
+    if version() not in TESTED or not _is_full_attention(manager):
         return allocate
-    group, nothing = groups[0], manager.empty_kv_cache_blocks
+    group, nothing = manager.coordinator.single_type_managers[0], manager.empty_kv_cache_blocks
     blocks, cached = group.req_to_blocks, group.num_cached_block
     size, caches = group.block_size, group.enable_caching
     running = RequestStatus.RUNNING
@@ -229,6 +221,21 @@ def allocation(manager: Any) -> Callable[..., Any]:
         return allocate(request, num_new_tokens, num_lookahead_tokens=num_lookahead_tokens, **others)
 
     return allocate_slots
+
+
+def _is_full_attention(manager: Any) -> bool:
+    """Whether blocks stay until their request ends: exactly these classes, for a plugin's own may do more."""
+    from vllm.v1.core import kv_cache_coordinator as coordinators
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    known = (coordinators.UnitaryKVCacheCoordinator, coordinators.KVCacheCoordinatorNoPrefixCache)
+    groups = manager.coordinator.single_type_managers
+    return (
+        type(manager) is KVCacheManager
+        and type(manager.coordinator) in known
+        and [type(group) for group in groups] == [FullAttentionManager]
+    )
 
 
 def blocks_needed(scheduler: Any, request: Any, enough: int) -> int:
