@@ -8,6 +8,8 @@ import random
 import time
 from typing import Any
 
+from msgspec.structs import replace
+
 from bench.gpu.engine import ask
 from bench.gpu.load import Line, Request, backlog, prompt, steps
 from bench.gpu.plan import STEERED, Sizes
@@ -50,7 +52,7 @@ async def arrive(llm: Any, sizes: Sizes) -> list[Request]:
 async def colocation(
     llm: Any, wire: Any, sizes: Sizes, *, variant: str, batch: bool = True, interactive: bool = True,
     policy: str = "fcfs", cut_in: str = "off", spare: int = 0, budget: int | None = None,
-    steady: bool = False, aside: bool = False,
+    steady: bool = False, aside: bool = False, sparse: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """One variant: time to first token of every interactive request, batch tokens/s while they arrive.
 
@@ -68,7 +70,10 @@ async def colocation(
         aside: whether the batch leaves the step in which an interactive request begins to it, ours.
         steady: whether the batch's ends are spread evenly, as after a long time; else it begins at once and
             goes on in waves, and slots become free together.
+        sparse: whether interactive requests are few.
     """
+    if sparse:
+        sizes = replace(sizes, rate=sizes.sparse_rate, arrivals=sizes.sparse_arrivals)
     slots = sizes.slots[0]
     await ask(llm, "resize", {"active": slots, "spare": spare, "policy": policy})
     before = None
@@ -91,7 +96,8 @@ async def colocation(
     if batch and found["batch_tokens_per_s"] < 1:
         raise RuntimeError(f"the batch stood still: {found['steps']}")
     return {"variant": variant, "side": STEERED if wire is not None else "stock", "cut_in": cut_in, "spare": spare,
-            "budget": budget, "policy": policy, "steady": steady, "aside": aside, **found}  # fmt: skip
+            "budget": budget, "policy": policy, "steady": steady, "aside": aside, "rate": sizes.rate,
+            **found}  # fmt: skip
 
 
 async def _window(llm: Any, sizes: Sizes, *, interactive: bool) -> dict[str, Any]:

@@ -47,6 +47,9 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     rate: float = 25.0
     """Interactive requests per second, Poisson."""
     arrivals: int = 500
+    sparse_rate: float = 4.0
+    """Where they are few, as where a person waits for each: beside them the batch gives up less."""
+    sparse_arrivals: int = 300
     ramp_s: tuple[float, float] = (4.0, 7.0)
     """From the first request to the batch in its stride, at the two numbers of slots."""
     drain_s: float = 25.0
@@ -73,6 +76,7 @@ FULL: Final = Sizes()
 DRY: Final = Sizes(
     slots=(6, 10), spare=4, batched_tokens=512, max_model_len=4_096, least_kv_tokens=0,
     shapes=(Shape(48, 40), Shape(24, 24)), outstanding=14, interactive=Shape(24, 6), rate=6.0, arrivals=12,
+    sparse_rate=3.0, sparse_arrivals=6,
     ramp_s=(1.0, 1.0), drain_s=8.0, windows_s=(1.5, 1.5), decoding=Shape(24, 1_000), decoding_s=1.5,
     contexts=(256, 1_024), cycles=2, beside=3, commands=20,
     budgets=(64, 128), identity_requests=8, identity_victims=3, identity_tokens=120, identity_spare=2,
@@ -112,17 +116,16 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
 
 def units(sizes: Sizes) -> list[Unit]:
     """All units, the most important first."""
-    window_s = sizes.arrivals / sizes.rate
     few, many = sizes.slots
 
     def mixed(name: str, side: str, *, extra_s: float = 2.5, **fields: Any) -> Unit:
+        sparse = fields.get("sparse", False)
+        window_s = sizes.sparse_arrivals / sizes.sparse_rate if sparse else sizes.arrivals / sizes.rate
         return Unit(name=name, part="colocation", side=side, kind="colocation", fields={"variant": name, **fields},
                     seconds=sizes.ramp_s[0] * fields.get("batch", True) + window_s + extra_s)  # fmt: skip
 
-    def held(name: str, budget: int | None, *, steady: bool = False, aside: bool = False) -> Unit:
-        return mixed(
-            name, STEERED, cut_in="slots", spare=sizes.spare, budget=budget, steady=steady, aside=aside
-        )
+    def held(name: str, budget: int | None, **fields: Any) -> Unit:
+        return mixed(name, STEERED, cut_in="slots", spare=sizes.spare, budget=budget, **fields)
 
     def loop(slots: int, round_: int, side: str) -> Unit:
         return Unit(
@@ -142,6 +145,7 @@ def units(sizes: Sizes) -> list[Unit]:
             seconds=sizes.ramp_s[slots == many] + 4.5 * sizes.windows_s[slots == many] + 0.045 * sizes.commands + 24.0,
         )  # fmt: skip
 
+    few_s, least = f"{sizes.sparse_rate:g}/s: ", sizes.budgets[0]
     middle = sizes.budgets[len(sizes.budgets) // 2]
     turns = ((1, STOCK), (1, STEERED), (2, STEERED), (2, STOCK), (3, STOCK), (3, STEERED))
     more = ((4, STEERED), (4, STOCK), (5, STOCK), (5, STEERED), (6, STEERED), (6, STOCK))
@@ -158,6 +162,10 @@ def units(sizes: Sizes) -> list[Unit]:
         held("steady: hold, aside", None, steady=True, aside=True),
         *(held(f"steady: hold, budget {budget}", budget, steady=True) for budget in sizes.budgets),
         *(held(f"steady: hold, budget {budget}, aside", budget, steady=True, aside=True) for budget in sizes.budgets),
+        mixed(f"{few_s}alone", STOCK, batch=False, sparse=True),
+        mixed(f"{few_s}stock priority", STOCK, policy="priority", steady=True, sparse=True),
+        held(f"{few_s}hold, budget {least}, aside", least, steady=True, aside=True, sparse=True),
+        held(f"{few_s}hold, budget {least}", least, steady=True, sparse=True),
         *(decodes(few, round_, side) for round_, side in (*turns, *more)),
         *(loop(few, round_, side) for round_, side in turns),
         *(

@@ -35,7 +35,7 @@ def plot(folder: Path) -> Path:
     part: dict[str, Any] = msgspec.json.decode((folder / "colocation.json").read_bytes())
     alone = part.pop("alone", None)
     # In waves the batch's rate depends on how many fell into the window: see `colocation`.
-    part = {name: result for name, result in part.items() if result["ttft_s"] and result["steady"]}
+    part = {name: result for name, result in part.items() if name.startswith("steady: ") and result["ttft_s"]}
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for share, label, mark in SHARES:
         for index, (name, result) in enumerate(part.items()):
