@@ -28,6 +28,7 @@ nothing: a leader that cannot renew its lease has lost it by then. A stall of ou
 
 _USER: Final = re.compile(r"(^|,)(\s*(?:(?:nats|tls|wss?)://)?)[^,]*@", re.IGNORECASE)
 """All that stands in front of an address's last @, whatever it is: passwords hold anything."""
+_SCHEMES: Final = ("nats", "tls", "ws", "wss")
 _SEED: Final = re.compile("S[A-Z2-7]{40}|-----BEGIN ")
 """What may be a seed or another secret, given in place of its file's path: never to be shown."""
 
@@ -84,13 +85,19 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         for place, url in enumerate(self.urls, 1):
             try:
                 parts = urlsplit(url if "://" in url else f"nats://{url}")
-                usable = parts.hostname and parts.port != 0 and url.count("@") == parts.netloc.count("@")
+                usable = (
+                    parts.scheme in _SCHEMES
+                    and parts.hostname
+                    and parts.port != 0
+                    and url.count("@") == parts.netloc.count("@")
+                )
             except ValueError:  # whose text quotes the address
                 usable = False
             if not usable:
                 raise AddressRefusedError(
-                    f"address {place} of {len(self.urls)} has no host, no port from 1 to 65535, or a password "
-                    "with a /, ? or #: use nats://host:port, several separated by commas",
+                    f"address {place} of {len(self.urls)} has no host, no port from 1 to 65535, a scheme "
+                    f"other than {', '.join(_SCHEMES)}, or a password with a /, ? or #: use nats://host:port, "
+                    "several separated by commas",
                 )
         return self
 

@@ -552,3 +552,10 @@ def test_a_glance_at_a_frame_leaves_out_requests_alone() -> None:
         assert decode_glance(msgspec.json.encode(last)) == seen
     with pytest.raises(msgspec.MsgspecError):
         decode_glance(b'{"requests":[]}')
+
+
+def test_an_address_of_another_scheme_is_refused() -> None:
+    """An address of HTTP is no address of NATS, and nobody looks for a host of that name."""
+    with pytest.raises(AddressRefusedError, match="scheme other than nats, tls, ws, wss"):
+        Connection(urls=("http://127.0.0.1:4222",)).check()
+    Connection(urls=("127.0.0.1:4222", "TLS://nats.example", "wss://nats.example:443")).check()
